@@ -1,0 +1,317 @@
+"""minBERT: a BERT encoder under Hugging Face's parameter names, computed on real tokens only.
+
+Inside, a padded batch [B, S] becomes its T real tokens [T, H] (Zeng et al. 2022, "Boosting
+distributed training performance of the unpadded BERT model"): every GEMM, LayerNorm, GELU and
+dropout runs on tokens, and only attention sees the padded square. Shapes at line ends:
+B batch, S sequence, T real tokens, H hidden, h heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.bert.config import BertConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True)
+class BertOutput:
+    """What `BertModel.forward` returns; hidden_states[0] is the embeddings' output."""
+
+    last_hidden_state: Tensor  # [B, S, H]
+    pooler_output: Tensor  # [B, H]
+    hidden_states: tuple[Tensor, ...]  # layers + 1 of [B, S, H]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the T real tokens of a padded batch lie.
+
+    Attributes:
+        batch, length: B and S.
+        index: int64 [T], positions in the flattened [B * S]; None when nothing is padded.
+        mask: bool [B, 1, 1, S], True at real keys; None when nothing is padded.
+    """
+
+    batch: int
+    length: int
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, shape: torch.Size) -> Layout:
+        """From a [B, S] mask of 1 and 0 (or booleans); None means that all tokens are real."""
+        if attention_mask is None:
+            return cls(*shape)
+        real = attention_mask.bool()
+        index = real.flatten().nonzero().squeeze(1)
+        if len(index) == real.numel():
+            return cls(*shape)
+        return cls(*shape, index, real[:, None, None, :])
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        """[T, C] -> [B, S, C], zeros at padding."""
+        if self.index is not None:
+            square = tokens.new_zeros(self.batch * self.length, tokens.shape[1])
+            tokens = square.index_copy(0, self.index, tokens)
+        return tokens.view(self.batch, self.length, -1)
+
+    def unpad(self, square: Tensor) -> Tensor:
+        """[B, S, C] -> [T, C]."""
+        rows = square.reshape(self.batch * self.length, -1)
+        return rows if self.index is None else _Unpad.apply(rows, self.index)
+
+
+class _Unpad(torch.autograd.Function):
+    """`index_select` of distinct rows: backward is a copy, where PyTorch's adds row by row."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.rows = rows.shape[0]
+        ctx.save_for_backward(index)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, index, grad), None
+
+
+class Embeddings(nn.Module):
+    """Word, position and segment embeddings, summed and normalised."""
+
+    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.dropout = dropout(config.hidden_dropout_prob)
+
+    def forward(self, ids: Tensor, types: Tensor, positions: Tensor) -> Tensor:
+        """Three int64 [T] -> [T, H]."""
+        x = self.word_embeddings(ids) + self.token_type_embeddings(types)
+        return self.dropout(self.LayerNorm(x + self.position_embeddings(positions)))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention whose query, key and value share one packed [3H, H] storage.
+
+    `projection` computes [T, H] -> [T, 3H]; whoever adapts the projections replaces it.
+    """
+
+    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.dropout = dropout(config.attention_probs_dropout_prob)
+        self.projection: Callable[[SelfAttention, Tensor], Tensor] = packed_projection
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """Weight [3H, H] and bias [3H] over the storage of query, key and value, no gradient."""
+        layers = (self.query, self.key, self.value)
+        return _packed([p.weight for p in layers]), _packed([p.bias for p in layers])
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """[T, H] -> [T, H]."""
+        qkv = layout.pad(self.projection(self, x))  # [B, S, 3H]
+        qkv = qkv.view(layout.batch, layout.length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, h, S, d]
+        context = self._attend(q, k, v, layout.mask).transpose(1, 2)  # [B, S, h, d]
+        return layout.unpad(context.reshape(layout.batch, layout.length, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        p = self.dropout.p if self.training else 0.0
+        if p == 0 or q.device.type != "cpu":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        # On a CPU, PyTorch's own attention spends most of its time drawing the dropout mask.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, h, S, S]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return self.dropout(scores.softmax(-1)) @ v
+
+
+def packed_projection(attention: SelfAttention, x: Tensor) -> Tensor:
+    """Query, key and value of [T, H] in one GEMM: [T, 3H]."""
+    layers = (attention.query, attention.key, attention.value)
+    if any(layer.weight.requires_grad for layer in layers):
+        weight = torch.cat([layer.weight for layer in layers])
+        return F.linear(x, weight, torch.cat([layer.bias for layer in layers]))
+    return F.linear(x, *attention.packed())
+
+
+def _packed(parts: list[nn.Parameter]) -> Tensor:
+    """One tensor over the parts' shared storage; moves them there when they are apart.
+
+    Moving a module, copying it or giving it new parameters takes the parts apart, so this looks
+    each time instead of trusting a flag.
+    """
+    first, rows = parts[0].detach(), parts[0].shape[0]
+    step = first.numel()
+    base = first.storage_offset()
+    together = all(
+        part.is_contiguous()
+        and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and part.storage_offset() == base + i * step
+        for i, part in enumerate(parts)
+    )
+    if not together:
+        first = torch.cat([part.detach() for part in parts])
+        for part, block in zip(parts, first.split(rows), strict=True):
+            part.data = block
+        base = 0
+    return first.as_strided((len(parts) * rows, *first.shape[1:]), first.stride(), base)
+
+
+class ResidualOutput(nn.Module):
+    """LayerNorm(residual + dropout(dense(x)))."""
+
+    def __init__(self, width: int, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[T, width], [T, H] -> [T, H]."""
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class Attention(nn.Module):
+    """Self-attention and its output projection."""
+
+    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+        super().__init__()
+        self.self = SelfAttention(config, dropout)
+        self.output = ResidualOutput(config.hidden_size, config, dropout)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """[T, H] -> [T, H]."""
+        return self.output(self.self(x, layout), x)
+
+
+class Intermediate(nn.Module):
+    """The widening half of the feed-forward block."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, intermediate]."""
+        return self.activation(self.dense(x))
+
+
+class Layer(nn.Module):
+    """One Transformer layer (post-LayerNorm, as in BERT)."""
+
+    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+        super().__init__()
+        self.attention = Attention(config, dropout)
+        self.intermediate = Intermediate(config)
+        self.output = ResidualOutput(config.intermediate_size, config, dropout)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """[T, H] -> [T, H]."""
+        x = self.attention(x, layout)
+        return self.output(self.intermediate(x), x)
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, layout: Layout) -> list[Tensor]:
+        """[T, H] -> the input and every layer's output, each [T, H]."""
+        states = [x]
+        for layer in self.layer:
+            states.append(layer(states[-1], layout))
+        return states
+
+
+class Pooler(nn.Module):
+    """tanh(dense) of the first token."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """[B, H] -> [B, H]."""
+        return torch.tanh(self.dense(first))
+
+
+class BertModel(nn.Module):
+    """The encoder, with the names and numbers of `transformers.BertModel`.
+
+    Args:
+        config: its shape.
+        dropout: the dropout module to build with, called with a probability.
+    """
+
+    def __init__(self, config: BertConfig, dropout: type[nn.Dropout] = nn.Dropout) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config, dropout)
+        self.encoder = Encoder(config, dropout)
+        self.pooler = Pooler(config)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[list[Tensor], Layout]:
+        """The real tokens' states after the embeddings and each layer, and where they lie.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, S], 1 at real tokens; None means all.
+            token_type_ids: int64 [B, S]; None means zeros.
+
+        Returns:
+            layers + 1 tensors [T, H], and the layout that pads them back to [B, S, H].
+
+        Raises:
+            ValueError: when S exceeds the position embeddings.
+        """
+        limit = self.config.max_position_embeddings
+        if input_ids.shape[1] > limit:
+            raise ValueError(f"input_ids has length {input_ids.shape[1]} (expected <= {limit})")
+        layout = Layout.of(attention_mask, input_ids.shape)
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        flat = [t.flatten() for t in (input_ids, types, positions)]
+        if layout.index is not None:
+            flat = [t[layout.index] for t in flat]
+        return self.encoder(self.embeddings(*flat), layout), layout
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> BertOutput:
+        """As `encode`, padded: hidden states are [B, S, H], zeros at padding."""
+        tokens, layout = self.encode(input_ids, attention_mask, token_type_ids)
+        states = tuple(layout.pad(t) for t in tokens)
+        return BertOutput(states[-1], self.pooler(states[-1][:, 0]), states)

@@ -1,0 +1,121 @@
+"""Checkpoints: atomic folders of everything a run needs to go on bit for bit.
+
+Random numbers need no state here: each step seeds torch from (seed, step), and the plan of an
+epoch is a function of (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastlora.errors import RunError
+from fastlora.files import atomic_folder
+
+KEEP = 2
+
+
+@dataclass
+class Progress:
+    """Where a run is: `position` batches of epoch `epoch` are done, `step` in all."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+    scores: list[dict] = field(default_factory=list)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
+) -> Path:
+    """Write `folder`/step-NNNNNN and remove all but the newest two; returns the new folder."""
+    path = folder / f"step-{progress.step:06d}"
+    parameters = trainable(model)
+    with atomic_folder(path) as building:
+        weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+        save_file(weights, building / "model.safetensors")
+        save_file(_optimizer_state(parameters, optimizer), building / "optim.safetensors")
+        state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
+        (building / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        manifest = {file.name: _digest(file) for file in sorted(building.iterdir())}
+        (building / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are as its manifest says, or None."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if _is_whole(path):
+            return path
+    return None
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Put a checkpoint into the model, optimizer and scaler; returns where the run was.
+
+    Raises:
+        RunError: when it holds other parameters than the model trains.
+    """
+    weights = load_file(path / "model.safetensors")
+    parameters = trainable(model)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+        raise RunError(f"{path}: holds other parameters than this run trains; use a new --out")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    for key, tensor in load_file(path / "optim.safetensors").items():
+        name, _, slot = key.rpartition("|")
+        parameter = parameters[name]
+        optimizer.state[parameter][slot] = tensor.to(parameter.device)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    return Progress(**state["progress"])
+
+
+def _optimizer_state(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    return {
+        f"{name}|{slot}": value.detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
+        return all(_digest(path / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,264 @@
+"""The commands: `fastlora-train`, and `fastlora train | eval | predict | merge | doctor`.
+
+torch is imported inside the commands, so that --help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Group, Parameter
+
+from fastlora.config import TrainConfig
+from fastlora.errors import RunError, UserError
+from fastlora.files import read_toml
+from fastlora.inputs import find_data, find_inputs
+
+_output = Group("Output", sort_key=5)
+TRAIN_HELP = """Train LoRA adapters and task heads on a BERT-sized encoder.
+
+Examples:
+
+    fastlora-train --r 32
+
+    fastlora-train --r 32 --data data/ --model bert-base-uncased --epochs 3
+
+    fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
+"""
+
+app = App(name="fastlora", help="Fused LoRA training for BERT-sized encoders.")
+
+
+def _split(_type: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(part for token in tokens for part in token.value.split(",") if part)
+
+
+@app.command(help=TRAIN_HELP)
+def train(
+    *,
+    settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008
+    config: Annotated[
+        Path | None,
+        Parameter(group=_output, help="TOML file of these options; flags given here win."),
+    ] = None,
+    resume: Annotated[
+        Path | None, Parameter(group=_output, help="Run folder to continue, as it was started.")
+    ] = None,
+    dry_run: Annotated[
+        bool, Parameter(group=_output, negative="", help="Print what would run, then stop.")
+    ] = False,
+    quiet: Annotated[
+        bool, Parameter(group=_output, negative="", help="Print nothing but errors.")
+    ] = False,
+) -> None:
+    """Train; see TRAIN_HELP."""
+    del config  # read by `_configure` before the command line is parsed
+    if resume is not None:
+        settings = replace(settings, out=resume)
+    settings = replace(settings, task=_own_tasks)
+    inputs = find_inputs(settings)
+    from fastlora.session import train as run
+
+    run(settings, inputs, quiet=quiet, dry_run=dry_run)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Path,
+    *,
+    data: Path | None = None,
+    split: str = "dev",
+    device: str = "auto",
+    model: str | None = None,
+) -> None:
+    """Score a finished run on labelled data.
+
+    Parameters
+    ----------
+    run
+        Run folder, or an adapter folder with heads.
+    data
+        Folder of the task files; by default ./data, else the demo corpus.
+    split
+        Which of the tasks' files: train, dev or test.
+    device
+        auto, cpu, cuda or cuda:N.
+    model
+        Folder or name of the encoder, if it moved since training.
+    """
+    folder, why = find_data(data)
+    from fastlora.console import Log, number
+    from fastlora.data import load_tasks
+    from fastlora.evaluate import majority, predict, scores_of
+    from fastlora.trained import load_trained
+
+    trained = load_trained(run, device, model)
+    datasets = load_tasks(
+        folder, trained.tasks.values(), split, trained.tokenizer, pairs=trained.extra["pairs"]
+    )
+    scores = scores_of(datasets, predict(trained.model, datasets))
+    log = Log(quiet=False)
+    log.line(f"{run} on {folder} ({why}), {split}")
+    rows = [
+        [name, d.task.metric, number(scores[name]), number(majority(d)), f"{len(d):,}"]
+        for name, d in datasets.items()
+    ]
+    log.table(["task", "metric", split, "majority class", "examples"], rows)
+
+
+@app.command(name="predict")
+def predict_file(
+    run: Path,
+    input: Path,
+    *,
+    task: str | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    model: str | None = None,
+) -> None:
+    """Predict the labels of a file's rows; labels in the file are not needed.
+
+    Parameters
+    ----------
+    run
+        Run folder, or an adapter folder with heads.
+    input
+        CSV, TSV or JSONL file with the task's text columns.
+    task
+        The task; may be left out when the run has only one.
+    out
+        File to write; by default beside the input, as NAME.predictions.csv.
+    device
+        auto, cpu, cuda or cuda:N.
+    model
+        Folder or name of the encoder, if it moved since training.
+    """
+    if not input.is_file():
+        raise UserError(f"{input}: no such file")
+    from fastlora.data import encode_rows, read_rows
+    from fastlora.evaluate import predict, write_predictions
+    from fastlora.trained import load_trained
+
+    trained = load_trained(run, device, model)
+    if task is None and len(trained.tasks) == 1:
+        task = next(iter(trained.tasks))
+    if task not in trained.tasks:
+        raise UserError(f"--task is {task!r} (expected one of {', '.join(trained.tasks)})")
+    rows = read_rows(input, trained.tasks[task], labelled=False)
+    data = encode_rows(rows, trained.tasks[task], trained.tokenizer, trained.extra["pairs"])
+    outputs = predict(trained.model, {task: data})[task]
+    out = out or input.with_name(f"{input.stem}.predictions.csv")
+    write_predictions(out, data, outputs)
+    print(f"{len(data):,} predictions of {task} in {out} ({data.truncated} texts truncated)")
+
+
+@app.command
+def merge(
+    run: Path, out: Path, *, task: str | None = None, device: str = "cpu", model: str | None = None
+) -> None:
+    """Fold a run's adapter into its encoder and write a Hugging Face folder.
+
+    Parameters
+    ----------
+    run
+        Run folder, or an adapter folder with heads.
+    out
+        Folder to write; must not exist.
+    task
+        Whose adapter, for a run with one adapter a task.
+    device
+        auto, cpu, cuda or cuda:N.
+    model
+        Folder or name of the encoder, if it moved since training.
+    """
+    from fastlora.trained import load_trained, merge_encoder
+
+    difference = merge_encoder(load_trained(run, device, model), task, out)
+    print(f"merged encoder in {out}; max |difference of logits| {difference:.2e}")
+
+
+@app.command
+def doctor() -> None:
+    """Say what this machine is and which kernels fastlora uses on it."""
+    from fastlora.console import Log
+    from fastlora.kernels import route
+    from fastlora.runs import environment
+    from fastlora.setup import find_device
+
+    device = find_device("auto")
+    facts = environment()
+    gpus = facts.pop("gpus") or ["none: training runs on the CPU"]
+    name, why = route(device)
+    pairs = [(key, str(value)) for key, value in facts.items()]
+    pairs += [("gpu", gpu) for gpu in gpus] + [("kernels", f"{name} ({why})")]
+    Log(quiet=False).facts(pairs)
+
+
+_own_tasks: dict[str, Any] = {}
+
+
+def _configure(arguments: list[str]) -> None:
+    """Make the TOML file of --config or --resume the source of options not given as flags."""
+    global _own_tasks
+    for i, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag not in ("--config", "--resume"):
+            continue
+        value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+        file = Path(value) / "run.toml" if flag == "--resume" else Path(value)
+        table = read_toml(file)
+        _own_tasks = table.pop("task", {})
+        app.config = (cyclopts.config.Dict(table, source=str(file), use_commands_as_keys=False),)
+
+
+def _guarded(command: Callable[[], None]) -> int:
+    """Run a command; returns its exit code (see errors.py)."""
+    try:
+        command()
+    except UserError as error:
+        return _fail(2, error)
+    except (RunError, OSError) as error:
+        return _fail(1, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    except Exception as error:
+        # Known by name: their modules import torch, which a quick failure never did.
+        if type(error).__name__ == "Interrupted":
+            return 130
+        if type(error).__name__ == "CheckpointError":
+            return _fail(2, error)
+        raise
+    return 0
+
+
+def _fail(code: int, error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The `fastlora` command."""
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def command() -> None:
+        _configure(given)
+        app(given)
+
+    code = _guarded(command)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def train_main() -> None:
+    """The `fastlora-train` command: `fastlora train`."""
+    main(["train", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

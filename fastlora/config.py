@@ -1,0 +1,221 @@
+"""Settings: frozen dataclasses with the paper's defaults, to and from TOML, strictly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from fastlora.errors import UserError
+
+TARGETS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "ffn_output": "output.dense",
+}
+DEFAULT_TASKS = ("sst", "quora", "sts")
+DEFAULT_LR = {"lora": 1e-3, "full": 5e-5, "frozen": 5e-3}
+
+_lora = Group("LoRA", sort_key=1)
+_data = Group("Tasks and data", sort_key=2)
+_optim = Group("Optimisation", sort_key=3)
+_speed = Group("Precision and speed", sort_key=4)
+_output = Group("Output", sort_key=5)
+
+
+def _option(group: Group, text: str) -> Any:
+    return Parameter(group=group, help=text)
+
+
+def _check(ok: bool, what: str, found: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"{what} is {found!r} (expected {expected})")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA settings of one adapter (Hu et al. 2021; defaults of the minBERT LoRA paper)."""
+
+    r: Annotated[int, _option(_lora, "Rank of the update, 1 or more.")] = 8
+    alpha: Annotated[float, _option(_lora, "Strength: the update is scaled by alpha / r.")] = 16.0
+    dropout: Annotated[float, _option(_lora, "Dropout on the update's input, 0 <= p < 1.")] = 0.1
+    rslora: Annotated[
+        bool, Parameter(group=_lora, negative="", help="Scale by alpha / sqrt(r) instead.")
+    ] = False
+    targets: Annotated[
+        tuple[str, ...],
+        _option(_lora, f"Matrices to adapt, comma-separated: {', '.join(TARGETS)}."),
+    ] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        _check(self.r >= 1, "r", self.r, "1 or more")
+        _check(0 < self.alpha < math.inf, "alpha", self.alpha, "a positive number")
+        _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= p < 1")
+        _check(len(self.targets) > 0, "targets", self.targets, "at least one matrix")
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+@dataclass(frozen=True)
+class TaskLoraConfig:
+    """What one task's adapter sets differently from the common LoRA settings."""
+
+    r: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    rslora: bool | None = None
+    targets: tuple[str, ...] | None = None
+
+    def over(self, base: LoraConfig) -> LoraConfig:
+        """`base` with this task's own settings in place."""
+        return replace(base, **{k: v for k, v in asdict(self).items() if v is not None})
+
+
+def _task(name: str) -> Any:
+    return Annotated[
+        TaskLoraConfig,
+        Parameter(name=name, group=_lora, help=f"The {name} adapter's own, with per-task."),
+    ]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run."""
+
+    lora: Annotated[LoraConfig, Parameter(name="*")] = field(default_factory=LoraConfig)
+    adapters: Annotated[
+        Literal["shared", "per-task"], _option(_lora, "One adapter for all tasks, or one each.")
+    ] = "shared"
+    mode: Annotated[
+        Literal["lora", "frozen", "full"],
+        _option(_lora, "Train adapters, heads on a frozen encoder, or every weight."),
+    ] = "lora"
+    sst: _task("sst") = TaskLoraConfig()  # type: ignore[valid-type]
+    cfimdb: _task("cfimdb") = TaskLoraConfig()  # type: ignore[valid-type]
+    quora: _task("quora") = TaskLoraConfig()  # type: ignore[valid-type]
+    sts: _task("sts") = TaskLoraConfig()  # type: ignore[valid-type]
+
+    tasks: Annotated[
+        tuple[str, ...] | None,
+        _option(_data, "Tasks, comma-separated; by default sst, quora and sts, as in the paper."),
+    ] = None
+    data: Annotated[
+        Path | None,
+        _option(_data, "Folder of the task files; by default ./data, else the demo corpus."),
+    ] = None
+    model: Annotated[
+        str | None,
+        _option(_data, "Folder, hub id, or minilm; by default bert-base-uncased, demo: minilm."),
+    ] = None
+    pairs: Annotated[
+        Literal["separate", "joint"],
+        _option(_data, "Encode a pair as two sentences, or as one [CLS] a [SEP] b [SEP]."),
+    ] = "separate"
+    sampling: Annotated[
+        Literal["proportional", "sqrt", "uniform"],
+        _option(_data, "How often a task is drawn, by its number of examples."),
+    ] = "proportional"
+    bad_rows: Annotated[
+        Literal["error", "skip"], _option(_data, "What a malformed row does.")
+    ] = "error"
+    limit: Annotated[
+        int | None, _option(_data, "Use at most this many examples of each task's files.")
+    ] = None
+
+    epochs: Annotated[int, _option(_optim, "Passes over the training examples.")] = 1
+    max_steps: Annotated[int | None, _option(_optim, "Stop after this many steps.")] = None
+    tokens_per_batch: Annotated[
+        int, _option(_optim, "Real tokens of one step, over all ranks; padding is not counted.")
+    ] = 1024
+    accumulate: Annotated[
+        int, _option(_optim, "Split each step in this many parts, to save memory.")
+    ] = 1
+    lr: Annotated[
+        float | None,
+        _option(_optim, "Peak learning rate; by default lora 1e-3, full 5e-5, frozen 5e-3."),
+    ] = None
+    head_lr: Annotated[
+        float | None, _option(_optim, "Peak learning rate of the heads; by default lora's 1e-3.")
+    ] = None
+    weight_decay: Annotated[float, _option(_optim, "AdamW's decay of matrices.")] = 0.01
+    warmup: Annotated[float, _option(_optim, "Share of the steps that warm up, 0 to 1.")] = 0.06
+    schedule: Annotated[
+        Literal["linear", "cosine", "constant"], _option(_optim, "Decay after the warmup.")
+    ] = "linear"
+    clip: Annotated[float, _option(_optim, "Largest gradient norm.")] = 1.0
+    seed: Annotated[int, _option(_optim, "Seed of weights, order and dropout.")] = 0
+
+    precision: Annotated[
+        Literal["auto", "fp32", "fp16", "bf16"],
+        _option(_speed, "Compute type; auto: bf16 or fp16 on a GPU, fp32 on a CPU."),
+    ] = "auto"
+    device: Annotated[str, _option(_speed, "auto, cpu, cuda or cuda:N.")] = "auto"
+    compile: Annotated[
+        bool, Parameter(group=_speed, negative="", help="Compile the encoder with torch.compile.")
+    ] = False
+
+    task: Annotated[dict[str, Any], Parameter(parse=False)] = field(default_factory=dict)
+
+    out: Annotated[
+        Path | None, _option(_output, "Run folder; an unfinished run in it is continued.")
+    ] = None
+    save_every: Annotated[
+        int, _option(_output, "Steps between checkpoints; the end of an epoch always saves.")
+    ] = 200
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "max_steps", "tokens_per_batch", "accumulate", "limit", "save_every")
+        for name in positive:
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, value, "1 or more")
+        for name in ("lr", "head_lr", "clip"):
+            value = getattr(self, name)
+            _check(value is None or 0 < value < math.inf, name, value, "a positive number")
+        _check(0 <= self.warmup <= 1, "warmup", self.warmup, "a share between 0 and 1")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+
+    def task_lora(self, task: str) -> LoraConfig:
+        """The LoRA settings of a task's adapter."""
+        if task in self.task:
+            own = self.task[task].get("lora", {})
+            if unknown := set(own) - {f.name for f in fields(TaskLoraConfig)}:
+                raise UserError(f"task {task!r}: unknown key lora.{min(unknown)}")
+            return TaskLoraConfig(**own).over(self.lora)
+        return getattr(self, task).over(self.lora)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate given, or the mode's default."""
+        return self.lr or DEFAULT_LR[self.mode]
+
+    @property
+    def peak_head_lr(self) -> float:
+        """The heads' learning rate; in frozen mode they are all there is to train."""
+        if self.mode == "frozen":
+            return self.head_lr or self.peak_lr
+        return self.head_lr or DEFAULT_LR["lora"]
+
+    def to_table(self) -> dict[str, Any]:
+        """The flat table that a TOML file of this configuration holds; nothing unset is in it."""
+        table = {**asdict(self), **asdict(self.lora)}
+        del table["lora"], table["out"]
+        return _plain(table)
+
+
+def _plain(value: Any) -> Any:
+    """Without None and empty tables, and only of types that TOML has."""
+    if isinstance(value, dict):
+        plain = {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: item for key, item in plain.items() if item != {}}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

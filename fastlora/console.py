@@ -1,0 +1,92 @@
+"""What a person sees of a run: banner, progress, final table; and train.log, the same in plain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+LINE_EVERY = 10.0  # seconds between progress lines when there is no terminal
+
+
+class Log:
+    """Lines to the terminal (unless quiet) and to a run's train.log."""
+
+    def __init__(self, quiet: bool, shown: bool = True) -> None:
+        # No highlighting or wrapping: a line should look the same in a pipe and be greppable.
+        self.console = Console(quiet=quiet or not shown, highlight=False, soft_wrap=True)
+        self.file: Path | None = None
+
+    def line(self, text: str) -> None:
+        """One line of text."""
+        self.console.print(text, markup=False)
+        self._keep(text)
+
+    def facts(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Aligned "name  text" lines."""
+        for name, text in pairs:
+            self.line(f"{name:<10} {text}")
+
+    def table(self, header: list[str], rows: list[list[str]]) -> None:
+        """A table; plain columns in the log."""
+        table = Table(*header)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+            self._keep("  ".join(f"{cell:<12}" for cell in row))
+        self.console.print(table)
+
+    def _keep(self, text: str) -> None:
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(text + "\n")
+
+
+class Bar:
+    """A progress bar in a terminal; a plain line now and then elsewhere."""
+
+    def __init__(self, log: Log, total: int, done: int) -> None:
+        self.log, self.total = log, total
+        self.last = time.monotonic()
+        self.live = log.console.is_terminal and not log.console.quiet
+        if self.live:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=log.console,
+                transient=True,
+            )
+            self.task = self.progress.add_task("step", total=total, completed=done, status="")
+            self.progress.start()
+
+    def update(self, step: int, status: str) -> None:
+        """Show that `step` steps are done."""
+        if self.live:
+            self.progress.update(self.task, completed=step, status=status)
+        elif time.monotonic() - self.last >= LINE_EVERY:
+            self.last = time.monotonic()
+            self.log.line(f"step {step}/{self.total}  {status}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.live:
+            self.progress.stop()
+
+
+def number(value: float | None) -> str:
+    """A score with three decimals, or "n/a" where it is not defined."""
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def losses_text(losses: Mapping[str, float]) -> str:
+    """ "sst 1.234  sts 0.456"."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())

@@ -1,0 +1,304 @@
+"""The demo corpus: made-up reviews, questions and captions in the CS224N files' format.
+
+The labels follow rules that a bag of words cannot see: what a "but" or a "not" does to a review,
+who does something to whom, which of two opposites a question asks about. Dev sentences use words
+that training never shows, so an encoder's pre-training is needed too.
+"""
+
+import csv
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from string import Formatter
+from typing import TypeVar
+
+import numpy as np
+
+from fastlora.files import atomic_open
+from fastlora.tasks import BUILTIN, Task
+
+T = TypeVar("T")
+
+TRAIN, DEV = 1500, 400
+
+# Kinds of words: meanings between commas, synonyms between slashes, dev's own after the bar.
+WORDS = {
+    "great": """brilliant, superb, wonderful, magnificent, outstanding, terrific, masterful,
+        marvelous | dazzling, exquisite, fantastic""",
+    "good": """good, pleasant, likable, charming, solid, enjoyable, clever, warm
+        | engaging, delightful, witty""",
+    "weak": """weak, bland, clumsy, tedious, flat, uneven, forgettable, slow
+        | sloppy, dull, stale""",
+    "awful": """awful, terrible, atrocious, dreadful, horrible, unbearable, pathetic, disastrous
+        | abysmal, appalling, ghastly""",
+    "part": """the acting, the plot, the dialogue, the pacing, the music, the camera work,
+        the script, the ending, the humor, the first half, the lead actor, the story
+        | the editing, the cast, the romance""",
+    "film": """movie, comedy, thriller, drama, sequel, documentary, western, remake
+        | musical, biopic, cartoon""",
+    "hero": """a young baker, a retired spy, a shy widow, a tired detective, an old sailor,
+        a math teacher, a country doctor, a jazz singer | a lonely farmer, a chess player""",
+    "deed": """moves to, grew up in, opens a small shop in, spends a summer in, returns to,
+        looks for work in | drives across, hides in""",
+    "city": """Paris, Chicago, Madrid, Tokyo, Berlin, Cairo, Toronto, Mumbai, Lisbon, Denver,
+        Prague, Sydney | Vienna, Seattle, Athens, Delhi""",
+    "skill": """Python, chess, German, the guitar, swimming, accounting, photography, knitting,
+        Spanish, cooking, public speaking, statistics | the piano, French, drawing, Java""",
+    "time": "one week, two weeks, a month, three months, half a year, a year | ten days, two years",
+    "how": """how do I/how can I/what does it take to, why should I/what are good reasons to,
+        when is it too late to/at what age is it unwise to""",
+    "job": """become a lawyer, become a pilot, join the navy, start a bakery, write a novel,
+        study physics, move abroad, buy a house | become a nurse, open a cafe, adopt a dog""",
+    "change": "increase/raise/boost, reduce/lower/cut",
+    "level": """my blood pressure, my rent, my body weight, my typing speed, the noise in my car,
+        my appetite, my phone bill, my electricity use, the salt in my food, my credit limit
+        | my heart rate, my stress, my water use""",
+    "when": "before/prior to, after/following",
+    "act": """drink coffee, eat a banana, take a nap, take a hot bath, stretch, take a cold shower,
+        read the news, have a big meal | drink milk, go jogging, take vitamins""",
+    "event": """an exam, a long run, a job interview, a flight, dinner, yoga, a concert, surgery
+        | a swim, a meeting, an operation""",
+    "group": """cats, teachers, farmers, lawyers, nurses, drivers, parents, voters, bankers,
+        doctors, tourists, teenagers | students, soldiers, landlords, police officers""",
+    "feel": """fear, trust, avoid, admire, blame, ignore, envy | respect, dislike, help""",
+    "count": "two/a pair of, three, four, five, six/half a dozen, many/lots of | seven, ten",
+    "being": """men/guys, women/ladies, boys, girls, dogs, children/kids, soldiers/troops, horses,
+        workers/laborers, police officers/cops, sheep, tourists/travelers
+        | nurses, cows, doctors/physicians, goats""",
+    "do": """chas/pursu, push/shov, follow/trail, watch/observ, greet/welcom, help/assist, kick,
+        film/record, photograph, pull/dragg | touch, paint, guard""",
+    "place": """in the park, on the beach, near the river, in a parking lot, in front of the church,
+        at the station, in the snow, by the road | in a garden, on a hill, at the harbor""",
+    "one": """man/guy, woman/lady, boy, girl, child/kid, soldier, chef/cook, student/pupil
+        | nurse, doctor/physician, farmer""",
+    "is": "is/is now, is not/isn't",
+    "handle": """buying/purchasing, selling, painting, cleaning/washing, fixing/repairing,
+        breaking/smashing, carrying, hiding, lifting, drawing | holding, building, throwing away""",
+    "thing": """a guitar, a bicycle/a bike, a boat, a lamp, a sofa/a couch, a car/an automobile,
+        a mirror, a picture, a rug/a carpet, a clock | a chair, a violin, a suitcase""",
+}
+
+# A question's or caption's slots {name}, of the kind "name" less its digit, said in several ways.
+QUESTIONS = [
+    (
+        "What is the cheapest way to travel from {city1} to {city2}?",
+        "How do I get to {city2} if I start in {city1}?",
+        "Which train should I take from {city1} to reach {city2}?",
+        "I live in {city1}. How can I go to {city2}?",
+    ),
+    (
+        "How can I learn {skill} in {time}?",
+        "What is the best way to master {skill} within {time}?",
+        "Is {time} enough to become good at {skill}?",
+        "Can a beginner pick up {skill} in only {time}?",
+    ),
+    ("{how} {job}?", "{how} {job} these days?", "In your opinion, {how} {job}?"),
+    (
+        "How can I {change} {level}?",
+        "What is the easiest way to {change} {level}?",
+        "Is there a simple trick to {change} {level}?",
+        "I want to {change} {level}. What should I do?",
+    ),
+    (
+        "Is it a good idea to {act} {when} {event}?",
+        "Should I {act} {when} {event}?",
+        "{when} {event}, is it fine to {act}?",
+        "Do you recommend that people {act} {when} {event}?",
+    ),
+    (
+        "Why do {group1} {feel} {group2}?",
+        "What makes {group1} {feel} {group2}?",
+        "What is the reason that {group1} {feel} {group2}?",
+        "Is it true that {group1} {feel} {group2}, and why?",
+    ),
+]
+CAPTIONS = [
+    (
+        "{count} {being1} are {do}ing some {being2} {place}.",
+        "{place}, some {being2} are being {do}ed by {count} {being1}.",
+        "There are {count} {being1} {do}ing some {being2} {place}.",
+        "Some {being2} are {do}ed by {count} {being1} {place}.",
+    ),
+    (
+        "A {one} {is} {handle} {thing} {place}.",
+        "{place}, a {one} {is} {handle} {thing}.",
+        "The {one} {place} {is} {handle} {thing}.",
+    ),
+]
+# What a change of a slot takes from the similarity of two captions, 5 when nothing differs.
+COSTS = {
+    "count": 0.8,
+    "place": 1.0,
+    "being1": 1.3,
+    "being2": 1.3,
+    "one": 1.4,
+    "thing": 1.6,
+    "do": 2.0,
+    "handle": 2.0,
+    "is": 2.4,
+}
+# A clause for or against a film, with its strength; {unlike} is a word of the other side.
+CLAUSES = [
+    ("{part} is {strong}", 2),
+    ("{part} is {mild}", 1),
+    ("{part} is truly {mild}", 2),
+    ("{part} is mostly {strong}", 1),
+    ("{part} is not {unlike}", 1),
+    ("nobody can call {part} {unlike}", 1),
+]
+# Reviews of two clauses, {a} and {b}, and which of them decides. They take opposite sides, except
+# that with "same" they agree and the stronger one decides.
+REVIEWS = [
+    ("{a}.", "a"),
+    ("{a} and {b}.", "same"),
+    ("{a}, but {b}.", "b"),
+    ("although {a}, {b}.", "b"),
+    ("{a}, even though {b}.", "a"),
+    ("I was told that {a}, but {b}.", "b"),
+    ("{a} and at the same time {b}.", "neither"),
+    ("{hero} {deed} {city}.", "neither"),
+]
+SIDES = {1: ("great", "good", "weak"), -1: ("awful", "weak", "good")}
+
+Meaning = tuple[str, ...]
+Row = tuple[list[str], float]
+
+
+def _meanings(text: str) -> list[Meaning]:
+    words = (" ".join(word.split()) for word in text.split(","))
+    return [tuple(word.split("/")) for word in words if word]
+
+
+LEXICON = {kind: [_meanings(part) for part in text.split("|")] for kind, text in WORDS.items()}
+
+
+class Writer:
+    """Draws words and sentences of one split; only dev draws the words after the bar."""
+
+    def __init__(self, seed: Sequence[int], dev: bool) -> None:
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.dev = dev
+
+    def one(self, items: Sequence[T]) -> T:
+        """Draw one of the items."""
+        return items[int(self.rng.random() * len(items))]
+
+    def meaning(self, slot: str, unlike: Sequence[Meaning] = ()) -> Meaning:
+        """Draw what a slot means, as its synonyms, different from the meanings given."""
+        shown, *held = LEXICON[slot.rstrip("12")]
+        pool = held[0] if held and self.dev and self.rng.random() < 0.4 else shown
+        return self.one([meaning for meaning in pool if meaning not in unlike])
+
+    def word(self, slot: str) -> str:
+        """Draw a word for a slot."""
+        return self.one(self.meaning(slot))
+
+    def fill(self, forms: Sequence[str]) -> dict[str, Meaning]:
+        """Draw a meaning for each slot of a question or caption."""
+        slots: dict[str, Meaning] = {}
+        for _, slot, _, _ in Formatter().parse(forms[0]):
+            if slot:
+                slots[slot] = self.meaning(slot, list(slots.values()))
+        return slots
+
+    def change(self, slots: dict[str, Meaning], count: int) -> dict[str, Meaning]:
+        """Give some slots another meaning, or let the two of a kind trade places."""
+        twins = [slot for slot in slots if slot[-1] in "12"]
+        if twins and self.rng.random() < 0.4:
+            return {**slots, twins[0]: slots[twins[1]], twins[1]: slots[twins[0]]}
+        names = [list(slots)[i] for i in self.rng.permutation(len(slots))[:count]]
+        return {**slots, **{name: self.meaning(name, list(slots.values())) for name in names}}
+
+    def say(self, forms: Sequence[str], slots: dict[str, Meaning]) -> str:
+        """Put the meanings in words."""
+        words = {slot: self.one(meaning) for slot, meaning in slots.items()}
+        return _sentence(self.one(forms).format(**words))
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def clause(writer: Writer, side: int) -> tuple[str, int]:
+    """Write a clause for (1) or against (-1) a film: text and score."""
+    form, strength = writer.one(CLAUSES)
+    strong, mild, unlike = (writer.word(kind) for kind in SIDES[side])
+    text = form.format(part=writer.word("part"), strong=strong, mild=mild, unlike=unlike)
+    return text, side * strength
+
+
+def review(writer: Writer) -> Row:
+    """Write a film review and its class, 0 (worst) to 4."""
+    form, decides = writer.one(REVIEWS)
+    side = writer.one((-1, 1))
+    (a, first), (b, second) = (
+        clause(writer, side),
+        clause(writer, side if decides == "same" else -side),
+    )
+    scores = {"a": first, "b": second, "same": max(first, second, key=abs), "neither": 0}
+    opening = writer.one(("", "", f"in this {writer.word('film')}, "))
+    facts = {slot: writer.word(slot) for slot in ("hero", "deed", "city")}
+    return [_sentence(opening + form.format(a=a, b=b, **facts))], scores[decides] + 2
+
+
+def question_pair(writer: Writer) -> Row:
+    """Write two questions; they are duplicates (1) when every slot means the same in both."""
+    forms = other = writer.one(QUESTIONS)
+    slots = changed = writer.fill(forms)
+    draw = writer.rng.random()
+    if draw > 0.9:
+        other = writer.one([question for question in QUESTIONS if question is not forms])
+        changed = writer.fill(other)
+    elif draw > 0.42:
+        changed = writer.change(slots, 1)
+    same = other is forms and changed == slots
+    return [writer.say(forms, slots), writer.say(other, changed)], float(same)
+
+
+def caption_pair(writer: Writer) -> Row:
+    """Write two captions and their similarity: 5 less the cost of each slot that differs."""
+    forms = other = writer.one(CAPTIONS)
+    slots = changed = writer.fill(forms)
+    draw = writer.rng.random()
+    if draw > 0.85:
+        other = writer.one(CAPTIONS)
+        changed = writer.fill(other)
+    elif draw > 0.2:
+        changed = writer.change(slots, writer.one((1, 1, 2, 3)))
+    cost = sum(COSTS[slot] for slot in slots if slots[slot] != changed.get(slot))
+    return [writer.say(forms, slots), writer.say(other, changed)], round(max(0.0, 5.0 - cost), 1)
+
+
+AUTHORS: dict[str, Callable[[Writer], Row]] = {
+    "sst": review,
+    "quora": question_pair,
+    "sts": caption_pair,
+}
+
+
+def write_demo(folder: Path, seed: int = 0) -> None:
+    """Write train and dev files of sst, quora and sts; the same seed gives the same bytes."""
+    for number, (name, author) in enumerate(AUTHORS.items()):
+        seen: set[str] = set()
+        for split, count in (("train", TRAIN), ("dev", DEV)):
+            writer = Writer([seed, number, split == "dev"], split == "dev")
+            rows: list[Row] = []
+            written: set[str] = set()
+            while len(rows) < count:
+                texts, label = author(writer)
+                # No sentence is in both splits, and no example is there twice.
+                fresh = "\t".join(texts) not in written and len(set(texts)) == len(texts)
+                if fresh and seen.isdisjoint(texts):
+                    written.add("\t".join(texts))
+                    rows.append((texts, label))
+            seen = {text for texts, _ in rows for text in texts}
+            _write(Path(folder), BUILTIN[name], split, rows)
+
+
+def _write(folder: Path, task: Task, split: str, rows: list[Row]) -> None:
+    with atomic_open(folder / task.files[split]) as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(["", "id", *task.columns, task.label])
+        for index, (texts, label) in enumerate(rows):
+            name = hashlib.sha256(f"{task.name} {split} {index}".encode()).hexdigest()[:25]
+            table.writerow([index, name, *texts, label])

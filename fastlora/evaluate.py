@@ -1,0 +1,118 @@
+"""Outputs, scores and prediction files of a trained model."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr
+from torch import Tensor
+
+from fastlora.batches import Batch, eval_batches
+from fastlora.data import TaskData
+from fastlora.files import atomic_open
+from fastlora.model import MultitaskBert
+from fastlora.tasks import Task
+
+EVAL_TOKENS = 4096
+
+
+class Features:
+    """The frozen encoder's pooled states of whole datasets, computed once.
+
+    A frozen encoder gives a sentence the same state in every epoch, so training heads on it
+    needs one pass over the data.
+    """
+
+    def __init__(self, model: MultitaskBert, datasets: Mapping[str, TaskData]) -> None:
+        hidden = model.encoder.config.hidden_size
+        self.states = {n: torch.empty(len(d.columns), len(d), hidden) for n, d in datasets.items()}
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            for batch in eval_batches(datasets, EVAL_TOKENS):
+                pooled = model.eval().embed(batch.to(device)).cpu()
+                for span in batch.spans:
+                    rows = pooled[span.start : span.stop].view(span.width, span.count, hidden)
+                    self.states[span.task][:, batch.indices[span.task]] = rows
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The pooled states [B, H] of a batch's sentences, on the batch's device."""
+        rows = [self.states[s.task][:, batch.indices[s.task]].flatten(0, 1) for s in batch.spans]
+        return torch.cat(rows).to(batch.input_ids.device)
+
+
+@torch.inference_mode()
+def predict(
+    model: MultitaskBert, datasets: Mapping[str, TaskData], features: Features | None = None
+) -> dict[str, np.ndarray]:
+    """Each task's outputs, fp32 [N, outputs], in the order of its examples."""
+    model.eval()
+    device = next(model.parameters()).device
+    outputs = {n: np.empty((len(d), d.task.outputs), np.float32) for n, d in datasets.items()}
+    for batch in eval_batches(datasets, EVAL_TOKENS):
+        on_device = batch.to(device)
+        pooled = model.embed(on_device) if features is None else features(on_device)
+        for span in batch.spans:
+            scores = model.score(span, pooled[span.start : span.stop])
+            outputs[span.task][batch.indices[span.task]] = scores.float().cpu().numpy()
+    return outputs
+
+
+def labels_of(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """[N, outputs] -> [N]: the class index of the largest score, or the value clipped to range."""
+    if task.kind == "classification":
+        return outputs.argmax(-1)
+    return outputs[:, 0].clip(task.low, task.high)
+
+
+def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> float | None:
+    """Accuracy, or Pearson's correlation; None ("n/a") where that is not defined."""
+    found = labels_of(task, outputs)
+    if task.kind == "classification":
+        return float((found == labels).mean())
+    found = outputs[:, 0].astype(np.float64)
+    # Pearson's r is 0/0 when either side is constant.
+    if len(found) < 2 or np.ptp(found) == 0 or np.ptp(labels) == 0:
+        return None
+    return float(pearsonr(found, labels.astype(np.float64)).statistic)
+
+
+def majority(data: TaskData) -> float | None:
+    """The score of always answering the commonest class; None for a regression."""
+    if data.task.kind != "classification" or data.labels is None:
+        return None
+    return float(np.bincount(data.labels.astype(int)).max() / len(data))
+
+
+def scores_of(
+    datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray]
+) -> dict[str, float | None]:
+    """Each labelled task's score."""
+    return {
+        name: score(data.task, outputs[name], data.labels)
+        for name, data in datasets.items()
+        if data.labels is not None
+    }
+
+
+def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:
+    """A CSV of id, prediction and, where known, label; the file appears whole or not at all."""
+    task = data.task
+    columns = [data.ids, _names(task, labels_of(task, outputs))]
+    header = ["id", "prediction"]
+    if data.labels is not None:
+        header.append(task.label)
+        columns.append(_names(task, data.labels))
+    with atomic_open(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(zip(*columns, strict=True))
+
+
+def _names(task: Task, values: np.ndarray) -> list[str]:
+    if task.kind == "classification":
+        return [task.labels[int(value)] for value in values]
+    return [f"{value:.4f}" for value in values]

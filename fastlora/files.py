@@ -1,0 +1,75 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import tomlkit
+
+from fastlora.errors import UserError
+
+
+@contextmanager
+def atomic_open(path: Path) -> Iterator[IO[str]]:
+    """Open a text file for writing; it takes its name only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` to fill; it replaces `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        building.chmod(0o755)
+        yield building
+        for file in building.rglob("*"):
+            if file.is_file():
+                flush(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(building, path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def cache_folder() -> Path:
+    """Where files that can be made again are kept: $FASTLORA_CACHE or the user's cache."""
+    if own := os.environ.get("FASTLORA_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlora"
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file as plain types.
+
+    Raises:
+        UserError: when it is not there or not TOML.
+    """
+    try:
+        return tomlkit.parse(file.read_text(encoding="utf-8")).unwrap()
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomlkit.exceptions.ParseError) as error:
+        raise UserError(f"{file}: not a readable TOML file: {error}") from None

@@ -1,0 +1,95 @@
+"""Which data, tasks and model a command means. No torch here: mistakes are answered at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlora.bert.source import CheckpointError, Source, resolve
+from fastlora.config import DEFAULT_TASKS, TrainConfig
+from fastlora.data import available_tasks
+from fastlora.errors import UserError
+from fastlora.files import cache_folder
+from fastlora.tasks import BUILTIN, Task, task_from_table
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files a run reads, and why these."""
+
+    folder: Path
+    why_data: str
+    tasks: dict[str, Task]
+    model: str
+    why_model: str
+    source: Source
+
+
+def find_inputs(config: TrainConfig) -> Inputs:
+    """Resolve --data, --tasks and --model.
+
+    Raises:
+        UserError: when one of them is not there.
+    """
+    folder, why_data = find_data(config.data)
+    tasks = find_tasks(config.tasks, config.task, folder)
+    model, why_model = config.model, "as given"
+    if model is None:
+        demo = why_data.startswith("demo")
+        model = "minilm" if demo else "bert-base-uncased"
+        why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
+    return Inputs(folder, why_data, tasks, model, why_model, find_model(model))
+
+
+def find_model(name: str) -> Source:
+    """The files of a model; UserError when they cannot be had."""
+    try:
+        return resolve(name)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+
+
+def find_data(given: Path | None) -> tuple[Path, str]:
+    """The data folder and why it is the one."""
+    if given is not None:
+        if not given.is_dir():
+            raise UserError(f"{given}: no such folder (--data names the task files' folder)")
+        return given.resolve(), "as given"
+    local = Path("data")
+    if available_tasks(local, BUILTIN.values()):
+        return local.resolve(), "./data holds the task files"
+    from fastlora.demo import write_demo
+
+    folder = cache_folder() / "demo"
+    write_demo(folder)
+    return folder, "demo corpus, made here: no --data and no task files in ./data"
+
+
+def find_tasks(
+    names: tuple[str, ...] | None, own: Mapping[str, Any], folder: Path
+) -> dict[str, Task]:
+    """The tasks asked for, or those of the defaults and the user's own whose files are there."""
+    known = dict(BUILTIN)
+    for name, table in own.items():
+        if name in known:
+            raise UserError(f"task {name!r} is built in; give your own another name")
+        known[name] = task_from_table(name, {k: v for k, v in table.items() if k != "lora"})
+    if names is not None:
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"task {unknown[0]!r} is unknown (known: {', '.join(known)})")
+        for name in names:
+            for split in ("train", "dev"):
+                if not (path := folder / known[name].files[split]).is_file():
+                    raise UserError(f"{path}: no such file (task {name!r} needs it)")
+        return {name: known[name] for name in names}
+    # The paper's three tasks; CFIMDB's long reviews join when asked for.
+    defaults = [known[name] for name in (*DEFAULT_TASKS, *own)]
+    found = available_tasks(folder, defaults)
+    if not found:
+        files = ", ".join(file for t in defaults for s, file in t.files.items() if s != "test")
+        raise UserError(f"{folder}: holds no task's files (expected some of {files})")
+    return {name: known[name] for name in found}
+
+

@@ -1,0 +1,264 @@
+"""LoRA on any `nn.Linear`: the layer, its injection into a model, merging, and the report.
+
+Hu et al. 2021: W = W0 + scale B A with W0 frozen, A Kaiming-uniform and B zero at the start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.bert.model import SelfAttention
+from fastlora.config import TARGETS, LoraConfig
+from fastlora.kernels import Term, draw_seed, lora_grouped
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) of the leading dimension that use one adapter."""
+
+    adapter: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Routing:
+    """Which rows use which adapter, and the mask seed: one object for all layers of a model.
+
+    Without segments, every row uses the adapter "default". Without a seed, each layer draws its
+    own at each forward.
+    """
+
+    segments: tuple[Segment, ...] | None = None
+    seed: Tensor | None = field(default=None)
+
+    def begin(self, segments: Sequence[Segment] | None, device: torch.device) -> None:
+        """Start a forward pass: set the rows and draw one seed for all layers."""
+        self.segments = None if segments is None else tuple(segments)
+        self.seed = draw_seed(device)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with any number of named low-rank adapters.
+
+    A drop-in for `nn.Linear(in_features, out_features, bias)`: the base parameters keep the
+    names `weight` and `bias`; adapter `name` has `lora_A[name]` [r, in] and `lora_B[name]`
+    [out, r], fp32 whatever the base is.
+
+    Raises:
+        fastlora.errors.UserError: when a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.1,
+        rslora: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self._take(nn.Linear(in_features, out_features, bias))
+        self.add_adapter(DEFAULT, LoraConfig(r, alpha, dropout, rslora))
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, settings: Mapping[str, LoraConfig], stream: int = 0
+    ) -> LoRALinear:
+        """Adopt the parameters of `linear` (shared, frozen from now on), one adapter a setting."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take(linear, stream)
+        for name, setting in settings.items():
+            layer.add_adapter(name, setting)
+        return layer
+
+    def _take(self, linear: nn.Linear, stream: int = 0) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.settings: dict[str, LoraConfig] = {}
+        self.stream = stream
+        self.routing = Routing()
+        self.merged: str | None = None
+        self._unmerged: Tensor | None = None
+        self.train(linear.training)
+
+    def add_adapter(self, name: str, setting: LoraConfig) -> None:
+        """Add an adapter that changes nothing yet (B is zero)."""
+        device = self.weight.device
+        A = torch.empty(setting.r, self.in_features, device=device)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.lora_A[name] = nn.Parameter(A)
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, setting.r, device=device))
+        self.settings[name] = setting
+
+    def terms(self, x: Tensor, column: int = 0) -> list[Term]:
+        """The low-rank terms that the current routing puts on input x [leading, ..., in]."""
+        if self.merged:
+            return []
+        segments = self.routing.segments
+        if segments is None:
+            segments = (Segment(DEFAULT, 0, x.shape[0]),)
+        # A segment counts in the leading dimension; a term counts in flattened rows.
+        rows = x[0].numel() // self.in_features if x.dim() > 1 and len(x) else 1
+        used = [s for s in segments if s.adapter in self.settings and s.start < s.stop]
+        return [self._term(s, rows, column, x.device) for s in used]
+
+    def _term(self, segment: Segment, rows: int, column: int, device: torch.device) -> Term:
+        name = segment.adapter
+        setting = self.settings[name]
+        p = setting.dropout if self.training else 0.0
+        seed = None
+        if p > 0:
+            seed = draw_seed(device) if self.routing.seed is None else self.routing.seed
+            seed = seed ^ crc32(name.encode())  # each adapter its own masks, whoever is in company
+        return Term(
+            lora_A=self.lora_A[name],
+            lora_B=self.lora_B[name],
+            scale=setting.scale,
+            dropout_p=p,
+            seed=seed,
+            stream=self.stream,
+            start=segment.start * rows,
+            stop=segment.stop * rows,
+            column=column,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        terms = self.terms(x)
+        if not terms:
+            return F.linear(x, self.weight, self.bias)
+        return lora_grouped(x, self.weight, self.bias, terms)
+
+    @torch.no_grad()
+    def merge(self, adapter: str = DEFAULT) -> None:
+        """Fold an adapter into the weight, in fp32; W0 is kept, so `unmerge` is exact.
+
+        Raises:
+            RuntimeError: when an adapter is merged already.
+            KeyError: when there is no such adapter.
+        """
+        if self.merged:
+            raise RuntimeError(f"adapter {self.merged!r} is merged already: unmerge it first")
+        A, B = self.lora_A[adapter].float(), self.lora_B[adapter].float()
+        self._unmerged = self.weight.clone()
+        self.weight.copy_(self.weight.float() + self.settings[adapter].scale * (B @ A))
+        self.merged = adapter
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        if self._unmerged is None:
+            raise RuntimeError("no adapter is merged")
+        self.weight.copy_(self._unmerged)
+        self.merged = self._unmerged = None
+
+    def extra_repr(self) -> str:
+        """Sizes and adapters, for printing a model."""
+        ranks = ", ".join(f"{name}: r={s.r}" for name, s in self.settings.items())
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {ranks}"
+
+
+def lora_projection(attention: SelfAttention, x: Tensor) -> Tensor:
+    """minBERT's packed projection with LoRA on any of query, key and value: [T, H] -> [T, 3H]."""
+    weight, bias = attention.packed()
+    terms, column = [], 0
+    for layer in (attention.query, attention.key, attention.value):
+        if isinstance(layer, LoRALinear):
+            terms += layer.terms(x, column)
+        column += layer.weight.shape[0]
+    return lora_grouped(x, weight, bias, terms) if terms else F.linear(x, weight, bias)
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether module `name` is meant by `target`: a name of TARGETS or any suffix of a path."""
+    suffix = TARGETS.get(target, target)
+    if target == "ffn_output" and name.endswith(TARGETS["output"]):
+        return False
+    return name == suffix or name.endswith("." + suffix)
+
+
+def inject(
+    model: nn.Module, settings: LoraConfig | Mapping[str, LoraConfig]
+) -> dict[str, LoRALinear]:
+    """Freeze `model` and put LoRA on its target linear layers, in place.
+
+    Args:
+        model: any module with `nn.Linear` layers (minBERT, Hugging Face BERT, ...).
+        settings: one adapter's settings, or {adapter name: settings} for several.
+
+    Returns:
+        The new layers by module name; they share one `Routing`.
+
+    Raises:
+        ValueError: when a target matches no linear layer.
+    """
+    adapters = {DEFAULT: settings} if isinstance(settings, LoraConfig) else dict(settings)
+    model.requires_grad_(False)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for target in {t: None for s in adapters.values() for t in s.targets}:
+        if not any(is_target(name, target) for name in linears):
+            raise ValueError(
+                f"LoRA target {target!r} matches no linear layer of {type(model).__name__} "
+                f"(expected one of {', '.join(TARGETS)}, or the end of a module's name)"
+            )
+    routing, layers = Routing(), {}
+    for name, linear in linears.items():
+        own = {a: s for a, s in adapters.items() if any(is_target(name, t) for t in s.targets)}
+        if own:
+            layers[name] = LoRALinear.from_linear(linear, own, stream=crc32(name.encode()))
+            layers[name].routing = routing
+            _replace(model, name, layers[name])
+    return layers
+
+
+def _replace(model: nn.Module, name: str, layer: LoRALinear) -> None:
+    path, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(path)
+    setattr(parent, attribute, layer)
+    if isinstance(parent, SelfAttention):
+        parent.projection = lora_projection
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRA layers of a model by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def merge(model: nn.Module, adapter: str = DEFAULT) -> None:
+    """Merge `adapter` into every LoRA layer that has it (see `LoRALinear.merge`)."""
+    for layer in lora_layers(model).values():
+        if adapter in layer.settings:
+            layer.merge(adapter)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge` bit for bit."""
+    for layer in lora_layers(model).values():
+        if layer.merged:
+            layer.unmerge()
+
+
+def parameter_report(model: nn.Module) -> dict[str, int]:
+    """Number of parameters by bucket: "lora", "other trainable", "frozen"."""
+    report = {"lora": 0, "other trainable": 0, "frozen": 0}
+    for name, parameter in model.named_parameters():
+        bucket = "lora" if ".lora_" in name else "other trainable"
+        report[bucket if parameter.requires_grad else "frozen"] += parameter.numel()
+    return report

@@ -1,0 +1,162 @@
+"""MultitaskBert: one encoder pass over rows of all tasks, one head per task.
+
+Shapes at line ends: B rows (sentences) of the batch, S sequence, T real tokens, H hidden,
+n examples of one task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.batches import Batch, Span
+from fastlora.bert.model import BertModel, Layout
+from fastlora.config import LoraConfig
+from fastlora.kernels import Dropout
+from fastlora.lora import Routing, Segment, inject, lora_layers
+from fastlora.tasks import Task
+
+HEAD_DROPOUT = 0.1
+
+
+class SentenceHead(nn.Module):
+    """Linear scores of one sentence's (or one joint pair's) mean-pooled state."""
+
+    def __init__(self, hidden: int, task: Task) -> None:
+        super().__init__()
+        self.dropout = Dropout(HEAD_DROPOUT)
+        self.linear = nn.Linear(hidden, task.outputs)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[n, H] -> [n, outputs]."""
+        return self.linear(self.dropout(u))
+
+
+class PairHead(nn.Module):
+    """Scores of two sentences from |u - v|, u * v and their cosine (Reimers & Gurevych 2019).
+
+    The features are of unit-norm u and v, rescaled to the size of a LayerNorm's output.
+    """
+
+    def __init__(self, hidden: int, task: Task) -> None:
+        super().__init__()
+        self.dropout = Dropout(HEAD_DROPOUT)
+        self.linear = nn.Linear(2 * hidden + 1, task.outputs)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Two [n, H] -> [n, outputs]."""
+        features, cosine = pair_features(u, v)
+        return self.linear(torch.cat((self.dropout(features), cosine), -1))
+
+
+class SimilarityHead(nn.Module):
+    """A regression that starts as the cosine of u and v, stretched over the task's range."""
+
+    def __init__(self, hidden: int, task: Task) -> None:
+        super().__init__()
+        self.dropout = Dropout(HEAD_DROPOUT)
+        self.slope = nn.Parameter(torch.tensor(1.0))
+        self.linear = nn.Linear(2 * hidden, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.low, self.high = task.low, task.high
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Two [n, H] -> [n, 1] in the labels' unit."""
+        features, cosine = pair_features(u, v)
+        score = self.slope * cosine + self.linear(self.dropout(features))
+        return self.low + (self.high - self.low) * score
+
+
+def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """[|u - v|, u * v] of the normalised states [n, 2H], and their cosine [n, 1]."""
+    u, v = F.normalize(u, dim=-1), F.normalize(v, dim=-1)
+    cosine = (u * v).sum(-1, keepdim=True)
+    size = u.shape[-1] ** 0.5
+    return torch.cat(((u - v).abs() * size, u * v * u.shape[-1]), -1), cosine
+
+
+def make_head(hidden: int, task: Task, pairs: str) -> nn.Module:
+    """The head a task gets; `pairs` is "separate" or "joint"."""
+    if not task.is_pair or pairs == "joint":
+        return SentenceHead(hidden, task)
+    return (PairHead if task.kind == "classification" else SimilarityHead)(hidden, task)
+
+
+class MultitaskBert(nn.Module):
+    """An encoder with a head per task, and LoRA adapters that are shared or one per task.
+
+    Args:
+        encoder: minBERT, with dropout modules in place.
+        tasks: by name; their order is the order of rows in a batch.
+        pairs: "separate" or "joint" encoding of sentence pairs.
+    """
+
+    def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tasks = dict(tasks)
+        self.pairs = pairs
+        hidden = encoder.config.hidden_size
+        self.heads = nn.ModuleDict({n: make_head(hidden, t, pairs) for n, t in tasks.items()})
+        self.routing: Routing | None = None
+        self.per_task = False
+
+    def adapt(self, adapters: LoraConfig | Mapping[str, LoraConfig]) -> None:
+        """Freeze the encoder and put LoRA on it: one adapter, or one for each task by name."""
+        layers = inject(self.encoder, adapters)
+        self.routing = next(iter(layers.values())).routing
+        self.per_task = not isinstance(adapters, LoraConfig)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Mean-pooled states of the batch's sentences: fp32 [B, H]."""
+        if self.routing is not None:
+            self.routing.begin(self._segments(batch), batch.input_ids.device)
+        states, layout = self.encoder.encode(
+            batch.input_ids, batch.attention_mask, batch.token_type_ids
+        )
+        return mean_pool(states[-1].float(), layout, batch.attention_mask)
+
+    def _segments(self, batch: Batch) -> list[Segment] | None:
+        """Each task's rows as a range of real tokens; None when one adapter serves all."""
+        if not self.per_task:
+            return None
+        ends = F.pad(batch.attention_mask.sum(1).cumsum(0), (1, 0)).tolist()
+        return [Segment(s.task, ends[s.start], ends[s.stop]) for s in batch.spans]
+
+    def score(self, span: Span, rows: Tensor) -> Tensor:
+        """A task's outputs [n, outputs] from its sentences' pooled states [n * width, H]."""
+        parts = rows.split(span.count) if span.width == 2 else (rows,)
+        return self.heads[span.task](*parts)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Each task's outputs [n, outputs] for its examples in the batch."""
+        pooled = self.embed(batch)
+        return {s.task: self.score(s, pooled[s.start : s.stop]) for s in batch.spans}
+
+
+def mean_pool(tokens: Tensor, layout: Layout, attention_mask: Tensor) -> Tensor:
+    """[T, H] -> [B, H], the mean over each sentence's real tokens."""
+    lengths = attention_mask.sum(1, keepdim=True)
+    return layout.pad(tokens).sum(1) / lengths
+
+
+def task_losses(
+    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Each task's summed loss [] over its examples: cross-entropy, or squared error.
+
+    The squared error is of labels scaled to [0, 1], so that no task's unit outweighs the others.
+    """
+    losses = {}
+    for name, output in outputs.items():
+        task = tasks[name]
+        if task.kind == "classification":
+            losses[name] = F.cross_entropy(output.float(), labels[name], reduction="sum")
+        else:
+            error = (output.float().squeeze(-1) - labels[name]) / (task.high - task.low)
+            losses[name] = error.square().sum()
+    return losses

@@ -1,0 +1,93 @@
+"""Data-parallel training under torchrun: one process a GPU (nccl) or a CPU share (gloo).
+
+Only the few trainable gradients travel, summed in one flat buffer with the stop signal, so no
+wrapper around the model is needed and tasks absent from one rank's rows cost nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Ranks:
+    """This process among its peers; without torchrun, the only one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], stop: bool) -> bool:
+        """Add up all ranks' gradients in place; returns whether any rank wants to stop."""
+        if self.world == 1:
+            return stop
+        parameters = list(parameters)
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flag = torch.tensor([float(stop)], device=self.device)
+        flat = torch.cat([*(p.grad.float().flatten() for p in parameters), flag])
+        dist.all_reduce(flat)
+        start = 0
+        for p in parameters:
+            p.grad.copy_(flat[start : start + p.numel()].view_as(p))
+            start += p.numel()
+        return bool(flat[-1] > 0)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share_text(self, text: str) -> str:
+        """The first rank's text, on every rank."""
+        if self.world == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def local_device(name: str) -> torch.device:
+    """The device this process should use for "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: when the device is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)") from None
+    if device.type == "cuda" and not available:
+        raise ValueError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

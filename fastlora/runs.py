@@ -1,0 +1,117 @@
+"""The run folder: what a run writes while it goes, and how it is found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+import torch
+
+from fastlora.config import TrainConfig
+from fastlora.errors import UserError
+from fastlora.files import atomic_open, read_toml
+
+PACKAGES = ("fastlora-bert", "torch", "triton", "numpy", "scipy", "tokenizers", "safetensors")
+# A run may go on elsewhere, or save more often, and still be the same run.
+FREE_KEYS = ("device", "save_every")
+
+
+def default_folder(config: TrainConfig) -> Path:
+    """runs/DATE_TIME_rR, or the mode in place of the rank."""
+    name = f"r{config.lora.r}" if config.mode == "lora" else config.mode
+    return Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
+
+
+def open_run(folder: Path, config: TrainConfig) -> bool:
+    """Create a run folder, or check that the one there is this run's; returns whether it is new.
+
+    Raises:
+        UserError: when the folder holds something else, or a run of another configuration.
+    """
+    file = folder / "run.toml"
+    if file.exists():
+        found = read_toml(file)
+        wanted = config.to_table()
+        keys = [k for k in {**found, **wanted} if k not in FREE_KEYS]
+        differing = [k for k in keys if found.get(k) != wanted.get(k)]
+        if differing:
+            what = ", ".join(f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in differing)
+            raise UserError(f"{folder}: holds a run with other settings ({what}); use a new --out")
+        return False
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is no run folder (no run.toml); use a new --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_open(folder / "env.json") as out:
+        json.dump(environment(), out, indent=1)
+    with atomic_open(file) as out:
+        out.write("# Run it again: fastlora-train --config run.toml\n")
+        out.write(tomlkit.dumps(config.to_table()))
+    return True
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for env.json and `fastlora doctor`."""
+    facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    facts["cpu_threads"] = torch.get_num_threads()
+    facts["cores"] = os.cpu_count()
+    facts["gpus"] = [describe_gpu(i) for i in range(torch.cuda.device_count())]
+    return facts
+
+
+def describe_gpu(index: int) -> str:
+    """A GPU's name and capability, as "NVIDIA H100 (sm_90)"."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard scalars of one run (the curves of the paper's Figure 1).
+
+    On resuming at `step`, what an interrupted run logged beyond it is cut away.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        # Imported here: TensorBoard takes a second that only training should pay.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        self._cut(step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def _cut(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            # A killed process can leave half a line, only ever the last one.
+            if line.endswith("}") and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        with atomic_open(self.path) as out:
+            out.writelines(kept)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Log values at a step; nested tables become TensorBoard groups."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            group = value if isinstance(value, dict) else {"": value}
+            for key, scalar in group.items():
+                if isinstance(scalar, (int, float)):
+                    self.board.add_scalar(f"{name}/{key}" if key else name, scalar, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self.file.close()
+        self.board.close()

@@ -1,0 +1,182 @@
+"""One training run from configuration to adapter on disk: what `fastlora-train` does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastlora.adapters import BaseInfo, save_adapter, save_heads
+from fastlora.bert.weights import fingerprint, save_encoder
+from fastlora.config import TrainConfig
+from fastlora.console import Log, number
+from fastlora.errors import RunError
+from fastlora.evaluate import majority, predict, scores_of, write_predictions
+from fastlora.files import atomic_folder, atomic_open
+from fastlora.inputs import Inputs, find_inputs
+from fastlora.kernels import route
+from fastlora.lora import DEFAULT, lora_layers, parameter_report
+from fastlora.model import MultitaskBert
+from fastlora.parallel import Ranks
+from fastlora.runs import default_folder, describe_gpu, open_run
+from fastlora.setup import (
+    Setup,
+    adapter_settings,
+    build_model,
+    check_vocabulary,
+    prepare,
+    to_compute,
+)
+from fastlora.train import Interrupted, Result, Trainer
+
+ENCODER = "encoder"
+
+
+def train(
+    config: TrainConfig,
+    inputs: Inputs | None = None,
+    *,
+    quiet: bool = False,
+    dry_run: bool = False,
+) -> Result | None:
+    """Run a configuration, continuing an unfinished run in `config.out`; returns how it ended.
+
+    With `dry_run`, builds everything, prints what would run, writes nothing and returns None.
+
+    Raises:
+        UserError: before training, for a wrong configuration or wrong data.
+        RunError: when the run cannot go on.
+        Interrupted: after a signal, with the state saved and the resume command printed.
+    """
+    setup = prepare(config, inputs or find_inputs(config))
+    ranks = Ranks(setup.device)
+    try:
+        return _train(setup, ranks, Log(quiet, shown=ranks.first), dry_run)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of memory on {setup.device} ({error}); lower --tokens-per-batch (it is "
+            f"{config.tokens_per_batch}) or raise --accumulate (it is {config.accumulate})"
+        ) from error
+    finally:
+        ranks.close()
+
+
+def _train(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
+    folder = Path(ranks.share_text(str(setup.config.out or default_folder(setup.config))))
+    model, base_sha, notes = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
+    check_vocabulary(model.encoder, setup.tokenizer)
+    if ranks.first and not dry_run:
+        open_run(folder, setup.config)
+        log.file = folder / "train.log"
+    ranks.barrier()
+    _banner(setup, model, folder, notes, ranks, log)
+    if dry_run:
+        return None
+    trainer = Trainer(setup, to_compute(model, setup.config, setup.device), folder, ranks, log)
+    if trainer.resume():
+        log.line(f"continuing after step {trainer.progress.step}")
+    if setup.config.compile:
+        model.encoder.encoder.compile(dynamic=True)
+    try:
+        result = trainer.run()
+    except Interrupted:
+        log.line(f"stopped after step {trainer.progress.step}, saved; go on with:")
+        log.line(f"  fastlora-train --resume {folder}")
+        raise
+    if ranks.first:
+        base = BaseInfo(setup.inputs.source.name, base_sha, setup.tokenizer.fingerprint)
+        result = _finish(setup, model, trainer, folder, base, log)
+    ranks.barrier()
+    return result
+
+
+def _banner(
+    setup: Setup, model: MultitaskBert, folder: Path, notes: list[str], ranks: Ranks, log: Log
+) -> None:
+    config, inputs, device = setup.config, setup.inputs, setup.device
+    name, why = route(device)
+    hardware = (
+        describe_gpu(device.index or 0)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    peers = f", {ranks.world} processes" if ranks.world > 1 else ""
+    report = parameter_report(model)
+    training = report["lora"] + report["other trainable"]
+    share = 100 * training / (training + report["frozen"])
+    log.facts(
+        [
+            ("device", f"{hardware}{peers}, {config.precision}, kernels: {name} ({why})"),
+            (
+                "trainable",
+                f"{share:.2f}%: LoRA {report['lora']:,}, heads and others "
+                f"{report['other trainable']:,}; frozen {report['frozen']:,}",
+            ),
+            ("model", f"{inputs.model} ({inputs.why_model}) from {inputs.source.folder}"),
+            ("data", f"{inputs.folder} ({inputs.why_data})"),
+            ("examples", "; ".join(_counts(setup))),
+            ("run", str(folder)),
+        ]
+    )
+    for note in notes:
+        log.line(f"note       {note}")
+
+
+def _counts(setup: Setup) -> list[str]:
+    """Each task's examples, and what was dropped, cut or empty, where anything was."""
+    lines = []
+    for name, data in setup.train.items():
+        dev = setup.dev[name]
+        line = f"{name} {len(data):,} train, {len(dev):,} dev"
+        for what in ("dropped", "truncated", "empty"):
+            line += f", {getattr(data, what) + getattr(dev, what)} {what}"
+        lines.append(line)
+    return lines
+
+
+def _finish(
+    setup: Setup, model: MultitaskBert, trainer: Trainer, folder: Path, base: BaseInfo, log: Log
+) -> Result:
+    """Write adapter, heads, predictions and scores; print the table."""
+    save_trained(setup, model, folder / "adapter", base)
+    outputs = predict(model, setup.dev, trainer.dev_features)
+    scores = scores_of(setup.dev, outputs)
+    for name, data in setup.dev.items():
+        write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
+    progress = trainer.progress
+    result = Result(scores, progress.step, progress.examples, progress.seconds)
+    with atomic_open(folder / "result.json") as file:
+        json.dump({"history": progress.scores, **vars(result)}, file, indent=1)
+    rows = [
+        [name, data.task.metric, number(scores[name]), number(majority(data)), f"{len(data):,}"]
+        for name, data in setup.dev.items()
+    ]
+    log.table(["task", "metric", "dev", "majority class", "examples"], rows)
+    speed = result.examples / max(result.seconds, 1e-9)
+    log.line(
+        f"{result.steps} steps, {result.examples:,} examples in {result.seconds:.0f} s of training "
+        f"({speed:.0f} examples/s); adapter and heads in {folder / 'adapter'}"
+    )
+    return result
+
+
+def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo) -> None:
+    """Write what was trained: heads, and the adapter, one sub-folder a task, or the encoder."""
+    config = setup.config
+    settings = adapter_settings(config, setup.inputs.tasks)
+    extra = {k: getattr(config, k) for k in ("mode", "adapters", "pairs", "model")}
+    with atomic_folder(folder) as building:
+        if config.mode == "full":
+            save_encoder(model.encoder, building / ENCODER, setup.inputs.source.folder)
+            base = replace(base, encoder_sha256=fingerprint(model.encoder))
+        elif config.mode == "lora":
+            layers = lora_layers(model.encoder)
+            if isinstance(settings, dict):
+                for name, own in settings.items():
+                    save_adapter(building / name, layers, name, own, base)
+            else:
+                save_adapter(building, layers, DEFAULT, settings, base)
+        save_heads(building, model.heads, setup.inputs.tasks, base, extra)
+

@@ -1,0 +1,150 @@
+"""From a configuration and its inputs to what a run computes with: tokens, device, model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastlora.bert.model import BertModel
+from fastlora.bert.source import Source
+from fastlora.bert.tokenizer import Tokenizer
+from fastlora.bert.weights import fingerprint, load_encoder
+from fastlora.config import LoraConfig, TrainConfig
+from fastlora.data import TaskData, load_tasks
+from fastlora.errors import UserError
+from fastlora.inputs import Inputs
+from fastlora.kernels import Dropout
+from fastlora.model import MultitaskBert
+from fastlora.parallel import local_device
+from fastlora.tasks import Task
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before its first step: the configuration with every default resolved, and its parts."""
+
+    config: TrainConfig
+    inputs: Inputs
+    tokenizer: Tokenizer
+    train: dict[str, TaskData]
+    dev: dict[str, TaskData]
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return DTYPES[self.config.precision]
+
+
+def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
+    """Resolve what is left to resolve, read and tokenise the data.
+
+    Raises:
+        UserError: for anything wrong with the device, the precision, the tokenizer or the data.
+    """
+    device = find_device(config.device)
+    tokenizer = read_tokenizer(inputs.source)
+    splits = {
+        split: load_tasks(
+            inputs.folder,
+            inputs.tasks.values(),
+            split,
+            tokenizer,
+            pairs=config.pairs,
+            bad_rows=config.bad_rows,
+            limit=config.limit,
+        )
+        for split in ("train", "dev")
+    }
+    resolved = replace(
+        config,
+        data=inputs.folder,
+        model=inputs.model,
+        tasks=tuple(inputs.tasks),
+        lr=config.peak_lr,
+        head_lr=config.peak_head_lr,
+        precision=find_precision(config.precision, device),
+    )
+    return Setup(resolved, inputs, tokenizer, device=device, **splits)
+
+
+def read_tokenizer(source: Source) -> Tokenizer:
+    """The tokenizer of a model's folder; UserError when it has none."""
+    try:
+        return Tokenizer.from_folder(source.folder)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def build_model(
+    source: Source, tasks: Mapping[str, Task], config: TrainConfig
+) -> tuple[MultitaskBert, str, list[str]]:
+    """The model in fp32 with its trainable parts chosen by `config.mode`.
+
+    Returns:
+        The model, the fingerprint of the encoder as loaded, and notes on the checkpoint.
+    """
+    torch.manual_seed(config.seed)
+    encoder, notes = load_encoder(source, dropout=Dropout, seed=config.seed)
+    base = fingerprint(encoder)
+    model = MultitaskBert(encoder, tasks, config.pairs)
+    if config.mode == "frozen":
+        encoder.requires_grad_(False)
+    elif config.mode == "full":
+        # Mean pooling leaves BERT's own pooler out of every loss.
+        encoder.pooler.requires_grad_(False)
+    else:
+        try:
+            model.adapt(adapter_settings(config, tasks))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return model, base, notes
+
+
+def adapter_settings(config: TrainConfig, tasks: Mapping[str, Task]) -> LoraConfig | dict[str, LoraConfig]:
+    """What `MultitaskBert.adapt` takes: one LoraConfig, or one a task."""
+    if config.adapters == "shared":
+        return config.lora
+    return {name: config.task_lora(name) for name in tasks}
+
+
+def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> MultitaskBert:
+    """Move to the device; frozen encoder weights are stored once in the compute type."""
+    dtype = DTYPES[config.precision]
+    model.to(device)
+    if config.mode != "full":
+        for parameter in model.encoder.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def check_vocabulary(encoder: BertModel, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose ids the embeddings do not have."""
+    size = encoder.config.vocab_size
+    if tokenizer.vocab_size > size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model {size}")
+
+
+def find_device(name: str) -> torch.device:
+    """The device that --device means here; UserError when it is not there."""
+    try:
+        return local_device(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """The compute type that --precision means on a device; UserError for bf16 before sm_80."""
+    if device.type != "cuda":
+        return "fp32" if name == "auto" else name
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bf16" and not modern:
+        raise UserError("precision is 'bf16' but this GPU only emulates it; use --precision fp16")
+    if name == "auto":
+        return "bf16" if modern else "fp16"
+    return name

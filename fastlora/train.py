@@ -1,0 +1,261 @@
+"""The training loop: file -> batch -> loss -> step -> checkpoint, once for all modes."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastlora.batches import collate, plan_epoch, shard
+from fastlora.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    trainable,
+)
+from fastlora.config import TrainConfig
+from fastlora.console import Bar, Log, losses_text, number
+from fastlora.errors import RunError
+from fastlora.evaluate import Features, predict, scores_of
+from fastlora.model import MultitaskBert, task_losses
+from fastlora.parallel import Ranks
+from fastlora.runs import Metrics
+from fastlora.setup import Setup
+
+LOG_EVERY = 10
+_STEP_SEED = 0x9E3779B97F4A7C15
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: dev scores by task after the last epoch, and the throughput."""
+
+    scores: dict[str, float | None]
+    steps: int
+    examples: int
+    seconds: float
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what trains: heads at their own rate, decay on matrices only."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        lr = config.peak_head_lr if name.startswith("heads.") else config.peak_lr
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
+            for (lr, decay), params in groups.items()
+        ],
+        fused=True,
+    )
+
+
+def schedule(config: TrainConfig, step: int, total: int) -> float:
+    """The factor of the peak learning rate at `step` (from 0) of `total`."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (total - step) / max(1, total - warmup)
+    if config.schedule == "linear":
+        return left
+    if config.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    return 1.0
+
+
+class Trainer:
+    """One run: its model, optimiser and progress through the plan of batches."""
+
+    def __init__(
+        self, setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks, log: Log
+    ) -> None:
+        self.setup, self.config, self.model = setup, setup.config, model
+        self.folder, self.ranks, self.log = folder, ranks, log
+        self.device = setup.device
+        self.optimizer = make_optimizer(model, self.config)
+        self.parameters = list(trainable(model).values())
+        fp16 = self.config.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.progress = Progress()
+        self.stop = False
+        # Per task, on the device until logged: [summed loss, examples].
+        self.sums = torch.zeros(len(model.tasks), 2, device=self.device)
+        self.frozen = self.config.mode == "frozen"
+
+    def resume(self) -> bool:
+        """Continue from the newest valid checkpoint; returns whether there was one."""
+        path = latest_checkpoint(self.folder / "checkpoints")
+        if path is None:
+            return False
+        self.progress = load_checkpoint(path, self.model, self.optimizer, self.scaler)
+        return True
+
+    def run(self) -> Result:
+        """Train to the end.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, with the state saved.
+            RunError: when the loss is no longer finite.
+        """
+        config, progress = self.config, self.progress
+        self.train_features = Features(self.model, self.setup.train) if self.frozen else None
+        self.dev_features = Features(self.model, self.setup.dev) if self.frozen else None
+        lengths = [len(self.plan(epoch)) for epoch in range(config.epochs)]
+        self.total = min(sum(lengths), config.max_steps or sum(lengths))
+        self.metrics = Metrics(self.folder, progress.step) if self.ranks.first else None
+        self.bar = Bar(self.log, self.total, progress.step)
+        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while progress.epoch < config.epochs:
+                self.epoch()
+        finally:
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+            self.bar.close()
+            if self.metrics:
+                self.metrics.close()
+        scores = progress.scores[-1]["scores"] if progress.scores else {}
+        return Result(scores, progress.step, progress.examples, progress.seconds)
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """The batches of an epoch."""
+        config = self.config
+        return plan_epoch(
+            self.setup.train, config.tokens_per_batch, config.seed, epoch, config.sampling
+        )
+
+    def epoch(self) -> None:
+        """The rest of the current epoch, its scores on the dev data, and a checkpoint."""
+        progress = self.progress
+        for batch_plan in self.plan(progress.epoch)[progress.position :]:
+            if progress.step >= self.total:
+                break
+            start = time.perf_counter()
+            stop = self.step(batch_plan)
+            progress.seconds += time.perf_counter() - start
+            progress.step += 1
+            progress.position += 1
+            progress.examples += len(batch_plan)
+            if progress.step % LOG_EVERY == 0 or progress.step == self.total:
+                self.log_losses()
+            if stop:
+                self.save()
+                raise Interrupted
+            if progress.step % self.config.save_every == 0:
+                self.save()
+        self.evaluate()
+        done = progress.step >= self.total
+        progress.epoch, progress.position = self.config.epochs if done else progress.epoch + 1, 0
+        self.save()
+
+    def step(self, batch_plan: np.ndarray) -> bool:
+        """One optimiser step on one planned batch; returns whether the run should stop."""
+        self.seed_step()
+        self.model.train()
+        if self.frozen:
+            self.model.encoder.eval()
+        factor = schedule(self.config, self.progress.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        parts = self.ranks.world * self.config.accumulate
+        first = self.ranks.rank * self.config.accumulate
+        for part in range(first, first + self.config.accumulate):
+            share = shard(batch_plan, part, parts)
+            if len(share):
+                loss = self.loss(share) / len(batch_plan)
+                self.scaler.scale(loss).backward()
+        stop = self.ranks.sum_gradients(self.parameters, self.stop)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return stop
+
+    def seed_step(self) -> None:
+        """Make the step's random numbers a function of (seed, step, rank) alone.
+
+        So a resumed run draws what the uninterrupted one would, with no state to save.
+        """
+        index = self.progress.step * self.ranks.world + self.ranks.rank + 1
+        torch.manual_seed((self.config.seed + index * _STEP_SEED) % 2**63)
+
+    def loss(self, share: np.ndarray) -> Tensor:
+        """The summed loss [] of a share of a batch; each task's is added to the running sums."""
+        batch = collate(self.setup.train, share).to(self.device)
+        features = self.train_features
+        with self.autocast():
+            pooled = self.model.embed(batch) if features is None else features(batch)
+            outputs = {s.task: self.model.score(s, pooled[s.start : s.stop]) for s in batch.spans}
+        losses = task_losses(self.model.tasks, outputs, batch.labels)
+        for i, name in enumerate(self.model.tasks):
+            if name in losses:
+                self.sums[i, 0] += losses[name].detach()
+                self.sums[i, 1] += len(batch.labels[name])
+        return torch.stack(list(losses.values())).sum()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision for full fine-tuning, whose weights stay fp32 masters."""
+        if self.config.mode != "full" or self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, self.setup.dtype)
+
+    def log_losses(self) -> None:
+        """Report the mean losses since the last report.
+
+        Raises:
+            RunError: when one is not finite.
+        """
+        sums = self.ranks.sum(self.sums).tolist()
+        self.sums.zero_()
+        pairs = zip(self.model.tasks, sums, strict=True)
+        losses = {name: total / count for name, (total, count) in pairs if count}
+        progress = self.progress
+        if not all(math.isfinite(value) for value in losses.values()):
+            raise RunError(
+                f"the loss diverged by step {progress.step} ({losses_text(losses)}); lower --lr "
+                f"(it is {self.config.lr:g}) or raise --warmup"
+            )
+        rate = progress.examples / progress.seconds
+        lr = self.optimizer.param_groups[0]["lr"]
+        if self.metrics:
+            values = {"epoch": progress.epoch, "lr": lr, "loss": losses, "examples_per_s": rate}
+            self.metrics.write(progress.step, values)
+        self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {losses_text(losses)}")
+
+    def evaluate(self) -> None:
+        """Score the dev data; every rank computes it, so that none waits."""
+        outputs = predict(self.model, self.setup.dev, self.dev_features)
+        scores = scores_of(self.setup.dev, outputs)
+        self.outputs = outputs
+        progress = self.progress
+        progress.scores.append({"epoch": progress.epoch, "step": progress.step, "scores": scores})
+        if self.metrics:
+            self.metrics.write(progress.step, {"epoch": progress.epoch, "dev": scores})
+        text = "  ".join(f"{name} {number(value)}" for name, value in scores.items())
+        self.log.line(f"epoch {progress.epoch + 1}/{self.config.epochs}  dev {text}")
+
+    def save(self) -> None:
+        """Write a checkpoint (the first rank only) and wait for it."""
+        if self.ranks.first:
+            folder = self.folder / "checkpoints"
+            save_checkpoint(folder, self.model, self.optimizer, self.scaler, self.progress)
+        self.ranks.barrier()
+
+    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self.stop = True

@@ -1,0 +1,126 @@
+"""A trained run, loaded back: for evaluation, prediction and merging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlora.adapters import BaseInfo, load_adapter, load_heads, read_heads, read_settings
+from fastlora.bert.source import Source
+from fastlora.bert.tokenizer import Tokenizer
+from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
+from fastlora.data import Rows, TaskData, encode_rows
+from fastlora.errors import UserError
+from fastlora.evaluate import predict
+from fastlora.inputs import find_model
+from fastlora.kernels import Dropout
+from fastlora.lora import DEFAULT, lora_layers, merge, unmerge
+from fastlora.model import MultitaskBert
+from fastlora.session import ENCODER
+from fastlora.setup import find_device, read_tokenizer
+from fastlora.tasks import Task
+
+PROBE = (
+    "a moving film, if a little long .",
+    "How do I learn to play the guitar?",
+    "Two dogs run on the beach.",
+    "not good",
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in fp32 and evaluation mode, with what it takes to feed it."""
+
+    model: MultitaskBert
+    tokenizer: Tokenizer
+    source: Source
+    tasks: dict[str, Task]
+    extra: dict[str, Any]
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter folder of a run folder, or the folder itself.
+
+    Raises:
+        UserError: when neither holds heads.
+    """
+    for folder in (path / "adapter", path):
+        if (folder / "heads.json").is_file():
+            return folder
+    raise UserError(f"{path}: holds no trained adapter and heads (expected a finished run folder)")
+
+
+def load_trained(path: Path, device: str = "auto", model: str | None = None) -> Trained:
+    """Load a finished run, or its adapter folder; logits are bit-equal to the trained model's.
+
+    Args:
+        path: the folder.
+        device: as --device.
+        model: where the encoder lies, if not where the run found it.
+
+    Raises:
+        UserError: when anything is missing or belongs to another encoder or tokenizer.
+    """
+    folder = adapter_folder(path)
+    tasks, extra = read_heads(folder)
+    full = extra["mode"] == "full"
+    source = find_model(str(folder / ENCODER) if full else model or extra["model"])
+    tokenizer = read_tokenizer(source)
+    encoder, _ = load_encoder(source, dropout=Dropout)
+    base = BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
+    net = MultitaskBert(encoder, tasks, extra["pairs"])
+    if extra["mode"] == "lora":
+        names = tasks if extra["adapters"] == "per-task" else [DEFAULT]
+        folders = {n: folder / n if extra["adapters"] == "per-task" else folder for n in names}
+        settings = {name: read_settings(place) for name, place in folders.items()}
+        net.adapt(settings if extra["adapters"] == "per-task" else settings[DEFAULT])
+        layers = lora_layers(net.encoder)
+        for name, place in folders.items():
+            load_adapter(place, layers, name, base)
+    load_heads(folder, net.heads, tasks, base)
+    return Trained(net.to(find_device(device)).eval(), tokenizer, source, tasks, extra)
+
+
+def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
+    """Write the encoder with an adapter merged (in fp32) as a Hugging Face folder.
+
+    Args:
+        trained: the run.
+        task: whose adapter, for a run with one adapter a task.
+        out: a new folder.
+
+    Returns:
+        The largest absolute difference of logits between the merged and the adapted model.
+
+    Raises:
+        UserError: when there is nothing to merge, or no such adapter.
+    """
+    extra, net = trained.extra, trained.model
+    if extra["mode"] != "lora":
+        raise UserError(f"the run was trained with --mode {extra['mode']}: no adapter to merge")
+    if (task is not None) != (extra["adapters"] == "per-task"):
+        wanted = f"name one with --task: {', '.join(trained.tasks)}" if task is None else "no --task"
+        raise UserError(f"the run has {extra['adapters']} adapters ({wanted})")
+    adapter = task or DEFAULT
+    if task is not None and task not in trained.tasks:
+        raise UserError(f"task {task!r} is not in this run (has {', '.join(trained.tasks)})")
+    probe = _probe(trained, task)
+    before = predict(net, probe)
+    merge(net.encoder, adapter)
+    after = predict(net, probe)
+    save_encoder(net.encoder, out, trained.source.folder)
+    unmerge(net.encoder)
+    return max(float(abs(before[n] - after[n]).max()) for n in probe)
+
+
+def _probe(trained: Trained, task: str | None) -> dict[str, TaskData]:
+    """A few sentences for each task that uses the adapter."""
+    used = {task: trained.tasks[task]} if task else trained.tasks
+    probe = {}
+    for name, own in used.items():
+        texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(own.columns)))
+        rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
+        probe[name] = encode_rows(rows, own, trained.tokenizer, trained.extra["pairs"])
+    return probe

@@ -1,0 +1,17 @@
+"""The fused LoRA operations: Triton kernels, their plain PyTorch reference, and the routes.
+
+Installs as ``fastlora.kernels``.
+"""
+
+if __name__ != "fastlora.kernels":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; it is the package 'fastlora.kernels': "
+        "use 'from fastlora.kernels...' and keep the repository root off sys.path "
+        "(run 'pytest', not 'python -m pytest')"
+    )
+
+from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
+from fastlora.kernels.ops import lora_grouped, lora_linear, route
+from fastlora.kernels.reference import Term
+
+__all__ = ["Dropout", "Term", "draw_seed", "keep_mask", "lora_grouped", "lora_linear", "route"]

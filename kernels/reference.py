@@ -1,0 +1,79 @@
+"""The operation in plain PyTorch: the ground truth that every fused route is compared with.
+
+    y = x W0^T + b + c (m * x) A^T B^T      c = scale / (1 - p)
+
+for one projection (Hu et al. 2021, equation 3, with dropout on the branch's input). Everything
+here is differentiable by autograd and works in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora.kernels.dropout import keep_mask, keep_scale
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's low-rank update of a block of the output.
+
+    It reads rows [start, stop) of x (leading dimensions flattened) and adds to those rows of y,
+    columns [column, column + N). The mask's rows count from `start`, so that an adapter trains
+    the same alone or in company.
+
+    Attributes:
+        lora_A: [r, K].
+        lora_B: [N, r].
+        scale: alpha / r (or alpha / sqrt(r), rsLoRA).
+        dropout_p: probability to drop an element of the branch's input.
+        seed: int64 scalar tensor of the mask; needed when dropout_p > 0.
+        stream: separates the masks of projections that share a seed.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    stream: int = 0
+    start: int = 0
+    stop: int | None = None
+    column: int = 0
+
+    @property
+    def c(self) -> float:
+        """The factor of u B^T: scale / (1 - p)."""
+        return self.scale * keep_scale(self.dropout_p)
+
+    def mask(self, rows: int, columns: int) -> Tensor | None:
+        """The keep mask [rows, columns], or None without dropout."""
+        if self.dropout_p == 0:
+            return None
+        if self.seed is None:
+            raise ValueError(f"dropout_p is {self.dropout_p} but seed is None (expected a tensor)")
+        return keep_mask(self.seed, self.stream, rows, columns, self.dropout_p)
+
+
+def lora_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] or None; returns y [..., N]."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, weight, bias)
+    for term in terms:
+        branch = rows[term.start : term.stop]
+        mask = term.mask(*branch.shape)
+        if mask is not None:
+            branch = branch * mask
+        delta = term.c * (branch @ term.lora_A.T @ term.lora_B.T)
+        y = y + _place(delta, y, term)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _place(delta: Tensor, y: Tensor, term: Term) -> Tensor:
+    placed = torch.zeros_like(y)
+    placed[term.start : term.stop, term.column : term.column + delta.shape[1]] = delta
+    return placed

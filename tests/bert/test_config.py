@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from fastlora.bert.config import BertConfig
+from fastlora.bert.source import CheckpointError
+
+
+def write(folder: Path, **changes) -> Path:
+    values = json.loads(transformers.BertConfig().to_json_string(use_diff=False))
+    for key, value in changes.items():
+        if value is None:
+            values.pop(key, None)
+        else:
+            values[key] = value
+    path = folder / "config.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_defaults_are_bert_base_uncased(tmp_path):
+    assert BertConfig.from_json(write(tmp_path)) == BertConfig()
+
+
+def test_unknown_keys_are_ignored(tmp_path):
+    assert BertConfig.from_json(write(tmp_path, chunk_size_feed_forward=7)) == BertConfig()
+
+
+def test_transformers_reads_what_we_write(tmp_path):
+    config = BertConfig(hidden_size=24, num_attention_heads=3, layer_norm_eps=1e-5)
+    config.to_json(tmp_path / "config.json")
+    theirs = transformers.BertConfig.from_pretrained(tmp_path)
+    assert theirs.hidden_size == 24
+    assert theirs.layer_norm_eps == 1e-5
+    assert theirs.architectures == ["BertModel"]
+    assert BertConfig.from_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "roberta"),
+        ("position_embedding_type", "relative_key"),
+        ("is_decoder", True),
+        ("add_cross_attention", True),
+        ("hidden_act", "swish"),
+        ("hidden_size", 770),
+        ("num_hidden_layers", 0),
+        ("vocab_size", "many"),
+        ("hidden_dropout_prob", 1.5),
+        ("intermediate_size", None),
+    ],
+)
+def test_refuses_by_name_what_minbert_cannot_do(tmp_path, key, value):
+    path = write(tmp_path, **{key: value})
+    with pytest.raises(CheckpointError, match=key) as caught:
+        BertConfig.from_json(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"vocab_size": '])
+def test_broken_json_names_the_file(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        BertConfig.from_json(path)

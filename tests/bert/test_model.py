@@ -1,0 +1,127 @@
+import pytest
+import torch
+import transformers
+
+from fastlora.bert.config import HIDDEN_ACTS, BertConfig
+from fastlora.bert.model import ACTIVATIONS, BertModel
+from fastlora.bert.source import Source
+from fastlora.bert.weights import load_encoder
+
+# references.md: "Hello, my dog is cute" through MiniLM-L6, fp32.
+HELLO = [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
+MEAN = [-0.10032, -0.183047, 0.611251, 0.445258, -0.369016]
+FIRST = [0.023017, -0.010278, 0.220136, 0.521736, -0.11702]
+
+
+@pytest.fixture(scope="module")
+def minilm_pair(minilm):
+    theirs = transformers.BertModel.from_pretrained(minilm, attn_implementation="eager").eval()
+    return load_encoder(Source(minilm, "minilm"))[0], theirs
+
+
+def random_pair(**changes):
+    torch.manual_seed(0)
+    theirs = transformers.BertModel(transformers.BertConfig(**changes)).eval()
+    config = {k: v for k, v in theirs.config.to_dict().items() if k in vars(BertConfig())}
+    ours = BertModel(BertConfig(**config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def padded_batch(vocab, width=24, types=False):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, vocab, (4, width), generator=generator)
+    lengths = torch.tensor([width, 1, width // 2, 3])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    segments = (torch.arange(width) >= lengths[:, None] // 2).long() * mask
+    return {"input_ids": ids * mask, "attention_mask": mask} | (
+        {"token_type_ids": segments} if types else {}
+    )
+
+
+@torch.no_grad()
+def assert_same(pair, **inputs):
+    """Every hidden state at the real tokens, and the pooler output, to 1e-5 absolute."""
+    ours, theirs = (model.eval() for model in pair)
+    found = ours(**inputs)
+    expected = theirs(**inputs, output_hidden_states=True)
+    mask = inputs.get("attention_mask")
+    real = torch.ones_like(inputs["input_ids"]).bool() if mask is None else mask.bool()
+    assert len(found.hidden_states) == len(expected.hidden_states)
+    for layer, (a, b) in enumerate(zip(found.hidden_states, expected.hidden_states, strict=True)):
+        assert (a[real] - b[real]).abs().max() <= 1e-5, f"hidden state {layer}"
+        assert not a[~real].any()
+    assert torch.equal(found.last_hidden_state, found.hidden_states[-1])
+    assert (found.pooler_output - expected.pooler_output).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("types", [False, True])
+def test_minilm_with_padding(minilm_pair, types):
+    assert_same(minilm_pair, **padded_batch(30522, types=types))
+
+
+def test_minilm_golden_values(minilm_pair):
+    output = minilm_pair[0](torch.tensor([HELLO]))
+    torch.testing.assert_close(
+        output.last_hidden_state[0].mean(0)[:5], torch.tensor(MEAN), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        output.last_hidden_state[0, 0, :5], torch.tensor(FIRST), atol=1e-5, rtol=0
+    )
+
+
+def test_golden_values_do_not_depend_on_padding(minilm_pair):
+    ids = torch.tensor([HELLO + [0] * 5, HELLO + [7] * 5])
+    mask = torch.tensor([[1] * 8 + [0] * 5] * 2)
+    first = minilm_pair[0](ids, mask).last_hidden_state[:, 0, :5]
+    torch.testing.assert_close(first, torch.tensor([FIRST, FIRST]), atol=1e-5, rtol=0)
+
+
+def test_bert_base_shape():
+    assert_same(random_pair(vocab_size=500), **padded_batch(500, width=12, types=True))
+
+
+TINY = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+}
+
+
+def test_no_mask_and_a_single_token():
+    pair = random_pair(**TINY)
+    assert_same(pair, input_ids=torch.arange(30).view(2, 15))
+    assert_same(pair, input_ids=torch.tensor([[7]]))
+    assert_same(pair, input_ids=torch.tensor([[7]]), attention_mask=torch.ones(1, 1).long())
+
+
+@pytest.mark.parametrize("act", HIDDEN_ACTS)
+def test_every_activation(act):
+    assert set(HIDDEN_ACTS) == set(ACTIVATIONS)
+    assert_same(random_pair(**TINY, hidden_act=act), **padded_batch(60))
+
+
+def test_the_longest_sequence_and_one_more():
+    ours, theirs = random_pair(**TINY)
+    assert_same((ours, theirs), input_ids=torch.full((1, 32), 9))
+    with pytest.raises(ValueError, match=r"length 33 \(expected <= 32\)"):
+        ours(torch.full((1, 33), 9))
+
+
+def test_training_gradients_match():
+    ours, theirs = random_pair(**TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    batch = padded_batch(60, types=True)
+    real = batch["attention_mask"].bool()
+    for model in (ours, theirs):
+        model.train()
+        output = model(**batch)
+        (output.last_hidden_state[real].square().sum() + output.pooler_output.sum()).backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        # One row of the padding token may differ: transformers embeds what we never touch.
+        rows = slice(1, None) if "word_embeddings" in name else slice(None)
+        found, wanted = parameter.grad[rows], expected[name].grad[rows]
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm() + 1e-6, name

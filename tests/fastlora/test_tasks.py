@@ -1,0 +1,116 @@
+"""Tasks: labels, the built-in definitions, and a user's own table."""
+
+import pytest
+import tomlkit
+
+from fastlora.errors import UserError
+from fastlora.tasks import BUILTIN, task_from_table
+
+TABLE = {
+    "kind": "classification",
+    "columns": ["question"],
+    "label": "type",
+    "labels": ["who", "where", "7"],
+    "files": {"train": "train.tsv", "dev": "dev.tsv"},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "value"),
+    [
+        ("sst", "3", 3.0),
+        ("quora", "1.0", 1.0),
+        ("quora", "0.0", 0.0),
+        ("sts", "3.7999999999999998", 3.8),
+        ("sts", "5", 5.0),
+        ("sts", "0.0", 0.0),
+    ],
+)
+def test_labels_as_the_files_write_them(task, text, value):
+    assert BUILTIN[task].parse_label(text) == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "-1", "0.5", "nan", "inf", "yes", "1_0", "\uff11", "0x1"]
+)
+def test_bad_class_says_what_was_expected(text):
+    with pytest.raises(ValueError, match=r"\(expected 0 or 1\)$") as error:
+        BUILTIN["quora"].parse_label(text)
+    assert str(error.value).startswith(repr(text))
+
+
+@pytest.mark.parametrize("text", ["", "5.1", "-0.1", "nan", "inf", "three", "2,5"])
+def test_bad_value_says_the_range(text):
+    with pytest.raises(ValueError, match="expected a number from 0 to 5"):
+        BUILTIN["sts"].parse_label(text)
+
+
+def test_builtin_properties():
+    assert {name: task.outputs for name, task in BUILTIN.items()} == {
+        "sst": 5,
+        "cfimdb": 2,
+        "quora": 2,
+        "sts": 1,
+    }
+    assert [name for name, task in BUILTIN.items() if task.is_pair] == ["quora", "sts"]
+    assert BUILTIN["sts"].metric == "pearson"
+    assert BUILTIN["sst"].metric == "accuracy"
+    assert BUILTIN["sst"].expected == "0, 1, 2, 3 or 4"
+    assert BUILTIN["cfimdb"].files["test"] == "ids-cfimdb-test.csv"
+
+
+def test_builtin_tasks_are_ordinary_tasks():
+    for name, task in BUILTIN.items():
+        assert task_from_table(name, task.to_table()) == task
+
+
+def test_named_and_numeric_classes():
+    task = task_from_table("trec", TABLE)
+    assert [task.parse_label(text) for text in ("who", "where", "7", "7.0")] == [0, 1, 2, 2]
+
+
+def test_table_survives_toml():
+    task = task_from_table("trec", TABLE)
+    document = tomlkit.parse(tomlkit.dumps({"tasks": {"trec": task.to_table()}}))
+    assert task_from_table("trec", document["tasks"]["trec"]) == task
+    assert hash(task) == hash(task_from_table("trec", TABLE))
+
+
+def test_many_classes_are_abbreviated():
+    task = task_from_table("intent", {**TABLE, "labels": [f"c{i}" for i in range(77)]})
+    assert task.expected == "one of c0, c1, c2, c3, c4, c5, c6, c7, ... (77 classes)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colums": ["a"]}, "unknown key 'colums'; did you mean 'columns'?"),
+        ({"zzz": 1}, "known keys: kind, columns"),
+        ({"kind": "ranking"}, "kind is 'ranking'"),
+        ({"kind": 3}, "'kind' has a value of the wrong type: 3"),
+        ({"columns": "question"}, "'columns' has a value of the wrong type"),
+        ({"columns": ["a", "b", "c"]}, "one or two text columns"),
+        ({"columns": ["type"]}, "of different names"),
+        ({"labels": ["yes"]}, "two or more different labels"),
+        ({"labels": ["1", "1.0"]}, "two or more different labels"),
+        ({"high": 5}, "no low or high"),
+        ({"kind": "regression"}, "low < high and no labels"),
+        ({"kind": "regression", "labels": [], "low": 1, "high": 1}, "low < high"),
+        ({"kind": "regression", "labels": [], "high": float("nan")}, "low < high"),
+        ({"files": {"train": "a.csv"}}, "expected train, dev and maybe test"),
+        ({"files": {"train": "a", "dev": "b", "tset": "c"}}, "train, dev, tset"),
+    ],
+)
+def test_wrong_tables_are_refused_by_name(change, message):
+    with pytest.raises(UserError) as error:
+        task_from_table("trec", {**TABLE, **change})
+    assert str(error.value).startswith("task 'trec': ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_key_and_bad_name():
+    with pytest.raises(UserError, match="key 'files' is missing"):
+        task_from_table("trec", {key: TABLE[key] for key in TABLE if key != "files"})
+    with pytest.raises(UserError, match="task 'My-Task': a name is"):
+        task_from_table("My-Task", TABLE)

@@ -1,0 +1,50 @@
+"""The library stays small enough to read in an afternoon."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("fastlora", "kernels", "bert")
+LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 4000, 350, 80
+
+
+def sources(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def lines(path):
+    return len(path.read_text().splitlines())
+
+
+@pytest.fixture
+def counts(capsys):
+    counts = {package: sum(map(lines, sources(package))) for package in PACKAGES}
+    with capsys.disabled():
+        parts = ", ".join(f"{package} {count}" for package, count in counts.items())
+        print(f"\nlines: {parts}; library {sum(counts.values())} of {LIBRARY_LINES}")
+    return counts
+
+
+def test_library_is_small(counts):
+    assert all(counts.values()), "a package is empty: is the tree laid out as expected?"
+    assert sum(counts.values()) <= LIBRARY_LINES
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_files_are_small(package):
+    long = {path.name: lines(path) for path in sources(package) if lines(path) > FILE_LINES}
+    assert long == {}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_are_small(package):
+    long = {
+        f"{path.name}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path in sources(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.end_lineno - node.lineno + 1 > FUNCTION_LINES
+    }
+    assert long == {}
