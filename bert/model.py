@@ -171,9 +171,11 @@ def _packed(parts: list[nn.Parameter]) -> Tensor:
         for i, part in enumerate(parts)
     )
     if not together:
-        first = torch.cat([part.detach() for part in parts])
-        for part, block in zip(parts, first.split(rows), strict=True):
-            part.data = block
+        # Parameters made in inference mode could never be trained again.
+        with torch.inference_mode(False):
+            first = torch.cat([part.detach() for part in parts])
+            for part, block in zip(parts, first.split(rows), strict=True):
+                part.data = block
         base = 0
     return first.as_strided((len(parts) * rows, *first.shape[1:]), first.stride(), base)
 

@@ -89,18 +89,6 @@ class Tokenizer:
         """Encode ``[CLS] a [SEP] b [SEP]`` with types; the longer text is cut first."""
         return self._encode(zip(a, b, strict=True), max_length, pairs=True)
 
-    def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json`` for us and transformers."""
-        config: dict[str, Any] = {"tokenizer_class": "BertTokenizer", "model_max_length": 512}
-        normalizer = json.loads(self._backend.to_str())["normalizer"] or {}
-        if normalizer.get("type") == "BertNormalizer":
-            config["do_lower_case"] = normalizer["lowercase"]
-            config["strip_accents"] = normalizer["strip_accents"]
-            config["tokenize_chinese_chars"] = normalizer["handle_chinese_chars"]
-        self._backend.save(str(Path(folder) / "tokenizer.json"))
-        text = json.dumps(config, indent=2) + "\n"
-        (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
     def _encode(self, inputs: Iterator[Any], max_length: int, pairs: bool) -> Encoded:
         ids: list[np.ndarray] = []
         types: list[np.ndarray] = []

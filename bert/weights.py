@@ -14,17 +14,7 @@ from torch import Tensor, nn
 
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
-from fastlora.bert.source import MINILM, TOKENIZER_FILES, CheckpointError, Source, resolve
-
-__all__ = [
-    "MINILM",
-    "CheckpointError",
-    "Source",
-    "fingerprint",
-    "load_encoder",
-    "resolve",
-    "save_encoder",
-]
+from fastlora.bert.source import TOKENIZER_FILES, CheckpointError, Source
 
 _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 # Buffers that old versions of transformers saved with the parameters.

@@ -23,16 +23,6 @@ from fastlora.stored import (
 )
 from fastlora.tasks import Task, task_from_table
 
-__all__ = [
-    "BaseInfo",
-    "load_adapter",
-    "load_heads",
-    "read_heads",
-    "read_settings",
-    "save_adapter",
-    "save_heads",
-]
-
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HEADS, _HEADS_INFO = "heads.safetensors", "heads.json"
 _KEY = "base_model.model.{module}.lora_{matrix}.weight"

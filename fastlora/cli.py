@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,20 +23,14 @@ from fastlora.inputs import find_data, find_inputs
 _output = Group("Output", sort_key=5)
 TRAIN_HELP = """Train LoRA adapters and task heads on a BERT-sized encoder.
 
-Examples:
-
     fastlora-train --r 32
-
     fastlora-train --r 32 --data data/ --model bert-base-uncased --epochs 3
-
     fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
 """
 
-app = App(name="fastlora", help="Fused LoRA training for BERT-sized encoders.")
-
-
-def _split(_type: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(part for token in tokens for part in token.value.split(",") if part)
+app = App(
+    name="fastlora", help="Fused LoRA training for BERT-sized encoders.", help_format="plaintext"
+)
 
 
 @app.command(help=TRAIN_HELP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ from cyclopts import Group, Parameter
 
 from fastlora.errors import UserError
 
+# Short names of BERT's matrices, and the ends of their modules' names.
 TARGETS = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -23,6 +25,7 @@ DEFAULT_TASKS = ("sst", "quora", "sts")
 DEFAULT_LR = {"lora": 1e-3, "full": 5e-5, "frozen": 5e-3}
 
 _lora = Group("LoRA", sort_key=1)
+_task_lora = Group("LoRA of one task's adapter, with --adapters per-task", sort_key=6)
 _data = Group("Tasks and data", sort_key=2)
 _optim = Group("Optimisation", sort_key=3)
 _speed = Group("Precision and speed", sort_key=4)
@@ -30,7 +33,16 @@ _output = Group("Output", sort_key=5)
 
 
 def _option(group: Group, text: str) -> Any:
-    return Parameter(group=group, help=text)
+    return Parameter(group=group, help=text, negative="")
+
+
+def _split(_type: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    """A list option: "a,b" on the command line, or a list in TOML."""
+    return tuple(part for token in tokens for part in token.value.split(",") if part)
+
+
+def _names(group: Group, text: str) -> Any:
+    return Parameter(group=group, help=text, negative="", converter=_split, n_tokens=1)
 
 
 def _check(ok: bool, what: str, found: object, expected: str) -> None:
@@ -45,12 +57,10 @@ class LoraConfig:
     r: Annotated[int, _option(_lora, "Rank of the update, 1 or more.")] = 8
     alpha: Annotated[float, _option(_lora, "Strength: the update is scaled by alpha / r.")] = 16.0
     dropout: Annotated[float, _option(_lora, "Dropout on the update's input, 0 <= p < 1.")] = 0.1
-    rslora: Annotated[
-        bool, Parameter(group=_lora, negative="", help="Scale by alpha / sqrt(r) instead.")
-    ] = False
+    rslora: Annotated[bool, _option(_lora, "Scale by alpha / sqrt(r) instead.")] = False
     targets: Annotated[
         tuple[str, ...],
-        _option(_lora, f"Matrices to adapt, comma-separated: {', '.join(TARGETS)}."),
+        _names(_lora, f"Matrices to adapt, comma-separated: {', '.join(TARGETS)}."),
     ] = ("query", "value")
 
     def __post_init__(self) -> None:
@@ -73,7 +83,9 @@ class TaskLoraConfig:
     alpha: float | None = None
     dropout: float | None = None
     rslora: bool | None = None
-    targets: tuple[str, ...] | None = None
+    targets: Annotated[
+        tuple[str, ...] | None, Parameter(negative="", converter=_split, n_tokens=1)
+    ] = None
 
     def over(self, base: LoraConfig) -> LoraConfig:
         """`base` with this task's own settings in place."""
@@ -83,7 +95,7 @@ class TaskLoraConfig:
 def _task(name: str) -> Any:
     return Annotated[
         TaskLoraConfig,
-        Parameter(name=name, group=_lora, help=f"The {name} adapter's own, with per-task."),
+        Parameter(name=name, group=_task_lora, help=f"In place of the common one, for {name}."),
     ]
 
 
@@ -106,7 +118,7 @@ class TrainConfig:
 
     tasks: Annotated[
         tuple[str, ...] | None,
-        _option(_data, "Tasks, comma-separated; by default sst, quora and sts, as in the paper."),
+        _names(_data, "Tasks, comma-separated; by default sst, quora and sts, as in the paper."),
     ] = None
     data: Annotated[
         Path | None,
@@ -159,9 +171,7 @@ class TrainConfig:
         _option(_speed, "Compute type; auto: bf16 or fp16 on a GPU, fp32 on a CPU."),
     ] = "auto"
     device: Annotated[str, _option(_speed, "auto, cpu, cuda or cuda:N.")] = "auto"
-    compile: Annotated[
-        bool, Parameter(group=_speed, negative="", help="Compile the encoder with torch.compile.")
-    ] = False
+    compile: Annotated[bool, _option(_speed, "Compile the encoder with torch.compile.")] = False
 
     task: Annotated[dict[str, Any], Parameter(parse=False)] = field(default_factory=dict)
 

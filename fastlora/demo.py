@@ -23,19 +23,21 @@ TRAIN, DEV = 1500, 400
 
 # Kinds of words: meanings between commas, synonyms between slashes, dev's own after the bar.
 WORDS = {
-    "great": """brilliant, superb, wonderful, magnificent, outstanding, terrific, masterful,
-        marvelous | dazzling, exquisite, fantastic""",
-    "good": """good, pleasant, likable, charming, solid, enjoyable, clever, warm
-        | engaging, delightful, witty""",
+    "great": """brilliant, superb, wonderful, magnificent, outstanding, amazing, masterful,
+        marvelous | dazzling, fantastic, stunning""",
+    "good": """decent, pleasant, likable, solid, agreeable, watchable, fine, respectable
+        | passable, okay, nice""",
     "weak": """weak, bland, clumsy, tedious, flat, uneven, forgettable, slow
         | sloppy, dull, stale""",
-    "awful": """awful, terrible, atrocious, dreadful, horrible, unbearable, pathetic, disastrous
+    "awful": """awful, terrible, atrocious, dreadful, horrible, unbearable, disgusting, disastrous
         | abysmal, appalling, ghastly""",
     "part": """the acting, the plot, the dialogue, the pacing, the music, the camera work,
-        the script, the ending, the humor, the first half, the lead actor, the story
+        the script, the ending, the humor, the lead actor, the story, the first half
         | the editing, the cast, the romance""",
     "film": """movie, comedy, thriller, drama, sequel, documentary, western, remake
         | musical, biopic, cartoon""",
+    "topic": """crime, war, marriage, journey, friendship, disease, victory, storm, childhood,
+        discovery, betrayal, holiday | accident, invention, rivalry""",
     "hero": """a young baker, a retired spy, a shy widow, a tired detective, an old sailor,
         a math teacher, a country doctor, a jazz singer | a lonely farmer, a chess player""",
     "deed": """moves to, grew up in, opens a small shop in, spends a summer in, returns to,
@@ -140,25 +142,22 @@ COSTS = {
 # A clause for or against a film, with its strength; {unlike} is a word of the other side.
 CLAUSES = [
     ("{part} is {strong}", 2),
+    ("{part} is {strong}", 2),
     ("{part} is {mild}", 1),
-    ("{part} is truly {mild}", 2),
-    ("{part} is mostly {strong}", 1),
     ("{part} is not {unlike}", 1),
-    ("nobody can call {part} {unlike}", 1),
 ]
 # Reviews of two clauses, {a} and {b}, and which of them decides. They take opposite sides, except
 # that with "same" they agree and the stronger one decides.
 REVIEWS = [
     ("{a}.", "a"),
-    ("{a} and {b}.", "same"),
+    ("{a}, but {b}.", "b"),
     ("{a}, but {b}.", "b"),
     ("although {a}, {b}.", "b"),
     ("{a}, even though {b}.", "a"),
-    ("I was told that {a}, but {b}.", "b"),
     ("{a} and at the same time {b}.", "neither"),
     ("{hero} {deed} {city}.", "neither"),
 ]
-SIDES = {1: ("great", "good", "weak"), -1: ("awful", "weak", "good")}
+SIDES = {1: ("great", "good", ("weak", "awful")), -1: ("awful", "weak", ("good", "great"))}
 
 Meaning = tuple[str, ...]
 Row = tuple[list[str], float]
@@ -222,8 +221,13 @@ def _sentence(text: str) -> str:
 def clause(writer: Writer, side: int) -> tuple[str, int]:
     """Write a clause for (1) or against (-1) a film: text and score."""
     form, strength = writer.one(CLAUSES)
-    strong, mild, unlike = (writer.word(kind) for kind in SIDES[side])
-    text = form.format(part=writer.word("part"), strong=strong, mild=mild, unlike=unlike)
+    strong, mild, unlike = SIDES[side]
+    text = form.format(
+        part=writer.word("part"),
+        strong=writer.word(strong),
+        mild=writer.word(mild),
+        unlike=writer.word(writer.one(unlike)),
+    )
     return text, side * strength
 
 
@@ -236,7 +240,10 @@ def review(writer: Writer) -> Row:
         clause(writer, side if decides == "same" else -side),
     )
     scores = {"a": first, "b": second, "same": max(first, second, key=abs), "neither": 0}
-    opening = writer.one(("", "", f"in this {writer.word('film')}, "))
+    mood = writer.word(writer.one(("great", "awful")))
+    opening = writer.one(
+        ("", f"in this {writer.word('film')} about the {mood} {writer.word('topic')}, ")
+    )
     facts = {slot: writer.word(slot) for slot in ("hero", "deed", "city")}
     return [_sentence(opening + form.format(a=a, b=b, **facts))], scores[decides] + 2
 

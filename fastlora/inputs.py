@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fastlora.bert.source import CheckpointError, Source, resolve
-from fastlora.config import DEFAULT_TASKS, TrainConfig
+from fastlora.config import DEFAULT_TASKS, TARGETS, TrainConfig
 from fastlora.data import available_tasks
 from fastlora.errors import UserError
 from fastlora.files import cache_folder
@@ -28,11 +29,12 @@ class Inputs:
 
 
 def find_inputs(config: TrainConfig) -> Inputs:
-    """Resolve --data, --tasks and --model.
+    """Resolve --data, --tasks and --model, and check the names of --targets.
 
     Raises:
         UserError: when one of them is not there.
     """
+    check_targets(config)
     folder, why_data = find_data(config.data)
     tasks = find_tasks(config.tasks, config.task, folder)
     model, why_model = config.model, "as given"
@@ -49,6 +51,13 @@ def find_model(name: str) -> Source:
         return resolve(name)
     except CheckpointError as error:
         raise UserError(str(error)) from None
+
+
+def check_targets(config: TrainConfig) -> None:
+    """Refuse a target that minBERT does not have."""
+    for settings in vars(config).values():
+        for target in getattr(settings, "targets", None) or ():
+            _check_name("target", target, TARGETS)
 
 
 def find_data(given: Path | None) -> tuple[Path, str]:
@@ -77,9 +86,8 @@ def find_tasks(
             raise UserError(f"task {name!r} is built in; give your own another name")
         known[name] = task_from_table(name, {k: v for k, v in table.items() if k != "lora"})
     if names is not None:
-        if unknown := [name for name in names if name not in known]:
-            raise UserError(f"task {unknown[0]!r} is unknown (known: {', '.join(known)})")
         for name in names:
+            _check_name("task", name, known)
             for split in ("train", "dev"):
                 if not (path := folder / known[name].files[split]).is_file():
                     raise UserError(f"{path}: no such file (task {name!r} needs it)")
@@ -93,3 +101,8 @@ def find_tasks(
     return {name: known[name] for name in found}
 
 
+def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{what} {name!r} is none of {', '.join(known)}{hint}")

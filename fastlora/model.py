@@ -13,21 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.batches import Batch, Span
+from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel, Layout
 from fastlora.config import LoraConfig
 from fastlora.kernels import Dropout
 from fastlora.lora import Routing, Segment, inject, lora_layers
 from fastlora.tasks import Task
 
-HEAD_DROPOUT = 0.1
-
 
 class SentenceHead(nn.Module):
     """Linear scores of one sentence's (or one joint pair's) mean-pooled state."""
 
-    def __init__(self, hidden: int, task: Task) -> None:
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
         super().__init__()
-        self.dropout = Dropout(HEAD_DROPOUT)
+        self.dropout = Dropout(dropout)
         self.linear = nn.Linear(hidden, task.outputs)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -41,9 +40,9 @@ class PairHead(nn.Module):
     The features are of unit-norm u and v, rescaled to the size of a LayerNorm's output.
     """
 
-    def __init__(self, hidden: int, task: Task) -> None:
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
         super().__init__()
-        self.dropout = Dropout(HEAD_DROPOUT)
+        self.dropout = Dropout(dropout)
         self.linear = nn.Linear(2 * hidden + 1, task.outputs)
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
@@ -55,9 +54,9 @@ class PairHead(nn.Module):
 class SimilarityHead(nn.Module):
     """A regression that starts as the cosine of u and v, stretched over the task's range."""
 
-    def __init__(self, hidden: int, task: Task) -> None:
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
         super().__init__()
-        self.dropout = Dropout(HEAD_DROPOUT)
+        self.dropout = Dropout(dropout)
         self.slope = nn.Parameter(torch.tensor(1.0))
         self.linear = nn.Linear(2 * hidden, 1)
         nn.init.zeros_(self.linear.weight)
@@ -79,11 +78,12 @@ def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(((u - v).abs() * size, u * v * u.shape[-1]), -1), cosine
 
 
-def make_head(hidden: int, task: Task, pairs: str) -> nn.Module:
-    """The head a task gets; `pairs` is "separate" or "joint"."""
+def make_head(config: BertConfig, task: Task, pairs: str) -> nn.Module:
+    """The head a task gets; `pairs` is "separate" or "joint". It drops as the encoder does."""
+    kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
     if not task.is_pair or pairs == "joint":
-        return SentenceHead(hidden, task)
-    return (PairHead if task.kind == "classification" else SimilarityHead)(hidden, task)
+        kind = SentenceHead
+    return kind(config.hidden_size, task, config.hidden_dropout_prob)
 
 
 class MultitaskBert(nn.Module):
@@ -100,8 +100,8 @@ class MultitaskBert(nn.Module):
         self.encoder = encoder
         self.tasks = dict(tasks)
         self.pairs = pairs
-        hidden = encoder.config.hidden_size
-        self.heads = nn.ModuleDict({n: make_head(hidden, t, pairs) for n, t in tasks.items()})
+        heads = {name: make_head(encoder.config, task, pairs) for name, task in tasks.items()}
+        self.heads = nn.ModuleDict(heads)
         self.routing: Routing | None = None
         self.per_task = False
 
@@ -149,7 +149,8 @@ def task_losses(
 ) -> dict[str, Tensor]:
     """Each task's summed loss [] over its examples: cross-entropy, or squared error.
 
-    The squared error is of labels scaled to [0, 1], so that no task's unit outweighs the others.
+    The squared error is counted in the variance of labels spread evenly over the task's range, so
+    that always answering the middle costs about 1, as always answering the majority class does.
     """
     losses = {}
     for name, output in outputs.items():
@@ -158,5 +159,5 @@ def task_losses(
             losses[name] = F.cross_entropy(output.float(), labels[name], reduction="sum")
         else:
             error = (output.float().squeeze(-1) - labels[name]) / (task.high - task.low)
-            losses[name] = error.square().sum()
+            losses[name] = 12 * error.square().sum()
     return losses

@@ -46,7 +46,7 @@ def keep_mask(seed: Tensor, stream: int, rows: int, columns: int, p: float) -> T
     if seed.device.type != "cpu":
         return philox_keep(seed, stream, rows, columns, p)
     bits = np.random.SFC64([int(seed), stream]).random_raw((rows * columns + 3) // 4)
-    lanes = torch.from_numpy(bits).view(torch.int16)[: rows * columns].view(rows, columns)
+    lanes = torch.from_numpy(bits.view(np.int16)[: rows * columns]).view(rows, columns)
     # torch compares signed lanes only: shift the threshold instead of the data.
     return lanes >= threshold(p) - LANES // 2
 

@@ -47,9 +47,6 @@ def test_transformers_reads_what_we_write(tmp_path):
         ("add_cross_attention", True),
         ("hidden_act", "swish"),
         ("hidden_size", 770),
-        ("num_hidden_layers", 0),
-        ("vocab_size", "many"),
-        ("hidden_dropout_prob", 1.5),
         ("intermediate_size", None),
     ],
 )

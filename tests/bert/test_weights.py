@@ -8,15 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fastlora.bert.weights import (
-    MINILM,
-    CheckpointError,
-    Source,
-    fingerprint,
-    load_encoder,
-    resolve,
-    save_encoder,
-)
+from fastlora.bert.source import MINILM, CheckpointError, Source, resolve
+from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
 
 TINY = {
     "vocab_size": 50,
