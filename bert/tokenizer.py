@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers.implementations import BertWordPieceTokenizer
 
-from fastlora.bert.source import CheckpointError
+from fastlora.bert.source import CheckpointError, read_json
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Case, accents, Chinese, controls, punctuation, digits: any difference in the rules shows here.
@@ -40,18 +38,18 @@ class Encoded:
 
 
 class Tokenizer:
-    """A BERT tokenizer read from a Hugging Face folder; ``pad_id`` is the id of ``[PAD]``."""
+    """A BERT tokenizer; raises ValueError for a ``tokenizers.Tokenizer`` that is none."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         """Take a ``tokenizers.Tokenizer``; its own padding and truncation are switched off."""
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        pad = backend.token_to_id("[PAD]")
-        ends = [backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")]
-        if pad is None or backend.encode("").ids != ends:
-            raise ValueError("does not build '[CLS] text [SEP]': not a BERT tokenizer")
-        self.pad_id: int = pad
+        ids = {token: backend.token_to_id(token) for token in _SPECIAL}
+        if missing := [token for token in _SPECIAL if ids[token] is None]:
+            raise ValueError(f"the vocabulary lacks {', '.join(missing)}")
+        if backend.encode("").ids != [ids["[CLS]"], ids["[SEP]"]]:
+            raise ValueError("it does not build '[CLS] text [SEP]'")
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -59,23 +57,24 @@ class Tokenizer:
 
         Raises CheckpointError when the folder has neither, or for a broken file.
         """
-        folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
             path = folder / "vocab.txt"
         if not path.exists():
             raise CheckpointError(f"{folder}: found neither tokenizer.json nor vocab.txt")
+        read = _from_vocabulary if path.suffix == ".txt" else tokenizers.Tokenizer.from_file
         try:
-            return cls(_from_vocab(path) if path.suffix == ".txt" else _from_json(path))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+            return cls(read(str(path)))
+        # The Rust side raises a bare Exception for any malformed file.
+        except Exception as error:
+            raise CheckpointError(f"{path}: not a BERT tokenizer: {error}") from error
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id: the fewest embeddings a model must have."""
         return max(self._backend.get_vocab().values()) + 1
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of what the tokenizer does (vocabulary, ids of a probe), however it is stored."""
         facts = [sorted(self._backend.get_vocab().items()), self._backend.encode(_PROBE).ids]
@@ -83,60 +82,39 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], max_length: int = 512) -> Encoded:
         """Encode each text as ``[CLS] text [SEP]``, cut to ``max_length`` tokens in all."""
-        return self._encode(iter(texts), max_length, pairs=False)
+        return self._encode(texts, max_length, pairs=False)
 
     def encode_pairs(self, a: Sequence[str], b: Sequence[str], max_length: int = 512) -> Encoded:
         """Encode ``[CLS] a [SEP] b [SEP]`` with types; the longer text is cut first."""
-        return self._encode(zip(a, b, strict=True), max_length, pairs=True)
+        return self._encode(list(zip(a, b, strict=True)), max_length, pairs=True)
 
-    def _encode(self, inputs: Iterator[Any], max_length: int, pairs: bool) -> Encoded:
-        ids: list[np.ndarray] = []
-        types: list[np.ndarray] = []
-        lengths = [0]
-        truncated = 0
+    def _encode(self, inputs: Sequence, max_length: int, pairs: bool) -> Encoded:
+        ids, types = array("i"), array("b")
+        lengths, truncated = [0], 0
         self._backend.enable_truncation(max_length, strategy="longest_first")
         # In chunks: one Encoding object is some kilobytes, and Quora has 140,000 pairs.
-        while chunk := list(islice(inputs, _CHUNK)):
-            for encoding in self._backend.encode_batch_fast(chunk):
-                ids.append(np.array(encoding.ids, dtype=np.int32))
-                lengths.append(len(ids[-1]))
+        for start in range(0, len(inputs), _CHUNK):
+            for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):
+                ids.extend(encoding.ids)
+                types.extend(encoding.type_ids)
+                lengths.append(len(encoding))
                 truncated += bool(encoding.overflowing)
-                if pairs:
-                    types.append(np.array(encoding.type_ids, dtype=np.int8))
         self._backend.no_truncation()
         return Encoded(
-            ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+            ids=np.array(ids, np.int32),
             offsets=np.cumsum(lengths, dtype=np.int64),
-            types=np.concatenate([np.zeros(0, np.int8), *types]) if pairs else None,
+            types=np.array(types, np.int8) if pairs else None,
             truncated=truncated,
         )
 
 
-def _from_json(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    # The Rust side raises a bare Exception for any malformed file.
-    except Exception as error:
-        raise ValueError(f"not a tokenizer file: {error}") from error
-
-
-def _from_vocab(path: Path) -> tokenizers.Tokenizer:
-    rules_path = path.with_name("tokenizer_config.json")
-    rules = json.loads(rules_path.read_text(encoding="utf-8")) if rules_path.exists() else {}
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    vocab = {token: index for index, token in enumerate(lines)}
-    missing = [token for token in _SPECIAL if token not in vocab]
-    if missing:
-        raise ValueError(f"the vocabulary lacks {', '.join(missing)}")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(
+def _from_vocabulary(path: str) -> tokenizers.Tokenizer:
+    config = Path(path).with_name("tokenizer_config.json")
+    rules = read_json(config) if config.exists() else {}
+    built = BertWordPieceTokenizer.from_file(
+        path,
         lowercase=rules.get("do_lower_case", True),
         strip_accents=rules.get("strip_accents"),
         handle_chinese_chars=rules.get("tokenize_chinese_chars", True),
     )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.BertProcessing(
-        ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"])
-    )
-    backend.add_special_tokens(list(_SPECIAL))
-    return backend
+    return tokenizers.Tokenizer.from_str(built.to_str())

@@ -1,20 +1,18 @@
-"""Encoder weights on disk: strict loading, saving in Hugging Face layout, fingerprints."""
+"""Tensors on disk, as safetensors only: strict loading, the encoder's folder, fingerprints."""
 
 import hashlib
-import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
-from fastlora.bert.source import TOKENIZER_FILES, CheckpointError, Source
+from fastlora.bert.source import TOKENIZER_FILES, CheckpointError, Source, require
 
 _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 # Buffers that old versions of transformers saved with the parameters.
@@ -22,56 +20,39 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
 def load_encoder(
-    source: Source, dropout: type[nn.Dropout] = nn.Dropout, seed: int = 0
+    source: Source, dropout: type[nn.Dropout] = nn.Dropout
 ) -> tuple[BertModel, list[str]]:
     """Build the encoder of ``source`` with its weights in fp32, in evaluation mode.
 
     Accepts "bert." prefixes, LayerNorm.gamma/beta, pre-training heads (cls.*, ignored) and a
-    missing pooler, which is drawn from normal(0, 0.02) with ``seed``. Returns the model and one
-    note for each such liberty. Raises CheckpointError, naming the tensor, for anything else
-    missing, unexpected or of another shape.
+    missing pooler, which is drawn from normal(0, 0.02), always the same. Returns the model and a
+    note for each such liberty. Raises CheckpointError as ``copy_tensors`` does.
     """
-    config = BertConfig.from_json(source.folder / "config.json")
     path = source.folder / "model.safetensors"
-    try:
-        tensors, notes = _normalise(load_file(path))
-        model = BertModel(config, dropout=dropout)
-        notes += _add_pooler(tensors, config, seed)
-        _check(tensors, model)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    # Copies in place: the model packs query, key and value into storage of its own.
-    model.load_state_dict(tensors)
+    model = BertModel(BertConfig.from_json(source.folder / "config.json"), dropout=dropout)
+    tensors, notes = _normalise(path, read_tensors(path)[0])
+    # Half a pooler is a broken file: the copy names the missing half.
+    if not any(name in tensors for name in _POOLER):
+        size = model.config.hidden_size
+        generator = torch.Generator().manual_seed(0)
+        tensors[_POOLER[0]] = torch.empty(size, size).normal_(0, 0.02, generator=generator)
+        tensors[_POOLER[1]] = torch.zeros(size)
+        notes.append("the checkpoint has no pooler: initialised from normal(0, 0.02)")
+    copy_tensors(path, tensors, model.state_dict())
     return model.eval(), notes
 
 
-def save_encoder(model: BertModel, folder: Path, tokenizer_source: Path | None) -> None:
-    """Write a folder that ``transformers.BertModel.from_pretrained`` loads.
+def save_encoder(model: BertModel, folder: Path, tokenizer_source: Path) -> None:
+    """Write what ``transformers.BertModel.from_pretrained`` loads into a folder.
 
-    Holds the base weights (adapters must be merged first, LoRA parameters are left out), the
-    configuration and, from ``tokenizer_source``, the tokenizer files. The folder appears
-    complete or not at all. Raises CheckpointError if it exists and is not empty.
+    That is the base weights (adapters must be merged first, LoRA parameters are left out), the
+    configuration, and the tokenizer files found in ``tokenizer_source``.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists and is not empty; name a new folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f".{folder.name}.{os.getpid()}")
-    building.mkdir()
-    try:
-        tensors = {name: p.float().cpu().clone() for name, p in _base_weights(model)}
-        save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
-        model.config.to_json(building / "config.json")
-        for name in TOKENIZER_FILES:
-            if tokenizer_source and (file := tokenizer_source / name).exists():
-                shutil.copyfile(file, building / name)
-        for file in building.iterdir():
-            _flush(file)
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    write_tensors(folder / "model.safetensors", dict(_base_weights(model)))
+    model.config.to_json(folder / "config.json")
+    for name in TOKENIZER_FILES:
+        if (file := tokenizer_source / name).exists():
+            shutil.copyfile(file, folder / name)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -86,65 +67,71 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **facts: str) -> None:
+    """Write a safetensors file in fp32, with ``facts`` in its metadata, and its folder if need be.
+
+    The file is not atomic: write into a folder that is moved in place when it is complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Copies: safetensors refuses parameters that share storage, as query, key and value do.
+    owned = {k: t.detach().to("cpu", torch.float32, copy=True) for k, t in tensors.items()}
+    # Not save_file, whose files nobody but their owner may read.
+    path.write_bytes(save(owned, metadata={"format": "pt", **facts}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata; CheckpointError if it is not one."""
+    require(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            return tensors, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def copy_tensors(path: Path, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Copy ``found`` (read from ``path``) in place, all of it or, on CheckpointError, nothing.
+
+    Refuses missing, unexpected, misshapen, integer and non-finite tensors by name.
+    """
+    for problem, names in (
+        ("is missing", into.keys() - found.keys()),
+        ("is unexpected: the model has no place for it", found.keys() - into.keys()),
+    ):
+        if names:
+            more = f" ({len(names) - 1} more such)" if len(names) > 1 else ""
+            raise CheckpointError(f"{path}: tensor {min(names)!r} {problem}{more}")
+    for name, tensor in found.items():
+        if tensor.shape != into[name].shape or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)} "
+                f"(expected floating point {list(into[name].shape)})"
+            )
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            into[name].copy_(tensor)
+
+
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" not in name:
             yield name, parameter.detach()
 
 
-def _flush(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _normalise(raw: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _normalise(path: Path, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Bring tensor names to BertModel's own; drop pre-training heads and saved buffers."""
     tensors: dict[str, Tensor] = {}
-    heads = []
     for raw_name, tensor in raw.items():
-        if raw_name.startswith("cls."):
-            heads.append(raw_name)
-            continue
         name = raw_name.removeprefix("bert.")
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name in tensors:
-            raise CheckpointError(f"tensor {name!r} is there twice, once as {raw_name!r}")
-        if name not in _BUFFERS:
+            raise CheckpointError(f"{path}: tensor {name!r} is there twice, once as {raw_name!r}")
+        if name not in _BUFFERS and not name.startswith("cls."):
             tensors[name] = tensor
-    notes = [f"ignored the {len(heads)} tensors of the pre-training heads (cls.*)"]
-    return tensors, notes if heads else []
-
-
-def _add_pooler(tensors: dict[str, Tensor], config: BertConfig, seed: int) -> list[str]:
-    # Half a pooler is a broken file: the check names the missing half.
-    if any(name in tensors for name in _POOLER):
-        return []
-    generator = torch.Generator().manual_seed(seed)
-    size = config.hidden_size
-    tensors[_POOLER[0]] = torch.empty(size, size).normal_(0, 0.02, generator=generator)
-    tensors[_POOLER[1]] = torch.zeros(size)
-    return [f"the checkpoint has no pooler: initialised from normal(0, 0.02), seed {seed}"]
-
-
-def _check(tensors: dict[str, Tensor], model: BertModel) -> None:
-    expected = model.state_dict()
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise CheckpointError(f"tensor {missing[0]!r} is missing{_others(missing)}")
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise CheckpointError(
-            f"tensor {unknown[0]!r} belongs to no part of a BERT encoder{_others(unknown)}; "
-            "save the bare encoder (transformers.BertModel) instead"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(tensor.shape)} "
-                f"(config.json asks for {list(expected[name].shape)})"
-            )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"tensor {name!r} is {tensor.dtype} (expected floating point)")
-
-
-def _others(names: list[str]) -> str:
-    return f" ({len(names) - 1} more such)" if len(names) > 1 else ""
+    heads = sum(name.startswith("cls.") for name in raw)
+    note = f"ignored the {heads} tensors of the pre-training heads (cls.*)"
+    return tensors, [note] if heads else []

@@ -1,47 +1,45 @@
-"""LoRA adapters in PEFT's format and task heads on disk, every check before the first write."""
+"""LoRA adapters in PEFT's format and task heads on disk; loading is all or nothing.
+
+Files are written into a folder that the caller makes atomic. They carry the fingerprints of the
+encoder and tokenizer that their weights belong to.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastlora.bert.source import read_json
+from fastlora.bert.weights import copy_tensors, read_tensors, write_tensors
 from fastlora.config import TARGETS, LoraConfig
-from fastlora.errors import UserError
+from fastlora.errors import UserError, user_errors
 from fastlora.lora import LoRALinear, is_target
-from fastlora.stored import (
-    BaseInfo,
-    copy_tensors,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
 from fastlora.tasks import Task, task_from_table
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HEADS, _HEADS_INFO = "heads.safetensors", "heads.json"
-_KEY = "base_model.model.{module}.lora_{matrix}.weight"
-_KEY_PATTERN = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+_KEY = "base_model.model.{}.lora_{}.weight"
+_MODULE = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 
-_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+# The types or values that PEFT's settings have in plain LoRA; any other setting must be unset.
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
-    # PiSSA, OLoRA, CorDA and LoftQ also change the base weights, which are not in the folder.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-}
-_TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,),
     "lora_alpha": (int, float),
     "lora_dropout": (int, float),
     "use_rslora": (bool,),
-    "target_modules": (list, str),
+    "bias": ("none",),
+    # PiSSA, OLoRA, CorDA and LoftQ also change the base weights, which are not in the folder.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-# Said for other tools, or without effect on which numbers the adapter computes.
+# Said for other tools, or already said by the names of the tensors.
 _INERT = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -51,47 +49,88 @@ _INERT = (
     "peft_version",
     "qalora_group_size",
     "revision",
+    "target_modules",
     "task_type",
 )
 
 
-def save_adapter(
-    folder: Path,
-    layers: Mapping[str, LoRALinear],
-    adapter: str,
-    settings: LoraConfig,
-    base: BaseInfo,
-) -> None:
-    """Write one adapter as a folder that PEFT loads, each file complete or not at all.
+@dataclass(frozen=True)
+class BaseInfo:
+    """The encoder and tokenizer that weights belong to: a name and two sha256."""
 
-    ``layers`` are the LoRA layers by module name in the encoder; those without ``adapter`` are
-    passed over. Our own facts go into the safetensors metadata.
+    base_model: str
+    encoder_sha256: str
+    tokenizer_sha256: str
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a file says about its base."""
+        return {"fastlora_version": version("fastlora-bert"), **asdict(self)}
+
+
+def save_adapter(
+    folder: Path, layers: Mapping[str, LoRALinear], adapter: str, base: BaseInfo
+) -> None:
+    """Write one adapter of ``layers`` (by module name in the encoder) as PEFT does.
+
+    Our own facts go into the safetensors metadata. Raises UserError if no layer has ``adapter``.
     """
+    settings, parameters = _adapter(layers, adapter)
+    # Endings of names mean the same to PEFT here; "output.dense" would mean two matrices.
+    if set(settings.targets) <= {"query", "key", "value"}:
+        modules = sorted(settings.targets)
+    else:
+        modules = sorted({_MODULE.sub(r"\1", key) for key in parameters})
     alpha = settings.alpha
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": base.base_model,
         "inference_mode": True,
         "r": settings.r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
-        "target_modules": _peft_targets(settings.targets),
+        "target_modules": modules,
         "bias": "none",
     }
-    write_tensors(folder / _WEIGHTS, _parameters(layers, adapter), base)
-    write_json(folder / _CONFIG, config)
+    write_tensors(folder / _WEIGHTS, parameters, **base.facts)
+    _write_json(folder / _CONFIG, config)
 
 
+@user_errors()
 def read_settings(folder: Path) -> LoraConfig:
     """The settings to ``inject`` before ``load_adapter``, from a folder of ours or of PEFT.
 
     Which matrices are targets follows from the weights' names; the configuration gives the rest.
     Raises UserError naming whatever is not plain LoRA of one rank and alpha.
     """
-    return _read_adapter(folder, None)[0]
+    path = folder / _CONFIG
+    config = read_json(path)
+    if missing := {"peft_type", "r", "lora_alpha"} - config.keys():
+        raise UserError(f"{path}: {min(missing)} is missing (expected PEFT's LoRA settings)")
+    for key, value in config.items():
+        plain = _PLAIN.get(key, (value,) if key in _INERT or not value else ())
+        if value not in plain and type(value) not in plain:
+            raise UserError(f"{path}: {key} is {value!r}, but only plain LoRA can be loaded")
+    keys = map(_MODULE.fullmatch, read_tensors(folder / _WEIGHTS)[0])
+    modules = sorted({key[1] for key in keys if key})
+    if not modules:
+        raise UserError(f"{folder / _WEIGHTS}: holds no LoRA weights")
+    named = [t for t in TARGETS if any(is_target(module, t) for module in modules)]
+    others = [m for m in modules if not any(is_target(m, target) for target in TARGETS)]
+    try:
+        return LoraConfig(
+            r=config["r"],
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config.get("lora_dropout", 0)),
+            rslora=config.get("use_rslora", False),
+            targets=(*named, *others),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
+@user_errors()
 def load_adapter(
     folder: Path, layers: Mapping[str, LoRALinear], adapter: str, base: BaseInfo
 ) -> None:
@@ -100,18 +139,15 @@ def load_adapter(
     Refuses: anything but plain LoRA, settings other than the layers', missing, unexpected,
     misshapen or non-finite tensors, and, where the file says so, another base model or tokenizer.
     """
-    settings, tensors = _read_adapter(folder, base)
-    parameters = _parameters(layers, adapter)
-    for layer in layers.values():
-        here = layer.settings.get(adapter, settings)
-        for name in ("r", "alpha", "rslora"):
-            found, expected = getattr(settings, name), getattr(here, name)
-            if found != expected:
-                raise UserError(
-                    f"{folder / _CONFIG}: {name} is {found}, but the model was built with "
-                    f"{expected}; build it with the adapter's own settings"
-                )
-    copy_tensors(folder / _WEIGHTS, tensors, parameters)
+    settings = read_settings(folder)
+    built, parameters = _adapter(layers, adapter)
+    # Dropout is training's business, and the names of the tensors say what the targets are.
+    if replace(settings, dropout=built.dropout, targets=built.targets) != built:
+        raise UserError(
+            f"{folder / _CONFIG}: holds {settings}, but the model was built with {built}; "
+            "build it with the adapter's own settings"
+        )
+    _load(folder / _WEIGHTS, parameters, base)
 
 
 def save_heads(
@@ -122,15 +158,12 @@ def save_heads(
     extra: Mapping[str, Any],
 ) -> None:
     """Write ``heads.safetensors`` and ``heads.json`` (tasks, base model, ``extra`` settings)."""
-    info = {
-        **base.facts,
-        "tasks": {name: task.to_table() for name, task in tasks.items()},
-        "settings": dict(extra),
-    }
-    write_tensors(folder / _HEADS, heads.state_dict(), base)
-    write_json(folder / _HEADS_INFO, info)
+    tables = {name: task.to_table() for name, task in tasks.items()}
+    write_tensors(folder / _HEADS, heads.state_dict(), **base.facts)
+    _write_json(folder / _HEADS_INFO, {**base.facts, "tasks": tables, "settings": extra})
 
 
+@user_errors()
 def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     """The tasks and extra settings of saved heads: what a model to load them into is built of."""
     path = folder / _HEADS_INFO
@@ -141,6 +174,7 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     return {name: task_from_table(name, table) for name, table in tables.items()}, extra
 
 
+@user_errors()
 def load_heads(
     folder: Path, heads: nn.ModuleDict, tasks: Mapping[str, Task], base: BaseInfo
 ) -> None:
@@ -149,89 +183,43 @@ def load_heads(
     Refuses other tasks or labels than ``tasks`` (their files may differ), another base model or
     tokenizer, and missing, unexpected, misshapen or non-finite tensors.
     """
-    stored, _ = read_heads(folder)
-    for name in stored.keys() & tasks.keys():
-        here = replace(tasks[name], files=stored[name].files)
-        if stored[name] != here:
+    for name, stored in read_heads(folder)[0].items():
+        if name in tasks and replace(tasks[name], files=stored.files) != stored:
             raise UserError(
-                f"{folder / _HEADS_INFO}: the head of {name!r} was trained for {stored[name]}, "
-                f"but the task is defined here as {here}"
+                f"{folder / _HEADS_INFO}: the head of {name!r} was trained for {stored}, "
+                f"but the task is defined here as {tasks[name]}"
             )
-    copy_tensors(folder / _HEADS, read_tensors(folder / _HEADS, base), heads.state_dict())
+    _load(folder / _HEADS, heads.state_dict(), base)
 
 
-def _parameters(layers: Mapping[str, LoRALinear], adapter: str) -> dict[str, Tensor]:
-    parameters: dict[str, Tensor] = {}
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _adapter(
+    layers: Mapping[str, LoRALinear], adapter: str
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter's settings, and its parameters under PEFT's names."""
+    settings, parameters = None, {}
     for module, layer in layers.items():
         if adapter in layer.settings:
-            parameters[_KEY.format(module=module, matrix="A")] = layer.lora_A[adapter]
-            parameters[_KEY.format(module=module, matrix="B")] = layer.lora_B[adapter]
-    if not parameters:
+            settings = layer.settings[adapter]
+            parameters[_KEY.format(module, "A")] = layer.lora_A[adapter]
+            parameters[_KEY.format(module, "B")] = layer.lora_B[adapter]
+    if settings is None:
         raise UserError(f"the model has no adapter named {adapter!r}")
-    return parameters
+    return settings, parameters
 
 
-def _peft_targets(targets: Iterable[str]) -> list[str] | str:
-    """PEFT's ``target_modules``: a list of name endings, or a regular expression."""
-    if set(targets) <= {"query", "key", "value"}:
-        return sorted(targets)
-    if "ffn_output" not in targets:
-        return sorted(TARGETS.get(target, target) for target in targets)
-    # As an ending, "output.dense" would also mean attention.output.dense.
-    endings = [re.escape(TARGETS.get(t, t)) for t in targets if t != "ffn_output"]
-    endings.append(r"(?<!attention\.)output\.dense")
-    return r"(?:.*\.)?(?:" + "|".join(endings) + ")"
-
-
-def _read_adapter(folder: Path, base: BaseInfo | None) -> tuple[LoraConfig, dict[str, Tensor]]:
-    path = folder / _CONFIG
-    config = read_json(path)
-    if problem := _problem(config):
-        raise UserError(f"{path}: {problem}")
-    tensors = read_tensors(folder / _WEIGHTS, base)
-    modules: dict[str, None] = {}
-    for key in tensors:
-        match = _KEY_PATTERN.fullmatch(key)
-        if match is None:
-            raise UserError(f"{folder / _WEIGHTS}: unexpected tensor {key!r} (not plain LoRA)")
-        modules[match[1]] = None
-    if not modules:
-        raise UserError(f"{folder / _WEIGHTS}: holds no LoRA weights")
-    try:
-        settings = LoraConfig(
-            r=config["r"],
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config.get("lora_dropout", 0)),
-            rslora=config.get("use_rslora", False),
-            targets=_targets(list(modules), config["target_modules"]),
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return settings, tensors
-
-
-def _problem(config: Mapping[str, Any]) -> str | None:
-    """What in a PEFT configuration is not plain LoRA, or not a configuration at all."""
-    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if key not in config:
-            return f"{key} is missing (expected PEFT's configuration of a LoRA adapter)"
-    for key, value in config.items():
-        if key in _TYPES:
-            if type(value) not in _TYPES[key]:
-                expected = " or ".join(kind.__name__ for kind in _TYPES[key])
-                return f"{key} is {value!r} (expected {expected})"
-            continue
-        plain = value in _PLAIN_LORA[key] if key in _PLAIN_LORA else key in _INERT or not value
-        if not plain:
-            return f"{key} is {value!r}, but only plain LoRA can be loaded"
-    return None
-
-
-def _targets(modules: list[str], listed: list[str] | str) -> tuple[str, ...]:
-    targets = tuple(t for t in TARGETS if any(is_target(module, t) for module in modules))
-    if all(any(is_target(module, t) for t in targets) for module in modules):
-        return targets
-    # Not BERT's matrices alone: name them as the configuration does.
-    if isinstance(listed, list):
-        return tuple(sorted(listed))
-    return tuple(sorted({module.rpartition(".")[2] for module in modules}))
+def _load(path: Path, into: Mapping[str, Tensor], base: BaseInfo) -> None:
+    tensors, facts = read_tensors(path)
+    for key, what in (("encoder_sha256", "base model"), ("tokenizer_sha256", "tokenizer")):
+        expected = base.facts[key]
+        # A file without our metadata, such as PEFT's, belongs to any base.
+        if facts.get(key, expected) != expected:
+            raise UserError(
+                f"{path}: trained on another {what}, that of {facts.get('base_model')!r} (sha256 "
+                f"{facts[key][:12]}; here {base.base_model!r}, {expected[:12]}); "
+                "give the one it was trained on as --model"
+            )
+    copy_tensors(path, tensors, into)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -52,14 +52,15 @@ def train(
     ] = False,
 ) -> None:
     """Train; see TRAIN_HELP."""
-    del config  # read by `_configure` before the command line is parsed
     if resume is not None:
-        settings = replace(settings, out=resume)
-    settings = replace(settings, task=_own_tasks)
+        settings, config = replace(settings, out=resume), resume / "run.toml"
+    if config is not None:
+        # Its other keys became flags before the command line was parsed (`_sources`).
+        settings = replace(settings, task=read_toml(config).get("task", {}))
     inputs = find_inputs(settings)
-    from fastlora.session import train as run
+    from fastlora.session import run_training
 
-    run(settings, inputs, quiet=quiet, dry_run=dry_run)
+    run_training(settings, inputs, quiet=quiet, dry_run=dry_run)
 
 
 @app.command(name="eval")
@@ -183,32 +184,28 @@ def doctor() -> None:
     from fastlora.console import Log
     from fastlora.kernels import route
     from fastlora.runs import environment
-    from fastlora.setup import find_device
 
-    device = find_device("auto")
     facts = environment()
     gpus = facts.pop("gpus") or ["none: training runs on the CPU"]
-    name, why = route(device)
+    name, why = route()
     pairs = [(key, str(value)) for key, value in facts.items()]
     pairs += [("gpu", gpu) for gpu in gpus] + [("kernels", f"{name} ({why})")]
     Log(quiet=False).facts(pairs)
 
 
-_own_tasks: dict[str, Any] = {}
-
-
-def _configure(arguments: list[str]) -> None:
-    """Make the TOML file of --config or --resume the source of options not given as flags."""
-    global _own_tasks
+def _sources(arguments: list[str]) -> list[cyclopts.config.Dict]:
+    """The TOML file of --config or --resume, as the source of options not given as flags."""
+    sources = []
     for i, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
-        if flag not in ("--config", "--resume"):
-            continue
-        value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-        file = Path(value) / "run.toml" if flag == "--resume" else Path(value)
-        table = read_toml(file)
-        _own_tasks = table.pop("task", {})
-        app.config = (cyclopts.config.Dict(table, source=str(file), use_commands_as_keys=False),)
+        if flag in ("--config", "--resume"):
+            path = Path(value or " ".join(arguments[i + 1 : i + 2]))
+            file = path / "run.toml" if flag == "--resume" else path
+            table = {k: v for k, v in read_toml(file).items() if k != "task"}
+            sources.append(
+                cyclopts.config.Dict(table, source=str(file), use_commands_as_keys=False)
+            )
+    return sources
 
 
 def _guarded(command: Callable[[], None]) -> int:
@@ -222,11 +219,9 @@ def _guarded(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except Exception as error:
-        # Known by name: their modules import torch, which a quick failure never did.
+        # Known by name: its module imports torch, which a quick failure never did.
         if type(error).__name__ == "Interrupted":
             return 130
-        if type(error).__name__ == "CheckpointError":
-            return _fail(2, error)
         raise
     return 0
 
@@ -241,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
 
     def command() -> None:
-        _configure(given)
+        app.config = _sources(given)
         app(given)
 
     code = _guarded(command)

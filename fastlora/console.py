@@ -34,7 +34,7 @@ class Log:
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         """A table; plain columns in the log."""
         table = Table(*header)
-        for column in table.columns[1:]:
+        for column in table.columns[2:]:
             column.justify = "right"
         for row in rows:
             table.add_row(*row)

@@ -63,6 +63,14 @@ WORDS = {
     "group": """cats, teachers, farmers, lawyers, nurses, drivers, parents, voters, bankers,
         doctors, tourists, teenagers | students, soldiers, landlords, police officers""",
     "feel": """fear, trust, avoid, admire, blame, ignore, envy | respect, dislike, help""",
+    "remark": """I am new to this., My sister wants to know:, Serious question., Just curious.,
+        I have little money., A friend asked me this., We argued about it at dinner.,
+        I could not find an answer., Please be honest., I have been wondering for weeks.,
+        My boss keeps asking., This may sound silly.
+        | My teacher raised this., I need help.""",
+    "frame": """in this old photo, in the first picture, on Monday morning, in a scene of the film,
+        in the video, as the report says, on a cloudy day, at noon
+        | in the second clip, on Friday evening""",
     "count": "two/a pair of, three, four, five, six/half a dozen, many/lots of | seven, ten",
     "being": """men/guys, women/ladies, boys, girls, dogs, children/kids, soldiers/troops, horses,
         workers/laborers, police officers/cops, sheep, tourists/travelers
@@ -118,26 +126,26 @@ CAPTIONS = [
     (
         "{count} {being1} are {do}ing some {being2} {place}.",
         "{place}, some {being2} are being {do}ed by {count} {being1}.",
-        "There are {count} {being1} {do}ing some {being2} {place}.",
-        "Some {being2} are {do}ed by {count} {being1} {place}.",
+        "there are {count} {being1} {do}ing some {being2} {place}.",
+        "some {being2} are {do}ed by {count} {being1} {place}.",
     ),
     (
-        "A {one} {is} {handle} {thing} {place}.",
+        "a {one} {is} {handle} {thing} {place}.",
         "{place}, a {one} {is} {handle} {thing}.",
-        "The {one} {place} {is} {handle} {thing}.",
+        "the {one} {place} {is} {handle} {thing}.",
     ),
 ]
 # What a change of a slot takes from the similarity of two captions, 5 when nothing differs.
 COSTS = {
-    "count": 0.8,
-    "place": 1.0,
-    "being1": 1.3,
-    "being2": 1.3,
-    "one": 1.4,
+    "count": 1.0,
+    "place": 0.4,
+    "being1": 1.2,
+    "being2": 1.2,
+    "one": 1.0,
     "thing": 1.6,
-    "do": 2.0,
-    "handle": 2.0,
-    "is": 2.4,
+    "do": 2.2,
+    "handle": 2.2,
+    "is": 2.8,
 }
 # A clause for or against a film, with its strength; {unlike} is a word of the other side.
 CLAUSES = [
@@ -203,7 +211,7 @@ class Writer:
     def change(self, slots: dict[str, Meaning], count: int) -> dict[str, Meaning]:
         """Give some slots another meaning, or let the two of a kind trade places."""
         twins = [slot for slot in slots if slot[-1] in "12"]
-        if twins and self.rng.random() < 0.4:
+        if twins and self.rng.random() < 0.15:
             return {**slots, twins[0]: slots[twins[1]], twins[1]: slots[twins[0]]}
         names = [list(slots)[i] for i in self.rng.permutation(len(slots))[:count]]
         return {**slots, **{name: self.meaning(name, list(slots.values())) for name in names}}
@@ -211,7 +219,12 @@ class Writer:
     def say(self, forms: Sequence[str], slots: dict[str, Meaning]) -> str:
         """Put the meanings in words."""
         words = {slot: self.one(meaning) for slot, meaning in slots.items()}
-        return _sentence(self.one(forms).format(**words))
+        return self.one(forms).format(**words)
+
+    def asides(self, kind: str, same: bool) -> tuple[str, str]:
+        """Draw what introduces two sentences and does not matter; often nothing."""
+        first, second = (self.one(("", self.word(kind))) for _ in range(2))
+        return first, first if same else second
 
 
 def _sentence(text: str) -> str:
@@ -259,7 +272,11 @@ def question_pair(writer: Writer) -> Row:
     elif draw > 0.42:
         changed = writer.change(slots, 1)
     same = other is forms and changed == slots
-    return [writer.say(forms, slots), writer.say(other, changed)], float(same)
+    # Duplicates are introduced in different ways, other pairs often in the same way.
+    asides = writer.asides("remark", not same and writer.rng.random() < 0.6)
+    first, second = writer.say(forms, slots), writer.say(other, changed)
+    texts = [f"{asides[0]} {_sentence(first)}", f"{asides[1]} {_sentence(second)}"]
+    return [text.strip() for text in texts], float(same)
 
 
 def caption_pair(writer: Writer) -> Row:
@@ -273,7 +290,12 @@ def caption_pair(writer: Writer) -> Row:
     elif draw > 0.2:
         changed = writer.change(slots, writer.one((1, 1, 2, 3)))
     cost = sum(COSTS[slot] for slot in slots if slots[slot] != changed.get(slot))
-    return [writer.say(forms, slots), writer.say(other, changed)], round(max(0.0, 5.0 - cost), 1)
+    asides = writer.asides("frame", cost > 1 and writer.rng.random() < 0.6)
+    texts = [writer.say(forms, slots), writer.say(other, changed)]
+    texts = [
+        _sentence(f"{a}, {text}" if a else text) for a, text in zip(asides, texts, strict=True)
+    ]
+    return texts, round(max(0.0, 5.0 - cost), 1)
 
 
 AUTHORS: dict[str, Callable[[Writer], Row]] = {

@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fastlora.bert.source import CheckpointError, Source, resolve
+from fastlora.bert.source import Source, resolve
 from fastlora.config import DEFAULT_TASKS, TARGETS, TrainConfig
 from fastlora.data import available_tasks
-from fastlora.errors import UserError
+from fastlora.errors import UserError, user_errors
 from fastlora.files import cache_folder
 from fastlora.tasks import BUILTIN, Task, task_from_table
 
@@ -47,10 +47,8 @@ def find_inputs(config: TrainConfig) -> Inputs:
 
 def find_model(name: str) -> Source:
     """The files of a model; UserError when they cannot be had."""
-    try:
+    with user_errors():
         return resolve(name)
-    except CheckpointError as error:
-        raise UserError(str(error)) from None
 
 
 def check_targets(config: TrainConfig) -> None:

@@ -21,20 +21,13 @@ from fastlora.lora import DEFAULT, lora_layers, parameter_report
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
 from fastlora.runs import default_folder, describe_gpu, open_run
-from fastlora.setup import (
-    Setup,
-    adapter_settings,
-    build_model,
-    check_vocabulary,
-    prepare,
-    to_compute,
-)
+from fastlora.setup import Setup, build_model, check_vocabulary, prepare, to_compute
 from fastlora.train import Interrupted, Result, Trainer
 
 ENCODER = "encoder"
 
 
-def train(
+def run_training(
     config: TrainConfig,
     inputs: Inputs | None = None,
     *,
@@ -53,7 +46,7 @@ def train(
     setup = prepare(config, inputs or find_inputs(config))
     ranks = Ranks(setup.device)
     try:
-        return _train(setup, ranks, Log(quiet, shown=ranks.first), dry_run)
+        return _run(setup, ranks, Log(quiet, shown=ranks.first), dry_run)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of memory on {setup.device} ({error}); lower --tokens-per-batch (it is "
@@ -63,7 +56,7 @@ def train(
         ranks.close()
 
 
-def _train(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
+def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
     folder = Path(ranks.share_text(str(setup.config.out or default_folder(setup.config))))
     model, base_sha, notes = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
     check_vocabulary(model.encoder, setup.tokenizer)
@@ -96,7 +89,7 @@ def _banner(
     setup: Setup, model: MultitaskBert, folder: Path, notes: list[str], ranks: Ranks, log: Log
 ) -> None:
     config, inputs, device = setup.config, setup.inputs, setup.device
-    name, why = route(device)
+    name, why = route()
     hardware = (
         describe_gpu(device.index or 0)
         if device.type == "cuda"
@@ -165,7 +158,6 @@ def _finish(
 def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo) -> None:
     """Write what was trained: heads, and the adapter, one sub-folder a task, or the encoder."""
     config = setup.config
-    settings = adapter_settings(config, setup.inputs.tasks)
     extra = {k: getattr(config, k) for k in ("mode", "adapters", "pairs", "model")}
     with atomic_folder(folder) as building:
         if config.mode == "full":
@@ -173,10 +165,9 @@ def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInf
             base = replace(base, encoder_sha256=fingerprint(model.encoder))
         elif config.mode == "lora":
             layers = lora_layers(model.encoder)
-            if isinstance(settings, dict):
-                for name, own in settings.items():
-                    save_adapter(building / name, layers, name, own, base)
+            if config.adapters == "per-task":
+                for name in setup.inputs.tasks:
+                    save_adapter(building / name, layers, name, base)
             else:
-                save_adapter(building, layers, DEFAULT, settings, base)
+                save_adapter(building, layers, DEFAULT, base)
         save_heads(building, model.heads, setup.inputs.tasks, base, extra)
-

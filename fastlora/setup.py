@@ -13,7 +13,7 @@ from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder
 from fastlora.config import LoraConfig, TrainConfig
 from fastlora.data import TaskData, load_tasks
-from fastlora.errors import UserError
+from fastlora.errors import UserError, user_errors
 from fastlora.inputs import Inputs
 from fastlora.kernels import Dropout
 from fastlora.model import MultitaskBert
@@ -74,10 +74,8 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
 
 def read_tokenizer(source: Source) -> Tokenizer:
     """The tokenizer of a model's folder; UserError when it has none."""
-    try:
+    with user_errors():
         return Tokenizer.from_folder(source.folder)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from None
 
 
 def build_model(
@@ -89,7 +87,8 @@ def build_model(
         The model, the fingerprint of the encoder as loaded, and notes on the checkpoint.
     """
     torch.manual_seed(config.seed)
-    encoder, notes = load_encoder(source, dropout=Dropout, seed=config.seed)
+    with user_errors():
+        encoder, notes = load_encoder(source, dropout=Dropout)
     base = fingerprint(encoder)
     model = MultitaskBert(encoder, tasks, config.pairs)
     if config.mode == "frozen":
@@ -98,14 +97,14 @@ def build_model(
         # Mean pooling leaves BERT's own pooler out of every loss.
         encoder.pooler.requires_grad_(False)
     else:
-        try:
+        with user_errors():
             model.adapt(adapter_settings(config, tasks))
-        except ValueError as error:
-            raise UserError(str(error)) from None
     return model, base, notes
 
 
-def adapter_settings(config: TrainConfig, tasks: Mapping[str, Task]) -> LoraConfig | dict[str, LoraConfig]:
+def adapter_settings(
+    config: TrainConfig, tasks: Mapping[str, Task]
+) -> LoraConfig | dict[str, LoraConfig]:
     """What `MultitaskBert.adapt` takes: one LoraConfig, or one a task."""
     if config.adapters == "shared":
         return config.lora
@@ -132,10 +131,8 @@ def check_vocabulary(encoder: BertModel, tokenizer: Tokenizer) -> None:
 
 def find_device(name: str) -> torch.device:
     """The device that --device means here; UserError when it is not there."""
-    try:
+    with user_errors():
         return local_device(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def find_precision(name: str, device: torch.device) -> str:

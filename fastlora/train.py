@@ -61,6 +61,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
             for (lr, decay), params in groups.items()
         ],
+        eps=1e-6,  # BERT's own; a smaller one turns rounding of tiny gradients into steps
         fused=True,
     )
 

@@ -11,8 +11,9 @@ from fastlora.bert.source import Source
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
 from fastlora.data import Rows, TaskData, encode_rows
-from fastlora.errors import UserError
+from fastlora.errors import UserError, user_errors
 from fastlora.evaluate import predict
+from fastlora.files import atomic_folder
 from fastlora.inputs import find_model
 from fastlora.kernels import Dropout
 from fastlora.lora import DEFAULT, lora_layers, merge, unmerge
@@ -68,7 +69,8 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     full = extra["mode"] == "full"
     source = find_model(str(folder / ENCODER) if full else model or extra["model"])
     tokenizer = read_tokenizer(source)
-    encoder, _ = load_encoder(source, dropout=Dropout)
+    with user_errors():
+        encoder, _ = load_encoder(source, dropout=Dropout)
     base = BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])
     if extra["mode"] == "lora":
@@ -95,13 +97,17 @@ def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
         The largest absolute difference of logits between the merged and the adapted model.
 
     Raises:
-        UserError: when there is nothing to merge, or no such adapter.
+        UserError: when there is nothing to merge, no such adapter, or `out` is not empty.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; name a new folder or remove it")
     extra, net = trained.extra, trained.model
     if extra["mode"] != "lora":
         raise UserError(f"the run was trained with --mode {extra['mode']}: no adapter to merge")
     if (task is not None) != (extra["adapters"] == "per-task"):
-        wanted = f"name one with --task: {', '.join(trained.tasks)}" if task is None else "no --task"
+        wanted = (
+            f"name one with --task: {', '.join(trained.tasks)}" if task is None else "no --task"
+        )
         raise UserError(f"the run has {extra['adapters']} adapters ({wanted})")
     adapter = task or DEFAULT
     if task is not None and task not in trained.tasks:
@@ -110,7 +116,8 @@ def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
     before = predict(net, probe)
     merge(net.encoder, adapter)
     after = predict(net, probe)
-    save_encoder(net.encoder, out, trained.source.folder)
+    with atomic_folder(out) as building:
+        save_encoder(net.encoder, building, trained.source.folder)
     unmerge(net.encoder)
     return max(float(abs(before[n] - after[n]).max()) for n in probe)
 

@@ -1,11 +1,21 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
 
 from fastlora.bert.config import BertConfig
+from fastlora.bert.model import ACTIVATIONS
 from fastlora.bert.source import CheckpointError
+
+BASE = BertConfig(
+    vocab_size=30522,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+)
 
 
 def write(folder: Path, **changes) -> Path:
@@ -20,22 +30,27 @@ def write(folder: Path, **changes) -> Path:
     return path
 
 
-def test_defaults_are_bert_base_uncased(tmp_path):
-    assert BertConfig.from_json(write(tmp_path)) == BertConfig()
+def test_defaults_are_transformers_own(tmp_path):
+    assert BertConfig.from_json(write(tmp_path)) == BASE
 
 
 def test_unknown_keys_are_ignored(tmp_path):
-    assert BertConfig.from_json(write(tmp_path, chunk_size_feed_forward=7)) == BertConfig()
+    assert BertConfig.from_json(write(tmp_path, chunk_size_feed_forward=7)) == BASE
 
 
 def test_transformers_reads_what_we_write(tmp_path):
-    config = BertConfig(hidden_size=24, num_attention_heads=3, layer_norm_eps=1e-5)
+    config = replace(BASE, hidden_size=24, num_attention_heads=3, layer_norm_eps=1e-5)
     config.to_json(tmp_path / "config.json")
     theirs = transformers.BertConfig.from_pretrained(tmp_path)
     assert theirs.hidden_size == 24
     assert theirs.layer_norm_eps == 1e-5
     assert theirs.architectures == ["BertModel"]
     assert BertConfig.from_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
+def test_every_activation_of_the_model_is_read(tmp_path, act):
+    assert BertConfig.from_json(write(tmp_path, hidden_act=act)).hidden_act == act
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers
 
-from fastlora.bert.config import HIDDEN_ACTS, BertConfig
+from fastlora.bert.config import BertConfig
 from fastlora.bert.model import ACTIVATIONS, BertModel
 from fastlora.bert.source import Source
 from fastlora.bert.weights import load_encoder
@@ -22,7 +22,7 @@ def minilm_pair(minilm):
 def random_pair(**changes):
     torch.manual_seed(0)
     theirs = transformers.BertModel(transformers.BertConfig(**changes)).eval()
-    config = {k: v for k, v in theirs.config.to_dict().items() if k in vars(BertConfig())}
+    config = {k: v for k, v in theirs.config.to_dict().items() if k in BertConfig.__annotations__}
     ours = BertModel(BertConfig(**config)).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
@@ -98,9 +98,8 @@ def test_no_mask_and_a_single_token():
     assert_same(pair, input_ids=torch.tensor([[7]]), attention_mask=torch.ones(1, 1).long())
 
 
-@pytest.mark.parametrize("act", HIDDEN_ACTS)
+@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_every_activation(act):
-    assert set(HIDDEN_ACTS) == set(ACTIVATIONS)
     assert_same(random_pair(**TINY, hidden_act=act), **padded_batch(60))
 
 

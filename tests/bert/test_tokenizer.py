@@ -52,7 +52,6 @@ def test_golden_ids(ours):
     assert encoded.ids.tolist() == GOLDEN
     assert (encoded.ids.dtype, encoded.offsets.dtype) == (np.int32, np.int64)
     assert (len(encoded), encoded.types, encoded.truncated) == (1, None, 0)
-    assert ours.pad_id == 0
     assert ours.vocab_size == 30522
 
 
@@ -116,9 +115,9 @@ def test_folder_without_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "cause"),
     [
-        ("tokenizer.json", "{", "not a tokenizer file"),
-        ("vocab.txt", "[PAD]\n[UNK]\nhello\n", r"lacks \[CLS\], \[SEP\]"),
-        ("vocab.txt", "", r"lacks \[PAD\]"),
+        ("tokenizer.json", "{", "not a BERT tokenizer"),
+        ("vocab.txt", "[PAD]\n[UNK]\nhello\n", "sep_token not found"),
+        ("vocab.txt", "[CLS]\n[SEP]\n[UNK]\nhello\n", r"lacks \[PAD\], \[MASK\]"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, text, cause):

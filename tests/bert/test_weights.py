@@ -35,10 +35,10 @@ def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
-def load(folder, tensors=None, **options):
+def load(folder, tensors=None):
     if tensors is not None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return load_encoder(Source(folder, "tiny"), **options)
+    return load_encoder(Source(folder, "tiny"))
 
 
 def test_plain_checkpoint_is_copied_exactly(folder, tensors):
@@ -70,69 +70,50 @@ def test_half_precision_is_loaded_as_fp32(folder, tensors):
     assert torch.equal(model.get_parameter(QUERY), tensors[QUERY].half().float())
 
 
-def test_missing_pooler_is_noted_and_seeded(folder, tensors):
+def test_missing_pooler_is_noted_and_always_the_same(folder, tensors):
     bare = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
-    model, notes = load(folder, bare, seed=3)
-    again, _ = load(folder, seed=3)
-    other, _ = load(folder, seed=4)
-    assert len(notes) == 1 and "no pooler" in notes[0] and "seed 3" in notes[0]
+    model, notes = load(folder, bare)
+    torch.manual_seed(3)
+    again, _ = load(folder)
+    assert len(notes) == 1 and "no pooler" in notes[0]
     weight = model.pooler.dense.weight
     assert 0.015 < weight.std() < 0.025 and not model.pooler.dense.bias.any()
     assert torch.equal(weight, again.pooler.dense.weight)
-    assert not torch.equal(weight, other.pooler.dense.weight)
 
 
-def test_half_a_pooler_is_refused(folder, tensors):
-    del tensors["pooler.dense.bias"]
-    with pytest.raises(CheckpointError, match=r"'pooler\.dense\.bias' is missing"):
-        load(folder, tensors)
-
-
-def test_missing_tensor_is_named(folder, tensors):
-    del tensors[QUERY]
-    with pytest.raises(CheckpointError, match=f"model.safetensors: tensor '{QUERY}' is missing"):
-        load(folder, tensors)
-
-
-def test_unknown_tensor_is_named(folder, tensors):
-    tensors["classifier.weight"] = torch.zeros(2, 32)
-    with pytest.raises(CheckpointError, match=r"'classifier\.weight' belongs to no part"):
-        load(folder, tensors)
-
-
-def test_wrong_shape_is_named(folder, tensors):
-    tensors[QUERY] = tensors[QUERY][:, :31].contiguous()
-    with pytest.raises(CheckpointError, match=rf"'{QUERY}' has shape \[32, 31\].*\[32, 32\]"):
-        load(folder, tensors)
-
-
-def test_integer_weights_are_refused(folder, tensors):
-    tensors[QUERY] = tensors[QUERY].to(torch.int8)
-    with pytest.raises(CheckpointError, match=r"is torch\.int8"):
-        load(folder, tensors)
-
-
-def test_the_same_tensor_twice_is_refused(folder, tensors):
-    tensors["bert." + QUERY] = tensors[QUERY].clone()
-    with pytest.raises(CheckpointError, match="twice"):
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda t: t.pop("pooler.dense.bias"), r"'pooler\.dense\.bias' is missing"),
+        (lambda t: t.pop(QUERY), f"'{QUERY}' is missing"),
+        (lambda t: t.update(classifier=torch.zeros(2, 32)), "'classifier' is unexpected"),
+        (lambda t: t.update({QUERY: torch.zeros(32, 31)}), rf"'{QUERY}' .*\[32, 31\].*\[32, 32\]"),
+        (lambda t: t.update({QUERY: torch.zeros(32, 32).char()}), r"is torch\.int8"),
+        (lambda t: t[QUERY][3, 5:6].fill_(float("nan")), "not finite"),
+        (lambda t: t.update({"bert." + QUERY: t[QUERY].clone()}), "twice"),
+    ],
+)
+def test_tensors_are_refused_by_name(folder, tensors, change, cause):
+    change(tensors)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor .*{cause}"):
         load(folder, tensors)
 
 
 def test_truncated_file_is_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read as safetensors"):
         load(folder)
 
 
 def test_pickle_only_folder_is_refused_with_the_remedy(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle.*save_pretrained"):
         resolve(str(folder))
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json: .*no such file"):
         resolve(str(tmp_path))
 
 
@@ -188,7 +169,7 @@ def test_save_encoder_is_a_hugging_face_folder(folder, minilm, tmp_path):
     model, _ = load(folder)
     ids = torch.arange(10)[None]
     before = model(ids).last_hidden_state
-    save_encoder(model, tmp_path / "out", tokenizer_source=minilm)
+    save_encoder(model, tmp_path / "out", minilm)
 
     theirs, report = transformers.BertModel.from_pretrained(
         tmp_path / "out", output_loading_info=True
@@ -201,30 +182,6 @@ def test_save_encoder_is_a_hugging_face_folder(folder, minilm, tmp_path):
     again, notes = load(tmp_path / "out")
     assert notes == []
     assert fingerprint(again) == fingerprint(model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
-
-
-def test_save_encoder_leaves_existing_files_alone(folder, tmp_path):
-    model, _ = load(folder)
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(CheckpointError, match="not empty"):
-        save_encoder(model, folder, None)
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    (tmp_path / "empty").mkdir()
-    save_encoder(model, tmp_path / "empty", None)
-    assert (tmp_path / "empty" / "config.json").exists()
-
-
-def test_failed_save_leaves_nothing(folder, tmp_path, monkeypatch):
-    model, _ = load(folder)
-
-    def fail(*_args, **_options):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("fastlora.bert.weights.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_encoder(model, tmp_path / "out", None)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_fingerprint_sees_the_base_weights_only(folder):

@@ -24,7 +24,7 @@ from fastlora.trained import load_trained, merge_encoder
 
 
 def run(config, **options):
-    return session.train(config, quiet=True, **options)
+    return session.run_training(config, quiet=True, **options)
 
 
 def final(folder):
@@ -136,8 +136,8 @@ def test_interrupted_run_continues_bit_for_bit(tiny_config, tmp_path, monkeypatc
 
 def _command(config: TrainConfig) -> list[str]:
     return [
-        *(sys.executable, "-m", "fastlora.cli", "train", "--quiet", "--epochs", "3"),
-        *("--data", str(config.data), "--model", config.model, "--save-every", "3"),
+        *(sys.executable, "-m", "fastlora.cli", "train", "--quiet"),
+        *("--epochs", str(config.epochs), "--data", str(config.data), "--model", config.model, "--save-every", "3"),
         *("--tokens-per-batch", "128", "--out", str(config.out), "--device", "cpu"),
     ]
 
@@ -146,7 +146,8 @@ def _command(config: TrainConfig) -> list[str]:
 def test_killed_run_continues_bit_for_bit(tiny_config, tmp_path):
     """kill -9 at some step, then the same command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole, killed = tiny_config(out=tmp_path / "whole"), tiny_config(out=tmp_path / "killed")
+    whole = tiny_config(out=tmp_path / "whole", epochs=3)
+    killed = replace(whole, out=tmp_path / "killed")
     subprocess.run(_command(whole), check=True, env=environment, cwd=tmp_path)
     for steps in (4, 11):
         process = subprocess.Popen(_command(killed), env=environment, cwd=tmp_path)

@@ -1,0 +1,217 @@
+"""The commands as typed: answers, exit codes, speed of failure, interruption."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastlora.cli import main
+from fastlora.files import read_toml
+
+TRAIN = [sys.executable, "-m", "fastlora.cli", "train"]
+
+
+def call(arguments, capsys):
+    """Run `fastlora ...` in this process: exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def train_flags(tiny_model, tiny_data, out, changes=()):
+    flags = {"--model": tiny_model, "--data": tiny_data, "--out": out, "--r": 4}
+    flags |= dict(zip(changes[::2], changes[1::2], strict=True))
+    return ["train", *(part for flag in flags.items() for part in flag)]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tiny_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    flags = [*train_flags(tiny_model, tiny_data, folder), "--quiet", "--tokens-per-batch", "256"]
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in flags])
+    assert stop.value.code == 0
+    return folder
+
+
+def test_train_shows_banner_and_table(tiny_model, tiny_data, tmp_path, capsys):
+    code, out, _ = call(train_flags(tiny_model, tiny_data, tmp_path / "run"), capsys)
+    assert code == 0
+    lines = out.splitlines()
+    names = ["device", "trainable", "model", "data", "examples", "run"]
+    assert [line.split()[0] for line in lines[:6]] == names
+    assert "sst 96 train, 24 dev, 0 dropped, 0 truncated, 0 empty" in lines[4]
+    assert re.search(r"sts\s+│ pearson\s", out)
+    assert "adapter and heads in" in lines[-1]
+    assert (tmp_path / "run" / "train.log").read_text().splitlines()[:6] == lines[:6]
+
+
+def test_quiet_prints_nothing(tiny_model, tiny_data, tmp_path, capsys):
+    flags = train_flags(tiny_model, tiny_data, tmp_path / "run")
+    assert call([*flags, "--quiet", "--max-steps", "2"], capsys) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rr", "3"], "Did you mean --r?"),
+        (["--r", "many"], "many"),
+        (["--r", "0"], "r is 0 (expected 1 or more)"),
+        (["--dropout", "1"], "dropout is 1.0 (expected 0 <= p < 1)"),
+        (["--targets", "quary"], "did you mean 'query'?"),
+        (["--tasks", "ssst"], "did you mean 'sst'?"),
+        (["--tasks", "cfimdb"], "ids-cfimdb-train.csv: no such file"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--model", "./nowhere"], "give --model a local directory"),
+        (["--config", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["--resume", "nowhere"], "nowhere/run.toml: no such file"),
+        (["--precision", "fp8"], "fp8"),
+        (["--device", "tpu"], "device is 'tpu'"),
+        (["--lr", "-1"], "lr is -1.0 (expected a positive number)"),
+    ],
+)
+def test_usage_errors_exit_2_and_write_nothing(
+    flags, message, tiny_model, tiny_data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(train_flags(tiny_model, tiny_data, "run", flags), capsys)
+    assert code == 2
+    assert message in re.sub(r"\s*│?\s*\n\s*│?\s*", " ", out + err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_row_stops_with_file_and_line(tiny_model, tiny_data, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in tiny_data.iterdir():
+        (data / file.name).write_bytes(file.read_bytes())
+    file = data / "quora-train.csv"
+    lines = file.read_text().splitlines()
+    lines[41] = lines[41].rpartition("\t")[0] + "\t"
+    file.write_text("\n".join(lines) + "\n")
+    flags = train_flags(tiny_model, data, tmp_path / "run")
+    code, _, err = call(flags, capsys)
+    assert code == 2
+    expected = f"error: {file}:42: column 'is_duplicate' is '' (expected 0 or 1). 1 such row; "
+    assert err.startswith(expected) and "--bad-rows skip" in err
+    assert not (tmp_path / "run").exists()
+    code, out, _ = call([*flags, "--bad-rows", "skip", "--max-steps", "1"], capsys)
+    assert code == 0 and "quora 95 train, 24 dev, 1 dropped" in out
+
+
+def test_config_file_and_flags(tiny_model, tiny_data, tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    file.write_text(
+        f"r = 3\nepochs = 2\nmodel = '{tiny_model}'\ndata = '{tiny_data}'\n"
+        "tasks = ['sts', 'mine']\nadapters = 'per-task'\n[sts]\nr = 5\n"
+        "[task.mine]\nkind = 'classification'\ncolumns = ['sentence']\nlabel = 'sentiment'\n"
+        "labels = ['0', '1', '2', '3', '4']\n"
+        "files = {train = 'ids-sst-train.csv', dev = 'ids-sst-dev.csv'}\nlora = {r = 2}\n"
+    )
+    out = tmp_path / "run"
+    flags = ["train", "--config", file, "--out", out, "--epochs", "1", "--max-steps", "2"]
+    assert call(flags, capsys)[0] == 0
+    table = read_toml(out / "run.toml")
+    assert (table["r"], table["epochs"], table["sts"]["r"]) == (3, 1, 5)
+    assert (out / "predictions" / "mine-dev.csv").exists()
+    # run.toml runs the same again, and knows the user's own task.
+    again = ["train", "--config", out / "run.toml", "--out", tmp_path / "again"]
+    assert call(again, capsys)[0] == 0
+    assert read_toml(tmp_path / "again" / "run.toml") == table
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("rank = 3\n", "rank"), ("r = [\n", "not a readable TOML"), ("[task.x]\nkind = 1\n", "task")],
+)
+def test_wrong_config_file(text, message, tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    code, out, err = call(["train", "--config", file], capsys)
+    assert code == 2 and message in out + err
+
+
+def test_eval(finished, tiny_data, capsys):
+    code, out, _ = call(["eval", finished, "--data", tiny_data], capsys)
+    assert code == 0
+    trained = (finished / "train.log").read_text()
+    for task in ("sst", "quora", "sts"):
+        number = re.search(rf"{task}\s+│\s+\w+\s+│\s+([\d.-]+|n/a)", out)[1]
+        assert re.search(rf"^{task}\s+\w+\s+{re.escape(number)}\s", trained, re.M)
+
+
+def test_predict_writes_a_row_for_each_row(finished, tmp_path, capsys):
+    file = tmp_path / "new.csv"
+    file.write_text("sentence\n a good film .\n\"\"\nnot very good\n")
+    code, out, _ = call(["predict", finished, file, "--task", "sst"], capsys)
+    assert code == 0 and "3 predictions of sst" in out
+    lines = (tmp_path / "new.predictions.csv").read_text().splitlines()
+    assert lines[0] == "id,prediction" and len(lines) == 4
+
+
+def test_predict_names_the_tasks(finished, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text("sentence\na\n")
+    code, _, err = call(["predict", finished, tmp_path / "new.csv"], capsys)
+    assert code == 2 and "expected one of sst, quora, sts" in err
+    code, _, err = call(["predict", finished, tmp_path / "no.csv", "--task", "sst"], capsys)
+    assert code == 2 and "no.csv: no such file" in err
+
+
+def test_merge(finished, tmp_path, capsys):
+    code, out, _ = call(["merge", finished, tmp_path / "merged"], capsys)
+    assert code == 0 and re.search(r"max \|difference of logits\| \d\.\d\de-0[5-9]", out)
+    code, _, err = call(["merge", finished, tmp_path / "merged"], capsys)
+    assert code == 2 and "not empty" in err
+
+
+def test_unfinished_folder_is_named(tmp_path, capsys):
+    code, _, err = call(["eval", tmp_path], capsys)
+    assert code == 2 and "expected a finished run folder" in err
+
+
+def test_doctor(capsys):
+    code, out, _ = call(["doctor"], capsys)
+    assert code == 0 and re.search(r"^kernels\s+reference", out, re.M)
+
+
+def test_help_typo_and_missing_file_are_fast(tmp_path):
+    """Under 0.6 s each on an idle core: no torch is imported. CPU time, as others may run too."""
+    for flags, code in ((["--help"], 0), (["--rr", "1"], 2), (["--data", "nowhere"], 2)):
+        before = os.times()
+        assert subprocess.run([*TRAIN, *flags], cwd=tmp_path, capture_output=True).returncode == code
+        after = os.times()
+        spent = after.children_user + after.children_system
+        spent -= before.children_user + before.children_system
+        assert spent < 0.6, flags
+
+
+def test_interrupt_exits_130_and_says_how_to_go_on(tiny_model, tiny_data, tmp_path):
+    flags = train_flags(tiny_model, tiny_data, tmp_path / "run")[1:]
+    command = [*TRAIN, *map(str, flags), "--epochs", "500"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.splitlines()[-1] == f"  fastlora-train --resume {tmp_path / 'run'}"
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/MANIFEST.json"))
+    # What was printed works: the settings come from the run folder.
+    resumed = subprocess.run(
+        [*TRAIN, "--resume", str(tmp_path / "run"), "--dry-run"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert Path(tmp_path / "run").name in resumed.stdout
