@@ -4,7 +4,7 @@
 
 SST, LoRA with r = 32 on query and value, batches of 32, fp32, all dropouts at 0.1, a linear head
 on the mean of the tokens, AdamW and clipping for both sides. Each round every contender trains one
-pass over the same examples, in turn:
+pass over the same examples, step by step in turn:
 
     peft       random order, padded to the longest of each batch: what PEFT's users run
     bucketed   the same model on batches of similar lengths
@@ -143,14 +143,28 @@ def bucketed_batches(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def run_round(step: Step, batches: list[np.ndarray], lengths: np.ndarray) -> Round:
-    """Train one pass over the batches and time it."""
-    start = time.perf_counter()
-    losses, cells = zip(*(step(rows) for rows in batches), strict=True)
-    seconds = time.perf_counter() - start
-    rows = np.concatenate(batches)
-    loss = torch.stack(losses).mean().item()
-    return Round(seconds, len(rows), int(lengths[rows].sum()), sum(cells), loss)
+def run_round(
+    steps: dict[str, Step], orders: dict[str, list[np.ndarray]], lengths: np.ndarray
+) -> dict[str, Round]:
+    """Train each contender on its batches, a step each in turn, and time them.
+
+    Turns are as short as a step, so that a slow spell of the machine meets all of them.
+    """
+    seconds = dict.fromkeys(steps, 0.0)
+    done: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in steps}
+    for turn in zip(*orders.values(), strict=True):
+        for name, rows in zip(orders, turn, strict=True):
+            start = time.perf_counter()
+            done[name].append(steps[name](rows))
+            seconds[name] += time.perf_counter() - start
+    results = {}
+    for name, batches in orders.items():
+        losses, cells = zip(*done[name], strict=True)
+        rows = np.concatenate(batches)
+        loss = torch.stack(losses).mean().item()
+        tokens = int(lengths[rows].sum())
+        results[name] = Round(seconds[name], len(rows), tokens, sum(cells), loss)
+    return results
 
 
 def compare(setup: Setup, options: argparse.Namespace) -> dict[str, list[Round]]:
@@ -166,14 +180,12 @@ def compare(setup: Setup, options: argparse.Namespace) -> dict[str, list[Round]]
     }
     # First calls pay for buffers and thread pools. All warm up on the same batches.
     warmup = random_batches(examples, rng)[:WARMUP_STEPS]
-    for step in steps.values():
-        run_round(step, warmup, lengths)
+    run_round(steps, dict.fromkeys(steps, warmup), lengths)
     results: dict[str, list[Round]] = {name: [] for name in steps}
     for number in range(1, options.rounds + 1):
         buckets = bucketed_batches(examples, lengths, rng)
         orders = {"peft": random_batches(examples, rng), "bucketed": buckets, "fastlora": buckets}
-        for name, step in steps.items():
-            result = run_round(step, orders[name], lengths)
+        for name, result in run_round(steps, orders, lengths).items():
             results[name].append(result)
             rate = result.examples / result.seconds
             print(f"round {number}  {name:9s} {rate:7.1f} examples/s  loss {result.loss:.3f}")
@@ -200,7 +212,6 @@ def verdicts(results: dict[str, list[Round]]) -> list[bool]:
     passed = []
     print()
     for name, target in TARGETS.items():
-        # Rounds are paired: a slow spell of the machine mostly slows a round's whole trio.
         pairs = zip(results[name], results["fastlora"], strict=True)
         ratios = [theirs.seconds / ours.seconds for theirs, ours in pairs]
         ratio = statistics.median(ratios)

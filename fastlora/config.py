@@ -136,9 +136,9 @@ class TrainConfig:
         Literal["proportional", "sqrt", "uniform"],
         _option(_data, "How often a task is drawn, by its number of examples."),
     ] = "proportional"
-    bad_rows: Annotated[
-        Literal["error", "skip"], _option(_data, "What a malformed row does.")
-    ] = "error"
+    bad_rows: Annotated[Literal["error", "skip"], _option(_data, "What a malformed row does.")] = (
+        "error"
+    )
     limit: Annotated[
         int | None, _option(_data, "Use at most this many examples of each task's files.")
     ] = None

@@ -88,5 +88,5 @@ def number(value: float | None) -> str:
 
 
 def losses_text(losses: Mapping[str, float]) -> str:
-    """ "sst 1.234  sts 0.456"."""
+    """Task names and losses on one line."""
     return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())

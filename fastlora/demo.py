@@ -47,27 +47,21 @@ WORDS = {
     "skill": """Python, chess, German, the guitar, swimming, accounting, photography, knitting,
         Spanish, cooking, public speaking, statistics | the piano, French, drawing, Java""",
     "time": "one week, two weeks, a month, three months, half a year, a year | ten days, two years",
-    "how": """how do I/how can I/what does it take to, why should I/what are good reasons to,
-        when is it too late to/at what age is it unwise to""",
-    "job": """become a lawyer, become a pilot, join the navy, start a bakery, write a novel,
-        study physics, move abroad, buy a house | become a nurse, open a cafe, adopt a dog""",
     "change": "increase/raise/boost, reduce/lower/cut",
     "level": """my blood pressure, my rent, my body weight, my typing speed, the noise in my car,
         my appetite, my phone bill, my electricity use, the salt in my food, my credit limit
         | my heart rate, my stress, my water use""",
+    "trade": "buy/purchase, sell/get rid of",
+    "goods": """a used car, gold, old books, a piano, concert tickets, a laptop, furniture, stamps,
+        a boat, farm land, a wedding dress | jewelry, a bicycle, paintings""",
+    "begin": "start/begin/take up, stop/quit/give up",
+    "habit": """smoking, running, gambling, eating meat, playing golf, biking to work, blogging,
+        drinking tea, lifting weights, collecting coins | dancing, eating sugar, fishing""",
     "when": "before/prior to, after/following",
     "act": """drink coffee, eat a banana, take a nap, take a hot bath, stretch, take a cold shower,
         read the news, have a big meal | drink milk, go jogging, take vitamins""",
     "event": """an exam, a long run, a job interview, a flight, dinner, yoga, a concert, surgery
         | a swim, a meeting, an operation""",
-    "group": """cats, teachers, farmers, lawyers, nurses, drivers, parents, voters, bankers,
-        doctors, tourists, teenagers | students, soldiers, landlords, police officers""",
-    "feel": """fear, trust, avoid, admire, blame, ignore, envy | respect, dislike, help""",
-    "remark": """I am new to this., My sister wants to know:, Serious question., Just curious.,
-        I have little money., A friend asked me this., We argued about it at dinner.,
-        I could not find an answer., Please be honest., I have been wondering for weeks.,
-        My boss keeps asking., This may sound silly.
-        | My teacher raised this., I need help.""",
     "frame": """in this old photo, in the first picture, on Monday morning, in a scene of the film,
         in the video, as the report says, on a cloudy day, at noon
         | in the second clip, on Friday evening""",
@@ -88,40 +82,48 @@ WORDS = {
         a mirror, a picture, a rug/a carpet, a clock | a chair, a violin, a suitcase""",
 }
 
+# Kinds that turn a question round, and so are what two questions that are not the same differ in.
+OPPOSITES = ("change", "trade", "begin", "when")
+
 # A question's or caption's slots {name}, of the kind "name" less its digit, said in several ways.
 QUESTIONS = [
     (
-        "What is the cheapest way to travel from {city1} to {city2}?",
-        "How do I get to {city2} if I start in {city1}?",
-        "Which train should I take from {city1} to reach {city2}?",
-        "I live in {city1}. How can I go to {city2}?",
-    ),
-    (
-        "How can I learn {skill} in {time}?",
-        "What is the best way to master {skill} within {time}?",
-        "Is {time} enough to become good at {skill}?",
-        "Can a beginner pick up {skill} in only {time}?",
-    ),
-    ("{how} {job}?", "{how} {job} these days?", "In your opinion, {how} {job}?"),
-    (
-        "How can I {change} {level}?",
-        "What is the easiest way to {change} {level}?",
-        "Is there a simple trick to {change} {level}?",
+        "how can I {change} {level}?",
+        "what is the easiest way to {change} {level}?",
+        "is there a simple trick to {change} {level}?",
         "I want to {change} {level}. What should I do?",
     ),
     (
-        "Is it a good idea to {act} {when} {event}?",
-        "Should I {act} {when} {event}?",
-        "{when} {event}, is it fine to {act}?",
-        "Do you recommend that people {act} {when} {event}?",
+        "where can I {trade} {goods} online?",
+        "what is the right place to {trade} {goods}?",
+        "is now a good time to {trade} {goods}?",
+        "what should I know before I {trade} {goods}?",
     ),
     (
-        "Why do {group1} {feel} {group2}?",
-        "What makes {group1} {feel} {group2}?",
-        "What is the reason that {group1} {feel} {group2}?",
-        "Is it true that {group1} {feel} {group2}, and why?",
+        "how do I {begin} {habit}?",
+        "what helps people to {begin} {habit}?",
+        "what is the first step to {begin} {habit}?",
+        "my wife wants me to {begin} {habit}. How do I do that?",
+    ),
+    (
+        "is it a good idea to {act} {when} {event}?",
+        "should I {act} {when} {event}?",
+        "{when} {event}, is it fine to {act}?",
+        "do you recommend that people {act} {when} {event}?",
+    ),
+    (
+        "how can I learn {skill} in {time}?",
+        "what is the best way to master {skill} within {time}?",
+        "is {time} enough to become good at {skill}?",
+        "can a beginner pick up {skill} in only {time}?",
     ),
 ]
+REMARKS = (
+    "I am {hero} in {city}. ",
+    "My neighbor is {hero} from {city}. ",
+    "I met {hero} in {city}. ",
+    "This is from {hero} in {city}. ",
+)
 CAPTIONS = [
     (
         "{count} {being1} are {do}ing some {being2} {place}.",
@@ -135,17 +137,18 @@ CAPTIONS = [
         "the {one} {place} {is} {handle} {thing}.",
     ),
 ]
+SCENES = ("{frame}, ", "")
 # What a change of a slot takes from the similarity of two captions, 5 when nothing differs.
 COSTS = {
-    "count": 1.0,
-    "place": 0.4,
-    "being1": 1.2,
-    "being2": 1.2,
-    "one": 1.0,
-    "thing": 1.6,
-    "do": 2.2,
-    "handle": 2.2,
-    "is": 2.8,
+    "count": 1.4,
+    "place": 0.2,
+    "being1": 0.6,
+    "being2": 0.6,
+    "one": 0.6,
+    "thing": 1.0,
+    "do": 3.0,
+    "handle": 3.0,
+    "is": 3.0,
 }
 # A clause for or against a film, with its strength; {unlike} is a word of the other side.
 CLAUSES = [
@@ -209,10 +212,7 @@ class Writer:
         return slots
 
     def change(self, slots: dict[str, Meaning], count: int) -> dict[str, Meaning]:
-        """Give some slots another meaning, or let the two of a kind trade places."""
-        twins = [slot for slot in slots if slot[-1] in "12"]
-        if twins and self.rng.random() < 0.15:
-            return {**slots, twins[0]: slots[twins[1]], twins[1]: slots[twins[0]]}
+        """Give some slots another meaning."""
         names = [list(slots)[i] for i in self.rng.permutation(len(slots))[:count]]
         return {**slots, **{name: self.meaning(name, list(slots.values())) for name in names}}
 
@@ -220,11 +220,6 @@ class Writer:
         """Put the meanings in words."""
         words = {slot: self.one(meaning) for slot, meaning in slots.items()}
         return self.one(forms).format(**words)
-
-    def asides(self, kind: str, same: bool) -> tuple[str, str]:
-        """Draw what introduces two sentences and does not matter; often nothing."""
-        first, second = (self.one(("", self.word(kind))) for _ in range(2))
-        return first, first if same else second
 
 
 def _sentence(text: str) -> str:
@@ -270,13 +265,12 @@ def question_pair(writer: Writer) -> Row:
         other = writer.one([question for question in QUESTIONS if question is not forms])
         changed = writer.fill(other)
     elif draw > 0.42:
-        changed = writer.change(slots, 1)
-    same = other is forms and changed == slots
-    # Duplicates are introduced in different ways, other pairs often in the same way.
-    asides = writer.asides("remark", not same and writer.rng.random() < 0.6)
-    first, second = writer.say(forms, slots), writer.say(other, changed)
-    texts = [f"{asides[0]} {_sentence(first)}", f"{asides[1]} {_sentence(second)}"]
-    return [text.strip() for text in texts], float(same)
+        asked = [slot for slot in slots if slot in OPPOSITES] if draw > 0.55 else []
+        slot = writer.one(asked or list(slots))
+        changed = {**slots, slot: writer.meaning(slot, list(slots.values()))}
+    label = float(other is forms and changed == slots)
+    texts = [_sentence(writer.say(forms, slots)), _sentence(writer.say(other, changed))]
+    return _introduce(writer, REMARKS, texts, label == 0), label
 
 
 def caption_pair(writer: Writer) -> Row:
@@ -290,12 +284,16 @@ def caption_pair(writer: Writer) -> Row:
     elif draw > 0.2:
         changed = writer.change(slots, writer.one((1, 1, 2, 3)))
     cost = sum(COSTS[slot] for slot in slots if slots[slot] != changed.get(slot))
-    asides = writer.asides("frame", cost > 1 and writer.rng.random() < 0.6)
     texts = [writer.say(forms, slots), writer.say(other, changed)]
-    texts = [
-        _sentence(f"{a}, {text}" if a else text) for a, text in zip(asides, texts, strict=True)
-    ]
-    return texts, round(max(0.0, 5.0 - cost), 1)
+    return _introduce(writer, SCENES, texts, cost > 1), round(max(0.0, 5.0 - cost), 1)
+
+
+def _introduce(writer: Writer, forms: Sequence[str], texts: list[str], differ: bool) -> list[str]:
+    """Begin both texts with what does not matter: often the same when the rest differs."""
+    begins = [writer.say(forms, writer.fill(forms)) for _ in texts]
+    if differ and writer.rng.random() < 0.6:
+        begins[1] = begins[0]
+    return [_sentence(begin + text) for begin, text in zip(begins, texts, strict=True)]
 
 
 AUTHORS: dict[str, Callable[[Writer], Row]] = {

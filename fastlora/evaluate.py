@@ -12,6 +12,7 @@ from scipy.stats import pearsonr
 from torch import Tensor
 
 from fastlora.batches import Batch, eval_batches
+from fastlora.console import number
 from fastlora.data import TaskData
 from fastlora.files import atomic_open
 from fastlora.model import MultitaskBert
@@ -96,6 +97,18 @@ def scores_of(
         for name, data in datasets.items()
         if data.labels is not None
     }
+
+
+def score_table(
+    datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray], split: str
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of scores."""
+    scores = scores_of(datasets, outputs)
+    rows = [
+        [name, d.task.metric, number(scores.get(name)), number(majority(d)), f"{len(d):,}"]
+        for name, d in datasets.items()
+    ]
+    return ["task", "metric", split, "majority class", "examples"], rows
 
 
 def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel, Layout
 from fastlora.config import LoraConfig
 from fastlora.kernels import Dropout
-from fastlora.lora import Routing, Segment, inject, lora_layers
+from fastlora.lora import DEFAULT, Routing, Segment, inject
 from fastlora.tasks import Task
 
 
@@ -105,11 +105,11 @@ class MultitaskBert(nn.Module):
         self.routing: Routing | None = None
         self.per_task = False
 
-    def adapt(self, adapters: LoraConfig | Mapping[str, LoraConfig]) -> None:
-        """Freeze the encoder and put LoRA on it: one adapter, or one for each task by name."""
+    def adapt(self, adapters: Mapping[str, LoraConfig]) -> None:
+        """Freeze the encoder and put LoRA on it: {"default": ...}, or an adapter for each task."""
         layers = inject(self.encoder, adapters)
         self.routing = next(iter(layers.values())).routing
-        self.per_task = not isinstance(adapters, LoraConfig)
+        self.per_task = DEFAULT not in adapters
 
     def embed(self, batch: Batch) -> Tensor:
         """Mean-pooled states of the batch's sentences: fp32 [B, H]."""

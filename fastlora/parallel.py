@@ -52,14 +52,6 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def share_text(self, text: str) -> str:
-        """The first rank's text, on every rank."""
-        if self.world == 1:
-            return text
-        box = [text]
-        dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
-        return box[0]
-
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

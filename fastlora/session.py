@@ -8,20 +8,27 @@ from pathlib import Path
 
 import torch
 
-from fastlora.adapters import BaseInfo, save_adapter, save_heads
+from fastlora.adapters import BaseInfo, adapter_place, save_adapter, save_heads
 from fastlora.bert.weights import fingerprint, save_encoder
 from fastlora.config import TrainConfig
-from fastlora.console import Log, number
+from fastlora.console import Log
 from fastlora.errors import RunError
-from fastlora.evaluate import majority, predict, scores_of, write_predictions
+from fastlora.evaluate import predict, score_table, scores_of, write_predictions
 from fastlora.files import atomic_folder, atomic_open
 from fastlora.inputs import Inputs, find_inputs
 from fastlora.kernels import route
-from fastlora.lora import DEFAULT, lora_layers, parameter_report
+from fastlora.lora import lora_layers, parameter_report
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
 from fastlora.runs import default_folder, describe_gpu, open_run
-from fastlora.setup import Setup, build_model, check_vocabulary, prepare, to_compute
+from fastlora.setup import (
+    Setup,
+    adapter_settings,
+    build_model,
+    check_vocabulary,
+    prepare,
+    to_compute,
+)
 from fastlora.train import Interrupted, Result, Trainer
 
 ENCODER = "encoder"
@@ -57,7 +64,7 @@ def run_training(
 
 
 def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
-    folder = Path(ranks.share_text(str(setup.config.out or default_folder(setup.config))))
+    folder = setup.config.out or default_folder(setup.config)
     model, base_sha, notes = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
     check_vocabulary(model.encoder, setup.tokenizer)
     if ranks.first and not dry_run:
@@ -142,11 +149,7 @@ def _finish(
     result = Result(scores, progress.step, progress.examples, progress.seconds)
     with atomic_open(folder / "result.json") as file:
         json.dump({"history": progress.scores, **vars(result)}, file, indent=1)
-    rows = [
-        [name, data.task.metric, number(scores[name]), number(majority(data)), f"{len(data):,}"]
-        for name, data in setup.dev.items()
-    ]
-    log.table(["task", "metric", "dev", "majority class", "examples"], rows)
+    log.table(*score_table(setup.dev, outputs, "dev"))
     speed = result.examples / max(result.seconds, 1e-9)
     log.line(
         f"{result.steps} steps, {result.examples:,} examples in {result.seconds:.0f} s of training "
@@ -165,9 +168,6 @@ def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInf
             base = replace(base, encoder_sha256=fingerprint(model.encoder))
         elif config.mode == "lora":
             layers = lora_layers(model.encoder)
-            if config.adapters == "per-task":
-                for name in setup.inputs.tasks:
-                    save_adapter(building / name, layers, name, base)
-            else:
-                save_adapter(building, layers, DEFAULT, base)
+            for name in adapter_settings(config, setup.inputs.tasks):
+                save_adapter(adapter_place(building, name), layers, name, base)
         save_heads(building, model.heads, setup.inputs.tasks, base, extra)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from fastlora.data import TaskData, load_tasks
 from fastlora.errors import UserError, user_errors
 from fastlora.inputs import Inputs
 from fastlora.kernels import Dropout
+from fastlora.lora import DEFAULT
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
 from fastlora.tasks import Task
@@ -102,12 +103,10 @@ def build_model(
     return model, base, notes
 
 
-def adapter_settings(
-    config: TrainConfig, tasks: Mapping[str, Task]
-) -> LoraConfig | dict[str, LoraConfig]:
-    """What `MultitaskBert.adapt` takes: one LoraConfig, or one a task."""
+def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, LoraConfig]:
+    """The run's adapters: the shared one is named "default", others after their tasks."""
     if config.adapters == "shared":
-        return config.lora
+        return {DEFAULT: config.lora}
     return {name: config.task_lora(name) for name in tasks}
 
 

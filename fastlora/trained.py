@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlora.adapters import BaseInfo, load_adapter, load_heads, read_heads, read_settings
+from fastlora.adapters import (
+    BaseInfo,
+    adapter_place,
+    load_adapter,
+    load_heads,
+    read_heads,
+    read_settings,
+)
 from fastlora.bert.source import Source
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
@@ -75,9 +82,8 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     net = MultitaskBert(encoder, tasks, extra["pairs"])
     if extra["mode"] == "lora":
         names = tasks if extra["adapters"] == "per-task" else [DEFAULT]
-        folders = {n: folder / n if extra["adapters"] == "per-task" else folder for n in names}
-        settings = {name: read_settings(place) for name, place in folders.items()}
-        net.adapt(settings if extra["adapters"] == "per-task" else settings[DEFAULT])
+        folders = {name: adapter_place(folder, name) for name in names}
+        net.adapt({name: read_settings(place) for name, place in folders.items()})
         layers = lora_layers(net.encoder)
         for name, place in folders.items():
             load_adapter(place, layers, name, base)
@@ -104,14 +110,10 @@ def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
     extra, net = trained.extra, trained.model
     if extra["mode"] != "lora":
         raise UserError(f"the run was trained with --mode {extra['mode']}: no adapter to merge")
-    if (task is not None) != (extra["adapters"] == "per-task"):
-        wanted = (
-            f"name one with --task: {', '.join(trained.tasks)}" if task is None else "no --task"
-        )
-        raise UserError(f"the run has {extra['adapters']} adapters ({wanted})")
+    names = trained.tasks if extra["adapters"] == "per-task" else [DEFAULT]
     adapter = task or DEFAULT
-    if task is not None and task not in trained.tasks:
-        raise UserError(f"task {task!r} is not in this run (has {', '.join(trained.tasks)})")
+    if adapter not in names:
+        raise UserError(f"--task is {task!r} (the run's adapters are {', '.join(names)})")
     probe = _probe(trained, task)
     before = predict(net, probe)
     merge(net.encoder, adapter)

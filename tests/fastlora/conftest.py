@@ -10,7 +10,8 @@ import transformers
 
 from fastlora.config import LoraConfig, TrainConfig
 
-WORDS = "the a film dog cat boat runs sings sleeps sees red blue good bad fine not very . ?".split()
+NOUNS = ["film", "dog", "cat", "boat", "runs", "sings", "sleeps", "sees", "red", "blue"]
+WORDS = [*NOUNS, "the", "a", "good", "bad", "fine", "not", "very", ".", "?"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 
 

@@ -311,7 +311,7 @@ def test_other_targets_are_refused(saved, theirs):
 
 def test_pickles_are_refused(saved, ours):
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
-    refused(saved, ours, r"adapter_model\.bin is a pickle, which is never read")
+    refused(saved, ours, r"adapter_model\.bin is a pickle, never read")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

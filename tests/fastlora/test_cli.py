@@ -148,7 +148,7 @@ def test_eval(finished, tiny_data, capsys):
 
 def test_predict_writes_a_row_for_each_row(finished, tmp_path, capsys):
     file = tmp_path / "new.csv"
-    file.write_text("sentence\n a good film .\n\"\"\nnot very good\n")
+    file.write_text('sentence\n a good film .\n""\nnot very good\n')
     code, out, _ = call(["predict", finished, file, "--task", "sst"], capsys)
     assert code == 0 and "3 predictions of sst" in out
     lines = (tmp_path / "new.predictions.csv").read_text().splitlines()
@@ -184,7 +184,8 @@ def test_help_typo_and_missing_file_are_fast(tmp_path):
     """Under 0.6 s each on an idle core: no torch is imported. CPU time, as others may run too."""
     for flags, code in ((["--help"], 0), (["--rr", "1"], 2), (["--data", "nowhere"], 2)):
         before = os.times()
-        assert subprocess.run([*TRAIN, *flags], cwd=tmp_path, capture_output=True).returncode == code
+        process = subprocess.run([*TRAIN, *flags], cwd=tmp_path, capture_output=True)
+        assert process.returncode == code
         after = os.times()
         spent = after.children_user + after.children_system
         spent -= before.children_user + before.children_system

@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional as F
 
 from fastlora.batches import collate, eval_batches
-from fastlora.config import LoraConfig
 from fastlora.evaluate import Features, labels_of, majority, predict, score
 from fastlora.inputs import find_inputs
 from fastlora.model import SimilarityHead, pair_features, task_losses

@@ -135,11 +135,17 @@ def test_interrupted_run_continues_bit_for_bit(tiny_config, tmp_path, monkeypatc
 
 
 def _command(config: TrainConfig) -> list[str]:
-    return [
-        *(sys.executable, "-m", "fastlora.cli", "train", "--quiet"),
-        *("--epochs", str(config.epochs), "--data", str(config.data), "--model", config.model, "--save-every", "3"),
-        *("--tokens-per-batch", "128", "--out", str(config.out), "--device", "cpu"),
-    ]
+    flags = {
+        "--data": config.data,
+        "--model": config.model,
+        "--out": config.out,
+        "--epochs": config.epochs,
+        "--save-every": 3,
+        "--tokens-per-batch": 128,
+        "--device": "cpu",
+    }
+    given = [str(part) for flag in flags.items() for part in flag]
+    return [sys.executable, "-m", "fastlora.cli", "train", "--quiet", *given]
 
 
 @pytest.mark.slow
@@ -207,7 +213,7 @@ def test_half_precision_trains_fp32_masters(tiny_config, precision, mode):
 
 
 def test_divergence_is_a_run_error(tiny_config):
-    with pytest.raises(RunError, match="diverged by step 10 .*lower --lr"):
+    with pytest.raises(RunError, match=r"diverged by step 10 .*lower --lr"):
         run(tiny_config(mode="full", lr=1e30, head_lr=1e30, warmup=0.0, epochs=3, clip=1e30))
 
 
@@ -270,7 +276,7 @@ def test_merge_asks_which_adapter(tiny_config, tmp_path):
     config = tiny_config(adapters="per-task")
     run(config)
     trained = load_trained(config.out, "cpu")
-    with pytest.raises(UserError, match="--task: sst, quora, sts"):
+    with pytest.raises(UserError, match="adapters are sst, quora, sts"):
         merge_encoder(trained, None, tmp_path / "merged")
     assert merge_encoder(trained, "sts", tmp_path / "merged") < 1e-4
 
