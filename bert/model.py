@@ -8,8 +8,9 @@ B batch, S sequence, T real tokens, H hidden, h heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +53,14 @@ class Layout:
     @classmethod
     def of(cls, attention_mask: Tensor | None, shape: torch.Size) -> Layout:
         """From a [B, S] mask of 1 and 0 (or booleans); None means that all tokens are real."""
+        batch, length = shape
         if attention_mask is None:
-            return cls(*shape)
+            return cls(batch, length)
         real = attention_mask.bool()
         index = real.flatten().nonzero().squeeze(1)
         if len(index) == real.numel():
-            return cls(*shape)
-        return cls(*shape, index, real[:, None, None, :])
+            return cls(batch, length)
+        return cls(batch, length, index, real[:, None, None, :])
 
     def pad(self, tokens: Tensor) -> Tensor:
         """[T, C] -> [B, S, C], zeros at padding."""
@@ -77,13 +79,13 @@ class _Unpad(torch.autograd.Function):
     """`index_select` of distinct rows: backward is a copy, where PyTorch's adds row by row."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
         ctx.rows = rows.shape[0]
         ctx.save_for_backward(index)
         return rows.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, index, grad), None
 
@@ -155,7 +157,7 @@ def packed_projection(attention: SelfAttention, x: Tensor) -> Tensor:
     return F.linear(x, *attention.packed())
 
 
-def _packed(parts: list[nn.Parameter]) -> Tensor:
+def _packed(parts: Sequence[Tensor]) -> Tensor:
     """One tensor over the parts' shared storage; moves them there when they are apart.
 
     Moving a module, copying it or giving it new parameters takes the parts apart, so this looks

@@ -22,6 +22,7 @@ TARGETS = {
     "ffn_output": "output.dense",
 }
 DEFAULT_TASKS = ("sst", "quora", "sts")
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
 DEFAULT_LR = {"lora": 1e-3, "full": 5e-5, "frozen": 5e-3}
 
 _lora = Group("LoRA", sort_key=1)
@@ -167,7 +168,7 @@ class TrainConfig:
     seed: Annotated[int, _option(_optim, "Seed of weights, order and dropout.")] = 0
 
     precision: Annotated[
-        Literal["auto", "fp32", "fp16", "bf16"],
+        Precision,
         _option(_speed, "Compute type; auto: bf16 or fp16 on a GPU, fp32 on a CPU."),
     ] = "auto"
     device: Annotated[str, _option(_speed, "auto, cpu, cuda or cuda:N.")] = "auto"

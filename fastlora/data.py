@@ -16,8 +16,8 @@ from fastlora.tasks import Task
 if TYPE_CHECKING:
     from fastlora.bert.tokenizer import Encoded, Tokenizer
 
-# A row as its id and its wanted cells, or the words that say what is wrong with it.
-Record = tuple[str, list[str]] | str
+# A row's line, and its cells by column or what is wrong with it; the rows after it count too.
+Record = tuple[int, "dict[str, Any] | ValueError"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,6 @@ class Rows:
     labels: np.ndarray | None
     dropped: int
     empty: int
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -78,47 +74,45 @@ def read_rows(
     UTF-8, has no rows or lacks a column is a UserError always.
     """
     wanted = [*task.columns, *([task.label] if labelled else [])]
-    records = _json_records if path.suffix == ".jsonl" else _csv_records
-    kept: list[tuple[str, list[str]]] = []
-    labels: list[float] = []
+    text = _text(path)
+    records = _json_records(text) if path.suffix == ".jsonl" else _csv_records(path, text, wanted)
+    ids, texts, labels = [], [], []
     problems: list[tuple[int, str]] = []
-    for line, record in records(path, _text(path), wanted):
-        if len(kept) == limit:
+    for number, (line, record) in enumerate(records):
+        if len(ids) == limit:
             break
         try:
-            if isinstance(record, str):
-                raise ValueError(record)
+            cells = _cells(record, wanted)
             if labelled:
-                labels.append(_label(task, record[1].pop()))
-            kept.append(record)
+                labels.append(task.parse_label(cells.pop()))
+            ids.append(str(record.get("id", number)))
+            texts.append([cell.strip() for cell in cells])
         except ValueError as error:
             problems.append((line, str(error)))
     if problems and bad_rows != "skip":
         raise UserError(_complaint(path, problems))
-    if not kept:
+    if not ids:
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
-    texts = tuple([cells[i].strip() for _, cells in kept] for i in range(len(task.columns)))
-    empty = sum(not all(row) for row in zip(*texts, strict=True))
-    values = np.array(labels, np.float32) if labelled else None
-    return Rows([name for name, _ in kept], texts, values, len(problems), empty)
+    return Rows(
+        ids,
+        texts=tuple(map(list, zip(*texts, strict=True))),
+        labels=np.array(labels, np.float32) if labelled else None,
+        dropped=len(problems),
+        empty=sum(not all(row) for row in texts),
+    )
 
 
 def encode_rows(
-    rows: Rows,
-    task: Task,
-    tokenizer: "Tokenizer",
-    pairs: str = "separate",
-    max_length: int = 512,
+    rows: Rows, task: Task, tokenizer: "Tokenizer", pairs: str = "separate"
 ) -> TaskData:
     """Tokenise rows; a pair becomes two sequences, or one `[CLS] a [SEP] b [SEP]` if "joint".
 
-    The course's own preparation (lower case, spaces before punctuation) is left to the tokenizer,
-    which gives the same tokens without it.
+    The CS224N starter's own preparation of texts would change no token.
     """
     if task.is_pair and pairs == "joint":
-        columns = (tokenizer.encode_pairs(*rows.texts, max_length=max_length),)
+        columns: tuple[Encoded, ...] = (tokenizer.encode_pairs(*rows.texts),)
     else:
-        columns = tuple(tokenizer.encode(text, max_length=max_length) for text in rows.texts)
+        columns = tuple(tokenizer.encode(texts) for texts in rows.texts)
     truncated = sum(column.truncated for column in columns)
     return TaskData(task, columns, rows.labels, rows.ids, rows.dropped, truncated, rows.empty)
 
@@ -130,8 +124,6 @@ def load_tasks(
     tokenizer: "Tokenizer",
     *,
     pairs: str = "separate",
-    max_length: int = 512,
-    labelled: bool = True,
     bad_rows: str = "error",
     limit: int | None = None,
 ) -> dict[str, TaskData]:
@@ -139,18 +131,14 @@ def load_tasks(
     data = {}
     for task in tasks:
         if split not in task.files:
-            raise UserError(
-                f"task {task.name!r} names no {split} file (has {', '.join(task.files)})"
-            )
-        path = Path(folder) / task.files[split]
-        rows = read_rows(path, task, labelled=labelled, bad_rows=bad_rows, limit=limit)
-        data[task.name] = encode_rows(rows, task, tokenizer, pairs, max_length)
+            raise UserError(f"task {task.name!r} names no {split} file")
+        rows = read_rows(folder / task.files[split], task, bad_rows=bad_rows, limit=limit)
+        data[task.name] = encode_rows(rows, task, tokenizer, pairs)
     return data
 
 
 def available_tasks(folder: Path, tasks: Iterable[Task]) -> list[str]:
     """Name the tasks whose training and dev files are both in the folder."""
-    folder = Path(folder)
     return [
         task.name
         for task in tasks
@@ -160,23 +148,15 @@ def available_tasks(folder: Path, tasks: Iterable[Task]) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        found = f"byte 0x{data[error.start]:02x}"
-        raise UserError(f"{path}:{line}: {found} is not UTF-8; save the file as UTF-8") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty (expected a header line and rows)")
-    return text
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _csv_records(path: Path, text: str, wanted: list[str]) -> Iterator[tuple[int, Record]]:
+def _csv_records(path: Path, text: str, wanted: list[str]) -> Iterator[Record]:
     # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
     lines = io.StringIO(text, newline="")
     tabbed = "\t" in lines.readline() or path.suffix == ".tsv"
@@ -185,69 +165,52 @@ def _csv_records(path: Path, text: str, wanted: list[str]) -> Iterator[tuple[int
     reader = csv.reader(lines, delimiter="\t" if tabbed else ",", strict=True)
     line = 1
     try:
-        header = next(reader)
-        places = _places(path, header, wanted)
-        id_at = header.index("id") if "id" in header else None
+        header = next(reader, [])
+        for name in wanted:
+            if header.count(name) != 1:
+                found = f"{header.count(name)} columns named {name!r} in {header}"
+                raise UserError(f"{path}:1: {found} (expected 1)")
         line = reader.line_num + 1
-        for number, row in enumerate(reader):
+        for row in reader:
             if not row and len(header) == 1:
                 row = [""]  # in a file of one column, a blank line is an empty text
             if len(row) == len(header):
-                name = str(number) if id_at is None else row[id_at]
-                yield line, (name, [row[place] for place in places])
+                yield line, dict(zip(header, row, strict=True))
             elif row:
-                yield line, f"{len(row)} fields (expected {len(header)}, as in the header)"
+                yield line, ValueError(f"{len(row)} fields (the header has {len(header)})")
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            f"{path}:{line}: {error}; a field that starts with a quote must end with one, "
-            "and quotes inside it are doubled"
-        ) from None
+        raise UserError(f"{path}:{line}: {error}; double the quotes in a quoted field") from None
 
 
-def _places(path: Path, header: list[str], wanted: list[str]) -> list[int]:
-    for name in wanted:
-        if header.count(name) != 1:
-            found = "is there more than once" if name in header else "is missing"
-            raise UserError(f"{path}:1: column {name!r} {found} (the header has {header})")
-    return [header.index(name) for name in wanted]
+def _json_records(text: str) -> Iterator[Record]:
+    for line, content in enumerate(io.StringIO(text, newline=""), 1):
+        if content.strip():
+            try:
+                yield line, json.loads(content)
+            except ValueError as error:
+                yield line, ValueError(f"not JSON: {error}")
 
 
-def _json_records(path: Path, text: str, wanted: list[str]) -> Iterator[tuple[int, Record]]:
-    filled = (line for line in enumerate(io.StringIO(text, newline=""), 1) if line[1].strip())
-    for number, (line, content) in enumerate(filled):
-        yield line, _json_record(content, wanted, number)
-
-
-def _json_record(content: str, wanted: list[str], number: int) -> Record:
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        return f"not JSON: {error}"
-    if not isinstance(found, dict):
-        return "not a JSON object (expected one object on each line)"
+def _cells(record: Any, wanted: list[str]) -> list[str]:
+    """Give the texts of the wanted columns; ValueError says what is wrong with the row."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object (expected one object on each line)")
     cells = []
     for name in wanted:
-        if name not in found:
-            return f"column {name!r} is missing"
-        value = found[name]
+        value = record.get(name)
         if value is None or isinstance(value, (dict, list)):
-            return f"column {name!r} is {json.dumps(value)[:40]} (expected text or a number)"
+            found = json.dumps(value)[:40] if name in record else "missing"
+            raise ValueError(f"column {name!r} is {found} (expected text or a number)")
         cells.append(value if isinstance(value, str) else json.dumps(value))
-    return str(found.get("id", number)), cells
-
-
-def _label(task: Task, cell: str) -> float:
-    try:
-        return task.parse_label(cell)
-    except ValueError as error:
-        raise ValueError(f"column {task.label!r} is {error}") from None
+    return cells
 
 
 def _complaint(path: Path, problems: list[tuple[int, str]]) -> str:
     line, what = problems[0]
     kind = "such" if all(other == what for _, other in problems) else "bad"
-    rows = (
-        f"1 {kind} row; fix it" if len(problems) == 1 else f"{len(problems)} {kind} rows; fix them"
-    )
-    return f"{path}:{line}: {what}. {rows} or pass --bad-rows skip"
+    count = len(problems)
+    fix = f"1 {kind} row; fix it" if count == 1 else f"{count} {kind} rows; fix them"
+    return f"{path}:{line}: {what}. {fix} or pass --bad-rows skip"

@@ -1,13 +1,14 @@
 """The demo corpus: made-up reviews, questions and captions in the CS224N files' format.
 
-The labels follow rules that a bag of words cannot see: what a "but" or a "not" does to a review,
-who does something to whom, which of two opposites a question asks about. Dev sentences use words
-that training never shows, so an encoder's pre-training is needed too.
+The labels follow rules that frozen features see badly and an adapted encoder learns: what a "but"
+or a "not" does to a review, which few words of two questions or captions matter and which do not.
+No sentence is in both splits, and dev uses words that training never shows, so that an encoder's
+pre-training is needed too.
 """
 
 import csv
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 from typing import TypeVar
@@ -19,7 +20,7 @@ from fastlora.tasks import BUILTIN, Task
 
 T = TypeVar("T")
 
-TRAIN, DEV = 1500, 400
+TRAIN, DEV = 1400, 350
 
 # Kinds of words: meanings between commas, synonyms between slashes, dev's own after the bar.
 WORDS = {
@@ -44,13 +45,10 @@ WORDS = {
         looks for work in | drives across, hides in""",
     "city": """Paris, Chicago, Madrid, Tokyo, Berlin, Cairo, Toronto, Mumbai, Lisbon, Denver,
         Prague, Sydney | Vienna, Seattle, Athens, Delhi""",
-    "skill": """Python, chess, German, the guitar, swimming, accounting, photography, knitting,
-        Spanish, cooking, public speaking, statistics | the piano, French, drawing, Java""",
-    "time": "one week, two weeks, a month, three months, half a year, a year | ten days, two years",
     "change": "increase/raise/boost, reduce/lower/cut",
-    "level": """my blood pressure, my rent, my body weight, my typing speed, the noise in my car,
-        my appetite, my phone bill, my electricity use, the salt in my food, my credit limit
-        | my heart rate, my stress, my water use""",
+    "level": """my blood pressure, my body weight, my typing speed, my appetite, my credit limit,
+        the volume of my phone, the price of my house, the salt in my soup, the heat in my room,
+        my running pace | my heart rate, the light in my office, my water use""",
     "trade": "buy/purchase, sell/get rid of",
     "goods": """a used car, gold, old books, a piano, concert tickets, a laptop, furniture, stamps,
         a boat, farm land, a wedding dress | jewelry, a bicycle, paintings""",
@@ -82,7 +80,7 @@ WORDS = {
         a mirror, a picture, a rug/a carpet, a clock | a chair, a violin, a suitcase""",
 }
 
-# Kinds that turn a question round, and so are what two questions that are not the same differ in.
+# Kinds that turn a question round: most pairs that are not duplicates differ in one of these.
 OPPOSITES = ("change", "trade", "begin", "when")
 
 # A question's or caption's slots {name}, of the kind "name" less its digit, said in several ways.
@@ -94,28 +92,22 @@ QUESTIONS = [
         "I want to {change} {level}. What should I do?",
     ),
     (
-        "where can I {trade} {goods} online?",
+        "where can I {trade} {goods}?",
         "what is the right place to {trade} {goods}?",
-        "is now a good time to {trade} {goods}?",
-        "what should I know before I {trade} {goods}?",
+        "which shop should I visit to {trade} {goods}?",
+        "where do people {trade} {goods} these days?",
     ),
     (
         "how do I {begin} {habit}?",
-        "what helps people to {begin} {habit}?",
-        "what is the first step to {begin} {habit}?",
-        "my wife wants me to {begin} {habit}. How do I do that?",
+        "what is the easiest way to {begin} {habit}?",
+        "what should I do to {begin} {habit}?",
+        "I want to {begin} {habit}. How does one do that?",
     ),
     (
         "is it a good idea to {act} {when} {event}?",
         "should I {act} {when} {event}?",
         "{when} {event}, is it fine to {act}?",
         "do you recommend that people {act} {when} {event}?",
-    ),
-    (
-        "how can I learn {skill} in {time}?",
-        "what is the best way to master {skill} within {time}?",
-        "is {time} enough to become good at {skill}?",
-        "can a beginner pick up {skill} in only {time}?",
     ),
 ]
 REMARKS = (
@@ -150,15 +142,18 @@ COSTS = {
     "handle": 3.0,
     "is": 3.0,
 }
-# A clause for or against a film, with its strength; {unlike} is a word of the other side.
+# A clause for or against a film, with its strength.
 CLAUSES = [
     ("{part} is {strong}", 2),
     ("{part} is {strong}", 2),
     ("{part} is {mild}", 1),
     ("{part} is not {unlike}", 1),
 ]
-# Reviews of two clauses, {a} and {b}, and which of them decides. They take opposite sides, except
-# that with "same" they agree and the stronger one decides.
+SIDES = {
+    1: {"strong": "great", "mild": "good", "unlike": "awful"},
+    -1: {"strong": "awful", "mild": "weak", "unlike": "great"},
+}
+# Reviews of two clauses on opposite sides, and which of them decides.
 REVIEWS = [
     ("{a}.", "a"),
     ("{a}, but {b}.", "b"),
@@ -168,7 +163,12 @@ REVIEWS = [
     ("{a} and at the same time {b}.", "neither"),
     ("{hero} {deed} {city}.", "neither"),
 ]
-SIDES = {1: ("great", "good", ("weak", "awful")), -1: ("awful", "weak", ("good", "great"))}
+# What precedes a review may be emotional too, and does not count.
+OPENINGS = (
+    "",
+    "in this {film} about the {great} {topic}, ",
+    "in this {film} about the {awful} {topic}, ",
+)
 
 Meaning = tuple[str, ...]
 Row = tuple[list[str], float]
@@ -211,10 +211,12 @@ class Writer:
                 slots[slot] = self.meaning(slot, list(slots.values()))
         return slots
 
-    def change(self, slots: dict[str, Meaning], count: int) -> dict[str, Meaning]:
-        """Give some slots another meaning."""
-        names = [list(slots)[i] for i in self.rng.permutation(len(slots))[:count]]
-        return {**slots, **{name: self.meaning(name, list(slots.values())) for name in names}}
+    def change(self, slots: dict[str, Meaning], among: list[str], count: int) -> dict[str, Meaning]:
+        """Give another meaning to `count` of the slots named."""
+        changed = dict(slots)
+        for i in self.rng.permutation(len(among))[:count]:
+            changed[among[i]] = self.meaning(among[i], [*slots.values(), *changed.values()])
+        return changed
 
     def say(self, forms: Sequence[str], slots: dict[str, Meaning]) -> str:
         """Put the meanings in words."""
@@ -226,34 +228,21 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def clause(writer: Writer, side: int) -> tuple[str, int]:
-    """Write a clause for (1) or against (-1) a film: text and score."""
-    form, strength = writer.one(CLAUSES)
-    strong, mild, unlike = SIDES[side]
-    text = form.format(
-        part=writer.word("part"),
-        strong=writer.word(strong),
-        mild=writer.word(mild),
-        unlike=writer.word(writer.one(unlike)),
-    )
-    return text, side * strength
-
-
 def review(writer: Writer) -> Row:
     """Write a film review and its class, 0 (worst) to 4."""
     form, decides = writer.one(REVIEWS)
-    side = writer.one((-1, 1))
-    (a, first), (b, second) = (
-        clause(writer, side),
-        clause(writer, side if decides == "same" else -side),
-    )
-    scores = {"a": first, "b": second, "same": max(first, second, key=abs), "neither": 0}
-    mood = writer.word(writer.one(("great", "awful")))
-    opening = writer.one(
-        ("", f"in this {writer.word('film')} about the {mood} {writer.word('topic')}, ")
-    )
-    facts = {slot: writer.word(slot) for slot in ("hero", "deed", "city")}
-    return [_sentence(opening + form.format(a=a, b=b, **facts))], scores[decides] + 2
+    opening = writer.one(OPENINGS)
+    side = writer.one((1, -1))
+    facts = {slot: writer.word(slot) for slot in ("hero", "deed", "city", "film", "topic")}
+    facts |= {kind: writer.word(kind) for kind in ("great", "awful")}
+    scores = {"neither": 0}
+    for name, part in zip("ab", writer.fill(["{part1} {part2}"]).values(), strict=True):
+        clause, strength = writer.one(CLAUSES)
+        words = {slot: writer.word(kind) for slot, kind in SIDES[side].items()}
+        facts[name] = clause.format(part=part[0], **words)
+        scores[name] = side * strength
+        side = -side
+    return [_sentence((opening + form).format(**facts))], scores[decides] + 2
 
 
 def question_pair(writer: Writer) -> Row:
@@ -265,9 +254,8 @@ def question_pair(writer: Writer) -> Row:
         other = writer.one([question for question in QUESTIONS if question is not forms])
         changed = writer.fill(other)
     elif draw > 0.42:
-        asked = [slot for slot in slots if slot in OPPOSITES] if draw > 0.55 else []
-        slot = writer.one(asked or list(slots))
-        changed = {**slots, slot: writer.meaning(slot, list(slots.values()))}
+        among = [slot for slot in slots if slot in OPPOSITES or draw < 0.55]
+        changed = writer.change(slots, among, 1)
     label = float(other is forms and changed == slots)
     texts = [_sentence(writer.say(forms, slots)), _sentence(writer.say(other, changed))]
     return _introduce(writer, REMARKS, texts, label == 0), label
@@ -282,7 +270,7 @@ def caption_pair(writer: Writer) -> Row:
         other = writer.one(CAPTIONS)
         changed = writer.fill(other)
     elif draw > 0.2:
-        changed = writer.change(slots, writer.one((1, 1, 2, 3)))
+        changed = writer.change(slots, list(slots), writer.one((1, 1, 2, 3)))
     cost = sum(COSTS[slot] for slot in slots if slots[slot] != changed.get(slot))
     texts = [writer.say(forms, slots), writer.say(other, changed)]
     return _introduce(writer, SCENES, texts, cost > 1), round(max(0.0, 5.0 - cost), 1)
@@ -296,11 +284,7 @@ def _introduce(writer: Writer, forms: Sequence[str], texts: list[str], differ: b
     return [_sentence(begin + text) for begin, text in zip(begins, texts, strict=True)]
 
 
-AUTHORS: dict[str, Callable[[Writer], Row]] = {
-    "sst": review,
-    "quora": question_pair,
-    "sts": caption_pair,
-}
+AUTHORS = {"sst": review, "quora": question_pair, "sts": caption_pair}
 
 
 def write_demo(folder: Path, seed: int = 0) -> None:
@@ -309,23 +293,19 @@ def write_demo(folder: Path, seed: int = 0) -> None:
         seen: set[str] = set()
         for split, count in (("train", TRAIN), ("dev", DEV)):
             writer = Writer([seed, number, split == "dev"], split == "dev")
-            rows: list[Row] = []
-            written: set[str] = set()
+            rows: dict[tuple[str, ...], float] = {}
             while len(rows) < count:
                 texts, label = author(writer)
-                # No sentence is in both splits, and no example is there twice.
-                fresh = "\t".join(texts) not in written and len(set(texts)) == len(texts)
-                if fresh and seen.isdisjoint(texts):
-                    written.add("\t".join(texts))
-                    rows.append((texts, label))
-            seen = {text for texts, _ in rows for text in texts}
+                if len(set(texts)) == len(texts) and seen.isdisjoint(texts):
+                    rows[tuple(texts)] = label
+            seen = {text for texts in rows for text in texts}
             _write(Path(folder), BUILTIN[name], split, rows)
 
 
-def _write(folder: Path, task: Task, split: str, rows: list[Row]) -> None:
+def _write(folder: Path, task: Task, split: str, rows: dict[tuple[str, ...], float]) -> None:
     with atomic_open(folder / task.files[split]) as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(["", "id", *task.columns, task.label])
-        for index, (texts, label) in enumerate(rows):
+        for index, (texts, label) in enumerate(rows.items()):
             name = hashlib.sha256(f"{task.name} {split} {index}".encode()).hexdigest()[:25]
             table.writerow([index, name, *texts, label])

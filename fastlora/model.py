@@ -31,14 +31,11 @@ class SentenceHead(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """[n, H] -> [n, outputs]."""
-        return self.linear(self.dropout(u))
+        return self.linear(self.dropout(unit_size(u)))
 
 
 class PairHead(nn.Module):
-    """Scores of two sentences from |u - v|, u * v and their cosine (Reimers & Gurevych 2019).
-
-    The features are of unit-norm u and v, rescaled to the size of a LayerNorm's output.
-    """
+    """Scores of two sentences from |u - v|, u * v and their cosine (Reimers & Gurevych 2019)."""
 
     def __init__(self, hidden: int, task: Task, dropout: float) -> None:
         super().__init__()
@@ -70,12 +67,16 @@ class SimilarityHead(nn.Module):
         return self.low + (self.high - self.low) * score
 
 
+def unit_size(u: Tensor) -> Tensor:
+    """[n, H] scaled to a mean square of 1, so that a head learns as fast on any encoder."""
+    return F.normalize(u, dim=-1) * u.shape[-1] ** 0.5
+
+
 def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """[|u - v|, u * v] of the normalised states [n, 2H], and their cosine [n, 1]."""
-    u, v = F.normalize(u, dim=-1), F.normalize(v, dim=-1)
-    cosine = (u * v).sum(-1, keepdim=True)
-    size = u.shape[-1] ** 0.5
-    return torch.cat(((u - v).abs() * size, u * v * u.shape[-1]), -1), cosine
+    """[|u - v|, u * v] of the states at unit size [n, 2H], and their cosine [n, 1]."""
+    u, v = unit_size(u), unit_size(v)
+    product = u * v
+    return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)
 
 
 def make_head(config: BertConfig, task: Task, pairs: str) -> nn.Module:

@@ -33,17 +33,18 @@ class Ranks:
         """Add up all ranks' gradients in place; returns whether any rank wants to stop."""
         if self.world == 1:
             return stop
-        parameters = list(parameters)
+        gradients = []
         for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+            # A task can be absent from this rank's rows.
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            gradients.append(p.grad)
         flag = torch.tensor([float(stop)], device=self.device)
-        flat = torch.cat([*(p.grad.float().flatten() for p in parameters), flag])
+        flat = torch.cat([*(g.flatten() for g in gradients), flag])
         dist.all_reduce(flat)
-        start = 0
-        for p in parameters:
-            p.grad.copy_(flat[start : start + p.numel()].view_as(p))
-            start += p.numel()
+        for g, total in zip(
+            gradients, flat.split([*map(Tensor.numel, gradients), 1]), strict=False
+        ):
+            g.copy_(total.view_as(g))
         return bool(flat[-1] > 0)
 
     def sum(self, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from fastlora.bert.model import BertModel
 from fastlora.bert.source import Source
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder
-from fastlora.config import LoraConfig, TrainConfig
+from fastlora.config import LoraConfig, Precision, TrainConfig
 from fastlora.data import TaskData, load_tasks
 from fastlora.errors import UserError, user_errors
 from fastlora.inputs import Inputs
@@ -134,7 +134,7 @@ def find_device(name: str) -> torch.device:
         return local_device(name)
 
 
-def find_precision(name: str, device: torch.device) -> str:
+def find_precision(name: Precision, device: torch.device) -> Precision:
     """The compute type that --precision means on a device; UserError for bf16 before sm_80."""
     if device.type != "cuda":
         return "fp32" if name == "auto" else name

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlora.batches import collate, plan_epoch, shard
+from fastlora.batches import collate, plan_epoch
 from fastlora.checkpoint import (
     Progress,
     latest_checkpoint,
@@ -176,7 +176,7 @@ class Trainer:
         parts = self.ranks.world * self.config.accumulate
         first = self.ranks.rank * self.config.accumulate
         for part in range(first, first + self.config.accumulate):
-            share = shard(batch_plan, part, parts)
+            share = batch_plan[part::parts]
             if len(share):
                 loss = self.loss(share) / len(batch_plan)
                 self.scaler.scale(loss).backward()

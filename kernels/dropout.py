@@ -7,6 +7,8 @@ drops, so `keep_mask` cuts the 64-bit words of NumPy's SFC64 into 16-bit lanes o
 resolution, from the same seed.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -81,7 +83,7 @@ def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 class _DropoutFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         seed = draw_seed(x.device)
         keep = keep_mask(seed, 0, x.numel() // x.shape[-1], x.shape[-1], p).view(x.shape)
         ctx.save_for_backward(keep)
@@ -89,7 +91,7 @@ class _DropoutFunction(torch.autograd.Function):
         return (x * keep).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
         return (grad * keep).mul_(ctx.scale), None
 

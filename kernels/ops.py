@@ -7,6 +7,7 @@ the dropped x, and never a gradient of W0 or b.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,14 @@ class _LoRAFunction(torch.autograd.Function):
     """Route "reference": [M, K] x [N, K] -> [M, N] with PyTorch's own GEMMs."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, terms, *factors):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        terms: tuple[Term, ...],
+        *factors: Tensor,
+    ) -> Tensor:
         y = F.linear(x, weight, bias)
         us = []
         for term, A, B in zip(terms, factors[0::2], factors[1::2], strict=True):
@@ -36,7 +44,7 @@ class _LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *saved = ctx.saved_tensors
         count = len(ctx.terms)
         factors, us = saved[: 2 * count], saved[2 * count :]

@@ -171,7 +171,8 @@ def test_killed_run_continues_bit_for_bit(tiny_config, tmp_path):
 def test_two_processes_equal_one_with_the_same_global_batch(tiny_config, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     one, two = tiny_config(out=tmp_path / "one"), tiny_config(out=tmp_path / "two")
-    flags = ["--dropout", "0", "--lr", "1e-3"]
+    # Few steps: Adam turns the rounding of its smallest gradients into ever larger differences.
+    flags = ["--dropout", "0", "--max-steps", "10"]
     folder = _without_dropout(Path(one.model), tmp_path / "model")
     one, two = replace(one, model=str(folder)), replace(two, model=str(folder))
     subprocess.run([*_command(one), *flags], check=True, env=environment, cwd=tmp_path)
