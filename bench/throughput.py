@@ -37,6 +37,7 @@ from fastlora.config import LoraConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.data import TaskData
 from fastlora.inputs import find_inputs
+from fastlora.model import unit_size
 from fastlora.parallel import Ranks
 from fastlora.setup import Setup, build_model, prepare
 from fastlora.tasks import BUILTIN
@@ -64,7 +65,7 @@ class Round:
 
 
 class PeftClassifier(nn.Module):
-    """transformers.BertModel under PEFT, mean pooling, dropout and a linear head."""
+    """transformers.BertModel under PEFT, and the head that fastlora puts on a sentence."""
 
     def __init__(self, folder: Path, attention: str) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class PeftClassifier(nn.Module):
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         mask = attention_mask.unsqueeze(-1)
         pooled = (states.last_hidden_state * mask).sum(1) / mask.sum(1)
-        return self.head(self.dropout(pooled))
+        return self.head(self.dropout(unit_size(pooled)))
 
 
 def peft_step(data: TaskData, folder: Path, attention: str) -> Step:

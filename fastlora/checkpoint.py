@@ -1,7 +1,7 @@
 """Checkpoints: atomic folders of everything a run needs to go on bit for bit.
 
-Random numbers need no state here: each step seeds torch from (seed, step), and the plan of an
-epoch is a function of (seed, epoch).
+Random numbers need no state here: a part of a step seeds torch from (seed, step, part), and the
+plan of an epoch is a function of (seed, epoch).
 """
 
 from __future__ import annotations

@@ -200,6 +200,8 @@ def _fail(code: int, error: object) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """The `fastlora` command."""
     given = sys.argv[1:] if arguments is None else arguments
+    # torchrun needs "--" before our flags, and some Pythons pass it on.
+    given = given[1:] if given[:1] == ["--"] else given
 
     def command() -> None:
         app.config = _sources(given)

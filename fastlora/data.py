@@ -16,9 +16,6 @@ from fastlora.tasks import Task
 if TYPE_CHECKING:
     from fastlora.bert.tokenizer import Encoded, Tokenizer
 
-# A row's line, and its cells by column or what is wrong with it; the rows after it count too.
-Record = tuple[int, "dict[str, Any] | ValueError"]
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -69,18 +66,16 @@ def read_rows(
 ) -> Rows:
     """Read a CSV (comma or tab), TSV or JSONL file whose columns are named as the task's.
 
-    `limit` keeps the first rows only. Bad rows (wrong field count, bad label) are a UserError
-    that counts them all, or are left out and counted with `bad_rows="skip"`. A file that is not
-    UTF-8, has no rows or lacks a column is a UserError always.
+    `limit` keeps that many rows, spread over the file. Bad rows (wrong field count, bad label)
+    are a UserError that counts them all, or are left out and counted with `bad_rows="skip"`. A
+    file that is not UTF-8, has no rows or lacks a column is a UserError always.
     """
     wanted = [*task.columns, *([task.label] if labelled else [])]
     text = _text(path)
     records = _json_records(text) if path.suffix == ".jsonl" else _csv_records(path, text, wanted)
-    ids, texts, labels = [], [], []
-    problems: list[tuple[int, str]] = []
+    ids: list[str] = []
+    texts, labels, problems = [], [], []
     for number, (line, record) in enumerate(records):
-        if len(ids) == limit:
-            break
         try:
             cells = _cells(record, wanted)
             if labelled:
@@ -93,6 +88,7 @@ def read_rows(
         raise UserError(_complaint(path, problems))
     if not ids:
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
+    ids, texts, labels = (_spread(items, limit) for items in (ids, texts, labels))
     return Rows(
         ids,
         texts=tuple(map(list, zip(*texts, strict=True))),
@@ -110,7 +106,7 @@ def encode_rows(
     The CS224N starter's own preparation of texts would change no token.
     """
     if task.is_pair and pairs == "joint":
-        columns: tuple[Encoded, ...] = (tokenizer.encode_pairs(*rows.texts),)
+        columns: tuple[Encoded, ...] = (tokenizer.encode_pairs(rows.texts[0], rows.texts[1]),)
     else:
         columns = tuple(tokenizer.encode(texts) for texts in rows.texts)
     truncated = sum(column.truncated for column in columns)
@@ -146,6 +142,13 @@ def available_tasks(folder: Path, tasks: Iterable[Task]) -> list[str]:
     ]
 
 
+def _spread(items: list[Any], most: int | None) -> list[Any]:
+    """Keep at most so many items, evenly spaced: the SST files are sorted by label."""
+    if most is None or len(items) <= most:
+        return items
+    return [items[i * len(items) // most] for i in range(most)]
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -156,7 +159,8 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _csv_records(path: Path, text: str, wanted: list[str]) -> Iterator[Record]:
+def _csv_records(path: Path, text: str, wanted: list[str]) -> Iterator[tuple[int, Any]]:
+    """Give each row's line and cells by column, or the ValueError that it deserves."""
     # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
     lines = io.StringIO(text, newline="")
     tabbed = "\t" in lines.readline() or path.suffix == ".tsv"
@@ -183,7 +187,7 @@ def _csv_records(path: Path, text: str, wanted: list[str]) -> Iterator[Record]:
         raise UserError(f"{path}:{line}: {error}; double the quotes in a quoted field") from None
 
 
-def _json_records(text: str) -> Iterator[Record]:
+def _json_records(text: str) -> Iterator[tuple[int, Any]]:
     for line, content in enumerate(io.StringIO(text, newline=""), 1):
         if content.strip():
             try:

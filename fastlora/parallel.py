@@ -33,19 +33,19 @@ class Ranks:
         """Add up all ranks' gradients in place; returns whether any rank wants to stop."""
         if self.world == 1:
             return stop
-        gradients = []
-        for p in parameters:
-            # A task can be absent from this rank's rows.
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            gradients.append(p.grad)
-        flag = torch.tensor([float(stop)], device=self.device)
-        flat = torch.cat([*(g.flatten() for g in gradients), flag])
+        parameters = list(parameters)
+        # A task can be absent from this rank's rows, or from all: then its parameters must get no
+        # gradient, for AdamW would go on moving them with a zero one.
+        flags = torch.tensor([*(float(p.grad is not None) for p in parameters), float(stop)])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([*(g.flatten() for g in gradients), flags.to(self.device)])
         dist.all_reduce(flat)
-        for g, total in zip(
-            gradients, flat.split([*map(Tensor.numel, gradients), 1]), strict=False
-        ):
-            g.copy_(total.view_as(g))
-        return bool(flat[-1] > 0)
+        *present, stop_votes = flat[-len(flags) :].tolist()
+        start = 0
+        for p, votes in zip(parameters, present, strict=True):
+            p.grad = flat[start : start + p.numel()].view_as(p) if votes else None
+            start += p.numel()
+        return stop_votes > 0
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over the ranks, in place."""

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -84,11 +84,13 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
 
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise UserError(f"task {name!r}: expected a name of lower-case letters, digits and _")
-    kind, columns, label, files = (table.get(key) for key in _COMMON)
-    labels, low, high = (table.get(key) for key in ("labels", "low", "high"))
+    get: Callable[[str], Any] = table.get
+    kind, columns, label, files, labels, low, high = map(get, (*_COMMON, "labels", "low", "high"))
     check("kind", kind in tuple(_KEYS), "classification or regression")
     for key in table:
-        check(key, key in _KEYS[kind], f"only the keys {', '.join(_KEYS[kind])}")
+        if key not in _KEYS[kind]:
+            known = ", ".join(_KEYS[kind])
+            raise UserError(f"task {name!r}: unknown key {key!r} (expected {known})")
     check("columns", _distinct(columns) and len(columns) in (1, 2), "one or two text columns")
     check("label", isinstance(label, str) and label not in columns, "another column's name")
     splits = set(files) if isinstance(files, Mapping) else set()

@@ -166,7 +166,6 @@ class Trainer:
 
     def step(self, batch_plan: np.ndarray) -> bool:
         """One optimiser step on one planned batch; returns whether the run should stop."""
-        self.seed_step()
         self.model.train()
         if self.frozen:
             self.model.encoder.eval()
@@ -178,6 +177,7 @@ class Trainer:
         for part in range(first, first + self.config.accumulate):
             share = batch_plan[part::parts]
             if len(share):
+                self.seed_part(part, parts)
                 loss = self.loss(share) / len(batch_plan)
                 self.scaler.scale(loss).backward()
         stop = self.ranks.sum_gradients(self.parameters, self.stop)
@@ -188,12 +188,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return stop
 
-    def seed_step(self) -> None:
-        """Make the step's random numbers a function of (seed, step, rank) alone.
+    def seed_part(self, part: int, parts: int) -> None:
+        """Make the random numbers of a part of a step a function of (seed, step, part) alone.
 
-        So a resumed run draws what the uninterrupted one would, with no state to save.
+        So a resumed run draws what the uninterrupted one would, with no state to save, and two
+        processes draw what one process with --accumulate 2 does.
         """
-        index = self.progress.step * self.ranks.world + self.ranks.rank + 1
+        index = self.progress.step * parts + part + 1
         torch.manual_seed((self.config.seed + index * _STEP_SEED) % 2**63)
 
     def loss(self, share: np.ndarray) -> Tensor:

@@ -32,6 +32,7 @@ def tiny_model(tmp_path_factory) -> Path:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=64,
+        initializer_range=0.1,  # at 0.02 so narrow a model attends to nothing
     )
     transformers.BertModel(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora.batches import Span, _shares, collate, eval_batches, plan_epoch, shard
+from fastlora.batches import Span, _shares, collate, eval_batches, plan_epoch
 from fastlora.bert.tokenizer import Encoded
 from fastlora.data import TaskData
 from fastlora.tasks import BUILTIN
@@ -72,15 +72,16 @@ def test_the_plan_is_a_function_of_seed_and_epoch():
         assert not np.array_equal(np.concatenate(same), np.concatenate(different))
 
 
-def test_batches_are_full_even_and_hold_similar_lengths():
+def test_batches_are_full_and_hold_similar_lengths():
     datasets = three_tasks()
     plan = plan_epoch(datasets, 1024, seed=0, epoch=0)
     tokens = [tokens_of(datasets, batch) for batch in plan]
     assert len(plan) <= 1.06 * sum(tokens) / 1024
-    assert min(tokens) > 0.8 * 1024
+    # The last batch of the epoch holds what is left.
+    assert sorted(tokens)[1] > 0.85 * 1024
     batches = [collate(datasets, batch) for batch in plan]
     cells = sum(batch.input_ids.numel() for batch in batches)
-    assert sum(batch.tokens for batch in batches) > 0.9 * cells
+    assert sum(tokens) > 0.9 * cells
     assert sum(len(batch.spans) == 3 for batch in batches) > 0.75 * len(batches)
 
 
@@ -142,9 +143,8 @@ def test_collate_lays_out_every_token():
     assert batch.labels["sst"].dtype == torch.int64
     assert batch.labels["sts"].dtype == torch.float32
     assert batch.labels["sts"].tolist() == datasets["sts"].labels[[1, 0]].tolist()
-    assert (batch.examples, batch.tokens) == (4, 3 + 9 + 7 + 4 + 8 + 5)
     assert (batch.input_ids.dtype, batch.attention_mask.dtype) == (torch.int64, torch.bool)
-    assert batch.token_type_ids is None
+    assert not batch.token_type_ids.any()
 
 
 def test_joint_pairs_carry_types_beside_tasks_without():
@@ -157,12 +157,10 @@ def test_joint_pairs_carry_types_beside_tasks_without():
     assert batch.token_type_ids.dtype == torch.int64
 
 
-def test_a_batch_without_labels_or_examples():
+def test_a_batch_without_labels():
     data = task_data("sst", [5, 6])
     unlabelled = TaskData(data.task, data.columns, None, data.ids, 0, 0, 0)
     assert collate({"sst": unlabelled}, np.array([[0, 1]])).labels == {}
-    empty = collate({"sst": data}, np.zeros((0, 2), np.int64))
-    assert (empty.spans, empty.examples, empty.tokens) == ((), 0, 0)
 
 
 def test_to_moves_every_tensor():
@@ -173,23 +171,11 @@ def test_to_moves_every_tensor():
     assert batch.indices["quora"].tolist() == [0]
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_shards_divide_a_batch(parts):
-    datasets = three_tasks()
-    plan_batch = plan_epoch(datasets, 2048, 0, 0)[0]
-    shards = [shard(plan_batch, part, parts) for part in range(parts)]
-    assert sorted(map(tuple, np.concatenate(shards).tolist())) == sorted(
-        map(tuple, plan_batch.tolist())
-    )
-    tokens = [tokens_of(datasets, part) for part in shards]
-    assert max(tokens) - min(tokens) < 0.2 * 2048
-
-
 def test_evaluation_sees_every_example_once():
     datasets = three_tasks()
     seen = {name: [] for name in datasets}
     for batch in eval_batches(datasets, 700):
-        assert batch.tokens <= 700
+        assert batch.attention_mask.sum() <= 700
         for name, indices in batch.indices.items():
             seen[name] += indices.tolist()
             labels = datasets[name].labels[indices]

@@ -1,5 +1,7 @@
 """Tasks: labels, the built-in definitions, and a user's own table."""
 
+import re
+
 import pytest
 import tomlkit
 
@@ -34,9 +36,9 @@ def test_labels_as_the_files_write_them(task, text, value):
     "text", ["", "2", "-1", "0.5", "nan", "inf", "yes", "1_0", "\uff11", "0x1"]
 )
 def test_bad_class_says_what_was_expected(text):
-    with pytest.raises(ValueError, match=r"\(expected 0 or 1\)$") as error:
+    with pytest.raises(ValueError) as error:
         BUILTIN["quora"].parse_label(text)
-    assert str(error.value).startswith(repr(text))
+    assert str(error.value) == f"column 'is_duplicate' is {text!r} (expected 0 or 1)"
 
 
 @pytest.mark.parametrize("text", ["", "5.1", "-0.1", "nan", "inf", "three", "2,5"])
@@ -76,29 +78,25 @@ def test_table_survives_toml():
     assert hash(task) == hash(task_from_table("trec", TABLE))
 
 
-def test_many_classes_are_abbreviated():
-    task = task_from_table("intent", {**TABLE, "labels": [f"c{i}" for i in range(77)]})
-    assert task.expected == "one of c0, c1, c2, c3, c4, c5, c6, c7, ... (77 classes)"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colums": ["a"]}, "unknown key 'colums'; did you mean 'columns'?"),
-        ({"zzz": 1}, "known keys: kind, columns"),
-        ({"kind": "ranking"}, "kind is 'ranking'"),
-        ({"kind": 3}, "'kind' has a value of the wrong type: 3"),
-        ({"columns": "question"}, "'columns' has a value of the wrong type"),
+        ({"colums": ["a"]}, "unknown key 'colums' (expected kind, columns, label, files, labels)"),
+        ({"kind": "ranking"}, "kind is 'ranking' (expected classification or regression)"),
+        ({"kind": ["regression"]}, "kind is ['regression']"),
+        ({"columns": "question"}, "columns is 'question' (expected one or two text columns)"),
         ({"columns": ["a", "b", "c"]}, "one or two text columns"),
-        ({"columns": ["type"]}, "of different names"),
-        ({"labels": ["yes"]}, "two or more different labels"),
-        ({"labels": ["1", "1.0"]}, "two or more different labels"),
-        ({"high": 5}, "no low or high"),
-        ({"kind": "regression"}, "low < high and no labels"),
-        ({"kind": "regression", "labels": [], "low": 1, "high": 1}, "low < high"),
-        ({"kind": "regression", "labels": [], "high": float("nan")}, "low < high"),
-        ({"files": {"train": "a.csv"}}, "expected train, dev and maybe test"),
-        ({"files": {"train": "a", "dev": "b", "tset": "c"}}, "train, dev, tset"),
+        ({"columns": ["a", "a"]}, "one or two text columns"),
+        ({"columns": ["type"]}, "label is 'type' (expected another column's name)"),
+        ({"label": 3}, "label is 3"),
+        ({"labels": None}, "labels is None (expected two or more different classes)"),
+        ({"labels": ["yes"]}, "two or more different classes"),
+        ({"labels": ["1", "1.0"]}, "two or more different classes"),
+        ({"high": 5}, "unknown key 'high'"),
+        ({"kind": "regression"}, "unknown key 'labels' (expected kind, columns, label, files, low"),
+        ({"files": None}, "files is None"),
+        ({"files": {"train": "a.csv"}}, "files for train, dev, maybe test"),
+        ({"files": {"train": "a", "dev": "b", "tset": "c"}}, "'tset': 'c'"),
     ],
 )
 def test_wrong_tables_are_refused_by_name(change, message):
@@ -109,8 +107,22 @@ def test_wrong_tables_are_refused_by_name(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_key_and_bad_name():
-    with pytest.raises(UserError, match="key 'files' is missing"):
-        task_from_table("trec", {key: TABLE[key] for key in TABLE if key != "files"})
-    with pytest.raises(UserError, match="task 'My-Task': a name is"):
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (None, 1, "low is None (expected a number)"),
+        (float("-inf"), 1, "low is -inf"),
+        (1, 1, "high is 1 (expected more than low)"),
+        (1, "2", "high is '2'"),
+        (1, float("nan"), "high is nan"),
+    ],
+)
+def test_wrong_ranges_are_refused(low, high, message):
+    table = {key: TABLE[key] for key in TABLE if key != "labels"}
+    with pytest.raises(UserError, match=re.escape(message)):
+        task_from_table("own", {**table, "kind": "regression", "low": low, "high": high})
+
+
+def test_bad_name():
+    with pytest.raises(UserError, match="task 'My-Task': expected a name of lower-case"):
         task_from_table("My-Task", TABLE)
