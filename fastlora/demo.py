@@ -40,7 +40,7 @@ WORDS = {
     "topic": """crime, war, marriage, journey, friendship, disease, victory, storm, childhood,
         discovery, betrayal, holiday | accident, invention, rivalry""",
     "hero": """a young baker, a retired spy, a shy widow, a tired detective, an old sailor,
-        a math teacher, a country doctor, a jazz singer | a lonely farmer, a chess player""",
+        a math teacher, a country vet, a jazz singer | a lonely farmer, a chess player""",
     "deed": """moves to, grew up in, opens a small shop in, spends a summer in, returns to,
         looks for work in | drives across, hides in""",
     "city": """Paris, Chicago, Madrid, Tokyo, Berlin, Cairo, Toronto, Mumbai, Lisbon, Denver,
@@ -51,7 +51,7 @@ WORDS = {
         my running pace | my heart rate, the light in my office, my water use""",
     "trade": "buy/purchase, sell/get rid of",
     "goods": """a used car, gold, old books, a piano, concert tickets, a laptop, furniture, stamps,
-        a boat, farm land, a wedding dress | jewelry, a bicycle, paintings""",
+        a boat, farm land, a wedding dress | jewelry, a caravan, perfume""",
     "begin": "start/begin/take up, stop/quit/give up",
     "habit": """smoking, running, gambling, eating meat, playing golf, biking to work, blogging,
         drinking tea, lifting weights, collecting coins | dancing, eating sugar, fishing""",
@@ -68,7 +68,7 @@ WORDS = {
         workers/laborers, police officers/cops, sheep, tourists/travelers
         | nurses, cows, doctors/physicians, goats""",
     "do": """chas/pursu, push/shov, follow/trail, watch/observ, greet/welcom, help/assist, kick,
-        film/record, photograph, pull/dragg | touch, paint, guard""",
+        film/record, photograph, pull/dragg | touch, scold, guard""",
     "place": """in the park, on the beach, near the river, in a parking lot, in front of the church,
         at the station, in the snow, by the road | in a garden, on a hill, at the harbor""",
     "one": """man/guy, woman/lady, boy, girl, child/kid, soldier, chef/cook, student/pupil

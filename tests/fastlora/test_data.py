@@ -64,7 +64,7 @@ def test_a_limit_takes_rows_from_the_whole_file(tmp_path):
     rows = read_rows(path, SST, limit=5)
     assert rows.labels.tolist() == [0, 1, 2, 3, 4]
     assert (rows.ids[1], rows.texts[0][1]) == ("id2", "text 2")
-    assert len(read_rows(path, SST, limit=99)) == 10
+    assert len(read_rows(path, SST, limit=99).ids) == 10
 
 
 def test_bom_crlf_and_quotes(tmp_path):
