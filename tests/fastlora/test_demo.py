@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastlora.data import read_rows
-from fastlora.demo import COSTS, DEV, LEXICON, OPPOSITES, QUESTIONS, TRAIN, Writer, write_demo
+from fastlora.demo import COSTS, DEV, FORMS, LEXICON, TRAIN, Writer, write_demo
 from fastlora.tasks import BUILTIN
 
 NAMES = ("sst", "quora", "sts")
@@ -94,9 +94,9 @@ def test_lexicon_and_forms_agree():
         assert len(set(words)) == len(words), kind
         assert len(held) <= 1, kind
     writer = Writer([0], dev=True)
-    for forms in QUESTIONS:
+    for forms in FORMS["questions"]:
         slots = writer.fill(forms)
-        assert set(slots) & set(OPPOSITES)
+        assert set(slots) & set(FORMS["opposites"])
         for form in forms:
             # Every way of asking says the same things.
             assert all("{" + slot + "}" in form for slot in slots)
