@@ -23,7 +23,8 @@ TARGETS = {
 }
 DEFAULT_TASKS = ("sst", "quora", "sts")
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
-DEFAULT_LR = {"lora": 1e-3, "full": 5e-5, "frozen": 5e-3}
+DEFAULT_LR = {"lora": 2e-3, "full": 5e-5, "frozen": 2e-3}
+DEFAULT_HEAD_LR = 1e-3
 
 _lora = Group("LoRA", sort_key=1)
 _task_lora = Group("LoRA of one task's adapter, with --adapters per-task", sort_key=6)
@@ -154,10 +155,11 @@ class TrainConfig:
     ] = 1
     lr: Annotated[
         float | None,
-        _option(_optim, "Peak learning rate; by default lora 1e-3, full 5e-5, frozen 5e-3."),
+        _option(_optim, "Peak learning rate; by default lora 2e-3, full 5e-5, frozen 2e-3."),
     ] = None
     head_lr: Annotated[
-        float | None, _option(_optim, "Peak learning rate of the heads; by default lora's 1e-3.")
+        float | None,
+        _option(_optim, "Peak learning rate of the heads; by default 1e-3, or --lr when frozen."),
     ] = None
     weight_decay: Annotated[float, _option(_optim, "AdamW's decay of matrices.")] = 0.01
     warmup: Annotated[float, _option(_optim, "Share of the steps that warm up, 0 to 1.")] = 0.06
@@ -213,7 +215,7 @@ class TrainConfig:
         """The heads' learning rate; in frozen mode they are all there is to train."""
         if self.mode == "frozen":
             return self.head_lr or self.peak_lr
-        return self.head_lr or DEFAULT_LR["lora"]
+        return self.head_lr or DEFAULT_HEAD_LR
 
     def to_table(self) -> dict[str, Any]:
         """The flat table that a TOML file of this configuration holds; nothing unset is in it."""
