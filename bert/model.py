@@ -27,6 +27,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The kinds of modules that an encoder is built of; others than PyTorch's may be faster."""
+
+    linear: type[nn.Linear] = nn.Linear
+    dropout: type[nn.Dropout] = nn.Dropout
+
+
+@dataclass(frozen=True)
 class BertOutput:
     """What `BertModel.forward` returns; hidden_states[0] is the embeddings' output."""
 
@@ -93,14 +101,14 @@ class _Unpad(torch.autograd.Function):
 class Embeddings(nn.Module):
     """Word, position and segment embeddings, summed and normalised."""
 
-    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+    def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
         width = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, width, config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
-        self.dropout = dropout(config.hidden_dropout_prob)
+        self.dropout = parts.dropout(config.hidden_dropout_prob)
 
     def forward(self, ids: Tensor, types: Tensor, positions: Tensor) -> Tensor:
         """Three int64 [T] -> [T, H]."""
@@ -114,37 +122,49 @@ class SelfAttention(nn.Module):
     `projection` computes [T, H] -> [T, 3H]; whoever adapts the projections replaces it.
     """
 
-    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+    def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.dropout = dropout(config.attention_probs_dropout_prob)
+        self.query = parts.linear(width, width)
+        self.key = parts.linear(width, width)
+        self.value = parts.linear(width, width)
+        self.dropout = parts.dropout(config.attention_probs_dropout_prob)
         self.projection: Callable[[SelfAttention, Tensor], Tensor] = packed_projection
+        self._versions: list[int] = []
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """Weight [3H, H] and bias [3H] over the storage of query, key and value, no gradient."""
         layers = (self.query, self.key, self.value)
-        return _packed([p.weight for p in layers]), _packed([p.bias for p in layers])
+        weights = [layer.weight for layer in layers]
+        packed = _packed(weights), _packed([layer.bias for layer in layers])
+        if not weights[0].is_inference():
+            # The packed tensor has query's version: a change of key or value must show there, too.
+            versions = [weight._version for weight in weights[1:]]
+            if versions != self._versions:
+                torch.autograd.graph.increment_version(weights[0])
+                self._versions = versions
+        return packed
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, H] -> [T, H]."""
         qkv = layout.pad(self.projection(self, x))  # [B, S, 3H]
         qkv = qkv.view(layout.batch, layout.length, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, h, S, d]
-        context = self._attend(q, k, v, layout.mask).transpose(1, 2)  # [B, S, h, d]
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, h, S, d]
+        context = self._attend(qkv, layout.mask).transpose(1, 2)  # [B, S, h, d]
         return layout.unpad(context.reshape(layout.batch, layout.length, -1))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
         p = self.dropout.p if self.training else 0.0
-        if p == 0 or q.device.type != "cpu":
+        if p == 0 or qkv.device.type != "cpu":
+            q, k, v = qkv
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         # On a CPU, PyTorch's own attention spends most of its time drawing the dropout mask.
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, h, S, S]
+        q, k, v = qkv.contiguous()
+        scores = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)  # [B, h, S, S]
         if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            least = torch.finfo(scores.dtype).min / 2  # halved, so that no sum overflows
+            scores.add_(mask.logical_not() * least)
         return self.dropout(scores.softmax(-1)) @ v
 
 
@@ -185,11 +205,11 @@ def _packed(parts: Sequence[Tensor]) -> Tensor:
 class ResidualOutput(nn.Module):
     """LayerNorm(residual + dropout(dense(x)))."""
 
-    def __init__(self, width: int, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+    def __init__(self, width: int, config: BertConfig, parts: Parts) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, config.hidden_size)
+        self.dense = parts.linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = dropout(config.hidden_dropout_prob)
+        self.dropout = parts.dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """[T, width], [T, H] -> [T, H]."""
@@ -199,10 +219,10 @@ class ResidualOutput(nn.Module):
 class Attention(nn.Module):
     """Self-attention and its output projection."""
 
-    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+    def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
-        self.self = SelfAttention(config, dropout)
-        self.output = ResidualOutput(config.hidden_size, config, dropout)
+        self.self = SelfAttention(config, parts)
+        self.output = ResidualOutput(config.hidden_size, config, parts)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -212,9 +232,9 @@ class Attention(nn.Module):
 class Intermediate(nn.Module):
     """The widening half of the feed-forward block."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = parts.linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,11 +245,11 @@ class Intermediate(nn.Module):
 class Layer(nn.Module):
     """One Transformer layer (post-LayerNorm, as in BERT)."""
 
-    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+    def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
-        self.attention = Attention(config, dropout)
-        self.intermediate = Intermediate(config)
-        self.output = ResidualOutput(config.intermediate_size, config, dropout)
+        self.attention = Attention(config, parts)
+        self.intermediate = Intermediate(config, parts)
+        self.output = ResidualOutput(config.intermediate_size, config, parts)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -240,9 +260,9 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """The stack of layers."""
 
-    def __init__(self, config: BertConfig, dropout: type[nn.Dropout]) -> None:
+    def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(Layer(config, parts) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, layout: Layout) -> list[Tensor]:
         """[T, H] -> the input and every layer's output, each [T, H]."""
@@ -269,14 +289,14 @@ class BertModel(nn.Module):
 
     Args:
         config: its shape.
-        dropout: the dropout module to build with, called with a probability.
+        parts: the kinds of modules to build it of.
     """
 
-    def __init__(self, config: BertConfig, dropout: type[nn.Dropout] = nn.Dropout) -> None:
+    def __init__(self, config: BertConfig, parts: Parts = Parts()) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config, dropout)
-        self.encoder = Encoder(config, dropout)
+        self.embeddings = Embeddings(config, parts)
+        self.encoder = Encoder(config, parts)
         self.pooler = Pooler(config)
 
     def encode(

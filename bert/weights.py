@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastlora.bert.config import BertConfig
-from fastlora.bert.model import BertModel
+from fastlora.bert.model import BertModel, Parts
 from fastlora.bert.source import TOKENIZER_FILES, CheckpointError, Source, require
 
 _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
@@ -20,7 +20,8 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
 def load_encoder(
-    source: Source, dropout: type[nn.Dropout] = nn.Dropout
+    source: Source,
+    parts: Parts = Parts(),  # noqa: B008
 ) -> tuple[BertModel, list[str]]:
     """Build the encoder of ``source`` with its weights in fp32, in evaluation mode.
 
@@ -29,7 +30,7 @@ def load_encoder(
     note for each such liberty. Raises CheckpointError as ``copy_tensors`` does.
     """
     path = source.folder / "model.safetensors"
-    model = BertModel(BertConfig.from_json(source.folder / "config.json"), dropout=dropout)
+    model = BertModel(BertConfig.from_json(source.folder / "config.json"), parts)
     raw, _ = read_tensors(path)
     tensors = _normalise(path, raw)
     heads = sum(name.startswith("cls.") for name in raw)

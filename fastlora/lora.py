@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.bert.model import SelfAttention
@@ -108,7 +107,7 @@ class LoRALinear(nn.Module):
         self.settings[name] = setting
 
     def terms(self, x: Tensor, column: int = 0) -> list[Term]:
-        """The low-rank terms that the current routing puts on input x [leading, ..., in]."""
+        """The low-rank terms that the routing puts on input x [leading, ..., in]."""
         if self.merged:
             return []
         segments = self.routing.segments
@@ -117,34 +116,24 @@ class LoRALinear(nn.Module):
         # A segment counts in the leading dimension; a term counts in flattened rows.
         rows = x[0].numel() // self.in_features if x.dim() > 1 and len(x) else 1
         used = [s for s in segments if s.adapter in self.settings and s.start < s.stop]
-        return [self._term(s, rows, column, x.device) for s in used]
-
-    def _term(self, segment: Segment, rows: int, column: int, device: torch.device) -> Term:
-        name = segment.adapter
-        setting = self.settings[name]
-        p = setting.dropout if self.training else 0.0
-        seed = None
-        if p > 0:
-            seed = draw_seed(device) if self.routing.seed is None else self.routing.seed
-            seed = seed ^ crc32(name.encode())  # each adapter its own masks, whoever is in company
-        return Term(
-            lora_A=self.lora_A[name],
-            lora_B=self.lora_B[name],
-            scale=setting.scale,
-            dropout_p=p,
-            seed=seed,
-            stream=self.stream,
-            start=segment.start * rows,
-            stop=segment.stop * rows,
-            column=column,
-        )
+        return [
+            Term(
+                lora_A=self.lora_A[s.adapter],
+                lora_B=self.lora_B[s.adapter],
+                scale=self.settings[s.adapter].scale,
+                dropout_p=self.settings[s.adapter].dropout if self.training else 0.0,
+                # Each layer and adapter has its own masks, whoever is in company.
+                stream=crc32(s.adapter.encode(), self.stream),
+                start=s.start * rows,
+                stop=s.stop * rows,
+                column=column,
+            )
+            for s in used
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        terms = self.terms(x)
-        if not terms:
-            return F.linear(x, self.weight, self.bias)
-        return lora_grouped(x, self.weight, self.bias, terms)
+        return lora_grouped(x, self.weight, self.bias, self.terms(x), self.routing.seed)
 
     @torch.no_grad()
     def merge(self, adapter: str = DEFAULT) -> None:
@@ -169,21 +158,17 @@ class LoRALinear(nn.Module):
         self.weight.copy_(self._unmerged)
         self.merged = self._unmerged = None
 
-    def extra_repr(self) -> str:
-        """Sizes and adapters, for printing a model."""
-        ranks = ", ".join(f"{name}: r={s.r}" for name, s in self.settings.items())
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {ranks}"
-
 
 def lora_projection(attention: SelfAttention, x: Tensor) -> Tensor:
     """minBERT's packed projection with LoRA on any of query, key and value: [T, H] -> [T, 3H]."""
     weight, bias = attention.packed()
-    terms, column = [], 0
+    terms, seed, column = [], None, 0
     for layer in (attention.query, attention.key, attention.value):
         if isinstance(layer, LoRALinear):
             terms += layer.terms(x, column)
+            seed = layer.routing.seed
         column += layer.weight.shape[0]
-    return lora_grouped(x, weight, bias, terms) if terms else F.linear(x, weight, bias)
+    return lora_grouped(x, weight, bias, terms, seed)
 
 
 def is_target(name: str, target: str) -> bool:

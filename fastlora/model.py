@@ -63,6 +63,8 @@ class SimilarityHead(nn.Module):
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         """Two [n, H] -> [n, 1] in the labels' unit."""
         features, cosine = pair_features(u, v)
+        # Of unit norm: at unit size, 2H features would let one step of AdamW swing the score.
+        features = features / features.shape[-1] ** 0.5
         score = self.slope * cosine + self.linear(self.dropout(features))
         return self.low + (self.high - self.low) * score
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastlora.bert.model import BertModel
+from fastlora.bert.model import BertModel, Parts
 from fastlora.bert.source import Source
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder
@@ -15,12 +15,13 @@ from fastlora.config import LoraConfig, Precision, TrainConfig
 from fastlora.data import TaskData, load_tasks
 from fastlora.errors import UserError, user_errors
 from fastlora.inputs import Inputs
-from fastlora.kernels import Dropout
+from fastlora.kernels import Dropout, Linear
 from fastlora.lora import DEFAULT
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
 from fastlora.tasks import Task
 
+PARTS = Parts(Linear, Dropout)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -89,7 +90,7 @@ def build_model(
     """
     torch.manual_seed(config.seed)
     with user_errors():
-        encoder, notes = load_encoder(source, dropout=Dropout)
+        encoder, notes = load_encoder(source, PARTS)
     base = fingerprint(encoder)
     model = MultitaskBert(encoder, tasks, config.pairs)
     if config.mode == "frozen":

@@ -22,11 +22,10 @@ from fastlora.errors import UserError, user_errors
 from fastlora.evaluate import predict
 from fastlora.files import atomic_folder
 from fastlora.inputs import find_model
-from fastlora.kernels import Dropout
 from fastlora.lora import DEFAULT, lora_layers, merge, unmerge
 from fastlora.model import MultitaskBert
 from fastlora.session import ENCODER
-from fastlora.setup import find_device, read_tokenizer
+from fastlora.setup import PARTS, find_device, read_tokenizer
 from fastlora.tasks import Task
 
 PROBE = (
@@ -77,7 +76,7 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     source = find_model(str(folder / ENCODER) if full else model or extra["model"])
     tokenizer = read_tokenizer(source)
     with user_errors():
-        encoder, _ = load_encoder(source, dropout=Dropout)
+        encoder, _ = load_encoder(source, PARTS)
     base = BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])
     if extra["mode"] == "lora":

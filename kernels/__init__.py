@@ -11,7 +11,19 @@ if __name__ != "fastlora.kernels":
     )
 
 from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
-from fastlora.kernels.ops import lora_grouped, lora_linear, route
+from fastlora.kernels.frozen import Linear
+from fastlora.kernels.ops import forced_route, lora_grouped, lora_linear, lora_qkv, route
 from fastlora.kernels.reference import Term
 
-__all__ = ["Dropout", "Term", "draw_seed", "keep_mask", "lora_grouped", "lora_linear", "route"]
+__all__ = [
+    "Dropout",
+    "Linear",
+    "Term",
+    "draw_seed",
+    "forced_route",
+    "keep_mask",
+    "lora_grouped",
+    "lora_linear",
+    "lora_qkv",
+    "route",
+]

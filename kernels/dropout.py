@@ -36,21 +36,31 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def keep_mask(seed: Tensor, stream: int, rows: int, columns: int, p: float) -> Tensor:
-    """Boolean keep mask [rows, columns] on the seed's device.
+def keep_mask(
+    seed: Tensor,
+    stream: int,
+    rows: int,
+    columns: int,
+    p: float,
+    dtype: torch.dtype = torch.bool,
+) -> Tensor:
+    """Keep mask [rows, columns] on the seed's device.
 
     Args:
         seed: int64 scalar tensor.
         stream: which projection of which layer; masks of different streams are independent.
         rows, columns: the shape; a mask of fewer rows is the head of a longer one.
         p: probability to drop.
+        dtype: bool, or a floating type to multiply with (1 keeps, 0 drops).
     """
     if seed.device.type != "cpu":
-        return philox_keep(seed, stream, rows, columns, p)
+        return philox_keep(seed, stream, rows, columns, p).to(dtype)
     bits = np.random.SFC64([int(seed), stream]).random_raw((rows * columns + 3) // 4)
     lanes = torch.from_numpy(bits.view(np.int16)[: rows * columns]).view(rows, columns)
     # torch compares signed lanes only: shift the threshold instead of the data.
-    return lanes >= threshold(p) - LANES // 2
+    # Written in its final type at once: a product with booleans costs ten times one with floats.
+    keep = torch.empty(rows, columns, dtype=dtype)
+    return torch.ge(lanes, threshold(p) - LANES // 2, out=keep)
 
 
 def philox_keep(seed: Tensor, stream: int, rows: int, columns: int, p: float) -> Tensor:
@@ -85,15 +95,15 @@ class _DropoutFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         seed = draw_seed(x.device)
-        keep = keep_mask(seed, 0, x.numel() // x.shape[-1], x.shape[-1], p).view(x.shape)
-        ctx.save_for_backward(keep)
-        ctx.scale = keep_scale(p)
-        return (x * keep).mul_(ctx.scale)
+        keep = keep_mask(seed, 0, x.numel() // x.shape[-1], x.shape[-1], p, x.dtype)
+        factor = keep.mul_(keep_scale(p)).view(x.shape)
+        ctx.save_for_backward(factor)
+        return x * factor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None
+        (factor,) = ctx.saved_tensors
+        return grad * factor, None
 
 
 class Dropout(nn.Dropout):

@@ -1,82 +1,131 @@
-"""The LoRA operation with a hand-written backward: the one entry the modules call.
+"""The LoRA operation: the public functions, the autograd function under them, and the route.
 
-Saved for backward are x, each term's u = (m * x) A^T and the mask's seed; neither the mask nor
-the dropped x, and never a gradient of W0 or b.
+Saved for backward are x, u = c (m * x) A^T and the dropout mask's seed; neither the mask nor the
+dropped x, and never a gradient of W0 or b.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlora.kernels.dropout import draw_seed
+from fastlora.kernels import library
+from fastlora.kernels.dropout import draw_seed, threshold
+from fastlora.kernels.frozen import linear
+from fastlora.kernels.grouped import Shape
+from fastlora.kernels.library import (
+    Facts,
+    kept_input,
+    make_call,
+    run_backward,
+    run_forward,
+    split_gradients,
+    without_autocast,
+)
 from fastlora.kernels.reference import Term
+from fastlora.kernels.routes import ROUTES
+
+_forced: list[str] = []
 
 
-class _LoRAFunction(torch.autograd.Function):
-    """Route "reference": [M, K] x [N, K] -> [M, N] with PyTorch's own GEMMs."""
+class Route(NamedTuple):
+    """Which kernels run, and why."""
+
+    name: str
+    why: str
+
+
+@lru_cache(maxsize=64)
+def _detect(device: torch.device, dtype: torch.dtype) -> Route:
+    if device.type != "cuda":
+        return Route("reference", f"PyTorch's own GEMMs on {device.type}, on packed frozen weights")
+    if find_spec("triton") is None:
+        return Route("reference", "Triton is not installed")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return Route("reference", f"no kernel for {dtype}")
+    from fastlora.kernels import tuning, turing
+
+    capability = tuning.capability(device)
+    if capability < 75:
+        return Route("reference", f"Triton does not support sm_{capability}")
+    if capability == 75:
+        problem = turing.install()
+        if problem:
+            return Route("gemm", f"no Turing tensor cores in Triton kernels: {problem}")
+        return Route("gemm", "Turing tensor cores through the compile-stage hook")
+    return Route("gemm", "vendor GEMMs with extended K, Triton kernels around them")
+
+
+@torch.compiler.assume_constant_result
+def route(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Route:
+    """The route that `lora_grouped` takes on a device, and why.
+
+    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one.
+
+    Raises:
+        ValueError: when FASTLORA_ROUTE names no route.
+    """
+    name = _forced[-1] if _forced else os.environ.get("FASTLORA_ROUTE", "")
+    found = _detect(torch.device(device), dtype)  # on a T4, also installs what kernels need
+    if not name:
+        return found
+    if name not in ROUTES:
+        raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(ROUTES)})")
+    return Route(name, "forced" if _forced else "forced by FASTLORA_ROUTE")
+
+
+@contextmanager
+def forced_route(name: str) -> Iterator[None]:
+    """Make `lora_grouped` take a route, for tests and benchmarks."""
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+class _LoRA(torch.autograd.Function):
+    """The operation in eager mode, where the registered operator would add half a millisecond."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
         bias: Tensor | None,
-        terms: tuple[Term, ...],
+        weight: Tensor,
+        seed: Tensor | None,
+        facts: Facts,
         *factors: Tensor,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
-        us = []
-        for term, A, B in zip(terms, factors[0::2], factors[1::2], strict=True):
-            branch, _ = _dropped(x, term)
-            u = branch @ A.to(x.dtype).T  # [M_t, r]
-            block = y[term.start : term.stop, term.column : term.column + B.shape[0]]
-            block.addmm_(u, B.to(x.dtype).T, alpha=term.c)
-            us.append(u)
-        ctx.terms = terms
-        ctx.save_for_backward(x, weight, *factors, *us)
+        y, saved = run_forward(x, bias, make_call(weight, seed, facts, factors), facts.route)
+        ctx.facts = facts
+        ctx.save_for_backward(kept_input(x, saved, facts), saved, weight, seed, *factors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *saved = ctx.saved_tensors
-        count = len(ctx.terms)
-        factors, us = saved[: 2 * count], saved[2 * count :]
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
-        gradients = []
-        for i, term in enumerate(ctx.terms):
-            A, B = factors[2 * i], factors[2 * i + 1]
-            g = grad[term.start : term.stop, term.column : term.column + B.shape[0]]
-            v = (g @ B.to(x.dtype)).mul_(term.c)  # [M_t, r]
-            branch, mask = _dropped(x, term)
-            gradients.append((v.T @ branch).to(A.dtype))
-            gradients.append((g.T @ us[i]).mul_(term.c).to(B.dtype))
-            if dx is not None:
-                _add_branch(dx[term.start : term.stop], v, A.to(x.dtype), mask)
-        return dx, None, None, None, *gradients
+        kept, saved, weight, seed, *factors = ctx.saved_tensors
+        call, route = make_call(weight, seed, ctx.facts, factors), ctx.facts.route
+        dx, dA, dB = run_backward(grad, kept, saved, call, route, ctx.needs_input_grad[0])
+        return dx, None, None, None, None, *split_gradients(dA, dB, call, route, grad)
 
 
-def _dropped(x: Tensor, term: Term) -> tuple[Tensor, Tensor | None]:
-    branch = x[term.start : term.stop]
-    mask = term.mask(*branch.shape)
-    return (branch if mask is None else branch * mask), mask
-
-
-def _add_branch(dx: Tensor, v: Tensor, A: Tensor, mask: Tensor | None) -> None:
-    """dx += m * (v A), in place."""
-    if mask is None:
-        dx.addmm_(v, A)
-    else:
-        dx.add_((v @ A).mul_(mask))
-
-
-def lora_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+def lora_grouped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    terms: Sequence[Term],
+    seed: Tensor | None = None,
+) -> Tensor:
     """A frozen projection plus any number of low-rank terms on blocks of its output.
 
     Args:
@@ -85,6 +134,7 @@ def lora_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence
         bias: [N] or None, frozen.
         terms: the adapters; factors may be fp32 masters of a half-precision x. Terms may overlap
             (they add up) and may be empty.
+        seed: int64 scalar tensor of all masks, drawn from torch's generator where it is None.
 
     Returns:
         [..., N] in x's dtype. Gradients flow to x and to every lora_A and lora_B.
@@ -99,9 +149,19 @@ def lora_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, terms)
     rows = x.reshape(-1, x.shape[-1])
-    factors = [factor for term in terms for factor in (term.lora_A, term.lora_B)]
-    with torch.autocast(device, enabled=False):
-        y = _LoRAFunction.apply(rows, weight, bias, tuple(terms), *factors)
+    if rows.stride(-1) != 1 or rows.stride(0) == 0:
+        rows = rows.contiguous()
+    if not terms:
+        return linear(x, weight, bias)
+    if seed is None and any(term.dropout_p > 0 for term in terms):
+        seed = draw_seed(x.device)
+    facts = _facts(terms, len(rows), route(x.device, x.dtype).name)
+    factors = [*(term.lora_A for term in terms), *(term.lora_B for term in terms)]
+    if torch.compiler.is_compiling():
+        y = library.call(rows, weight, bias, factors, seed, facts)
+    else:
+        with without_autocast(x):
+            y = _LoRA.apply(rows, bias, weight, seed, facts, *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -117,12 +177,46 @@ def lora_linear(
 ) -> Tensor:
     """y = x W0^T + b + scale / (1 - p) (m * x) A^T B^T for one projection and one adapter.
 
-    Shapes as in `lora_grouped`; lora_A [r, K], lora_B [N, r]. Without `seed` the mask's seed is
-    drawn from torch's generator.
+    Shapes as in `lora_grouped`; lora_A [r, K], lora_B [N, r].
     """
-    if dropout_p > 0 and seed is None:
-        seed = draw_seed(x.device)
-    return lora_grouped(x, weight, bias, [Term(lora_A, lora_B, scale, dropout_p, seed)])
+    return lora_grouped(x, weight, bias, [Term(lora_A, lora_B, scale, dropout_p)], seed)
+
+
+def lora_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Mapping[str, tuple[Tensor, Tensor]],
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Packed query, key and value: x [..., H], weight [3H, H] -> [..., 3H].
+
+    `adapters` maps any of "query", "key" and "value" to (lora_A [r, H], lora_B [H, r]); each draws
+    its own mask.
+    """
+    width = weight.shape[0] // 3
+    blocks = {"query": 0, "key": width, "value": 2 * width}
+    if unknown := adapters.keys() - blocks.keys():
+        raise ValueError(f"adapters has {min(unknown)!r} (expected some of {', '.join(blocks)})")
+    terms = [
+        Term(A, B, scale, dropout_p, stream=column, column=column)
+        for name, column in blocks.items()
+        if name in adapters
+        for A, B in [adapters[name]]
+    ]
+    return lora_grouped(x, weight, bias, terms, seed)
+
+
+def _facts(terms: Sequence[Term], rows: int, route: str) -> Facts:
+    shapes, ranges = [], []
+    for t in terms:
+        start, stop, _ = slice(t.start, t.stop).indices(rows)
+        width, rank = t.lora_B.shape
+        shapes.append(Shape(rank, width, t.column, t.c, threshold(t.dropout_p), t.stream))
+        ranges.append((start, max(start, stop)))
+    return Facts(tuple(shapes), tuple(ranges), route)
 
 
 def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
@@ -140,8 +234,3 @@ def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
                 f"lora_B's rows reach column {term.column + B.shape[0]} of the output "
                 f"(expected at most {weight.shape[0]})"
             )
-
-
-def route() -> tuple[str, str]:
-    """The route that `lora_grouped` takes, and why."""
-    return "reference", "PyTorch's own GEMMs on every device"

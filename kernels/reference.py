@@ -8,7 +8,7 @@ here is differentiable by autograd and works in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +31,13 @@ class Term:
         lora_B: [N, r].
         scale: alpha / r (or alpha / sqrt(r), rsLoRA).
         dropout_p: probability to drop an element of the branch's input.
-        seed: int64 scalar tensor of the mask; needed when dropout_p > 0.
-        stream: separates the masks of projections that share a seed.
+        stream: 32 bits that separate the masks of terms that share a seed.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     scale: float
     dropout_p: float = 0.0
-    seed: Tensor | None = None
     stream: int = 0
     start: int = 0
     stop: int | None = None
@@ -50,30 +48,28 @@ class Term:
         """The factor of u B^T: scale / (1 - p)."""
         return self.scale * keep_scale(self.dropout_p)
 
-    def mask(self, rows: int, columns: int) -> Tensor | None:
-        """The keep mask [rows, columns], or None without dropout."""
-        if self.dropout_p == 0:
-            return None
-        if self.seed is None:
-            raise ValueError(f"dropout_p is {self.dropout_p} but seed is None (expected a tensor)")
-        return keep_mask(self.seed, self.stream, rows, columns, self.dropout_p)
 
+def lora_grouped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    terms: Sequence[Term],
+    seed: Tensor | None = None,
+    mask: Callable[..., Tensor] = keep_mask,
+) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] or None; returns y [..., N].
 
-def lora_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-    """x [..., K], weight [N, K], bias [N] or None; returns y [..., N]."""
+    `mask` is `keep_mask`, or `philox_keep` to have a GPU's masks on any device.
+    """
     rows = x.reshape(-1, x.shape[-1])
     y = F.linear(rows, weight, bias)
     for term in terms:
         branch = rows[term.start : term.stop]
-        mask = term.mask(*branch.shape)
-        if mask is not None:
-            branch = branch * mask
+        if term.dropout_p > 0:
+            keep = mask(seed, term.stream, *branch.shape, term.dropout_p)
+            branch = branch * keep
         delta = term.c * (branch @ term.lora_A.T @ term.lora_B.T)
-        y = y + _place(delta, y, term)
+        placed = torch.zeros_like(y)
+        placed[term.start : term.stop, term.column : term.column + delta.shape[1]] = delta
+        y = y + placed
     return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _place(delta: Tensor, y: Tensor, term: Term) -> Tensor:
-    placed = torch.zeros_like(y)
-    placed[term.start : term.stop, term.column : term.column + delta.shape[1]] = delta
-    return placed

@@ -55,7 +55,7 @@ def test_drop_in_for_linear():
     torch.manual_seed(0)
     layer = LoRALinear(8, 6, r=3, alpha=12, dropout=0.0)
     x = torch.randn(2, 5, 8)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert layer.lora_A[DEFAULT].shape == (3, 8) and layer.lora_B[DEFAULT].shape == (6, 3)
     assert layer.lora_A[DEFAULT].abs().max() <= 1 / math.sqrt(8)
     _filled(nn.Sequential(layer))
@@ -172,7 +172,7 @@ def test_segments_route_rows_to_adapters():
     layer.routing.segments = (Segment("a", 0, 2), Segment("b", 4, 7))
     y = layer(x)
     frozen = nn.functional.linear(x, layer.weight, layer.bias)
-    assert torch.equal(y[2:4], frozen[2:4])
+    torch.testing.assert_close(y[2:4], frozen[2:4])
     for name, rows in (("a", slice(0, 2)), ("b", slice(4, 7))):
         delta = x[rows] @ layer.lora_A[name].T @ layer.lora_B[name].T
         expected = frozen[rows] + settings[name].scale * delta

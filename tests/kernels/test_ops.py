@@ -23,7 +23,7 @@ def _leaves(x, terms):
 
 
 def _run(op, x, weight, bias, terms, grad):
-    y = op(x, weight, bias, terms)
+    y = op(x, weight, bias, terms, SEED)
     return [y, *torch.autograd.grad((y * grad).sum(), _leaves(x, terms))]
 
 
@@ -41,7 +41,7 @@ def test_one_projection_equals_the_reference_in_fp64(M, K, N, r, p, bias):
     x = torch.randn(M, K, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(N, K, dtype=torch.float64)
     b = torch.randn(N, dtype=torch.float64) if bias else None
-    terms = [Term(*_factors(K, N, r), 2.0, p, SEED, stream=3)]
+    terms = [Term(*_factors(K, N, r), 2.0, p, stream=3)]
     grad = torch.randn(M, N, dtype=torch.float64)
     for found, expected in zip(
         _run(lora_grouped, x, weight, b, terms, grad),
@@ -57,10 +57,10 @@ def test_packed_projection_with_adapters_on_rows_and_columns(p):
     x = torch.randn(7, 5, 16, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(24, 16, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
     terms = [
-        Term(*_factors(16, 8, 3), 2.0, p, SEED, 1, start=0, stop=20, column=0),
-        Term(*_factors(16, 8, 2), 0.5, p, SEED, 2, start=20, stop=35, column=16),
-        Term(*_factors(16, 8, 4), 1.5, p, SEED, 1, start=5, stop=30, column=8),
-        Term(*_factors(16, 8, 4), 1.5, p, SEED, 1, start=9, stop=9, column=8),
+        Term(*_factors(16, 8, 3), 2.0, p, 1, start=0, stop=20, column=0),
+        Term(*_factors(16, 8, 2), 0.5, p, 2, start=20, stop=35, column=16),
+        Term(*_factors(16, 8, 4), 1.5, p, 1, start=5, stop=30, column=8),
+        Term(*_factors(16, 8, 4), 1.5, p, 1, start=9, stop=9, column=8),
     ]
     grad = torch.randn(7, 5, 24, dtype=torch.float64)
     for found, expected in zip(
@@ -89,14 +89,14 @@ def test_half_precision_data_with_fp32_factors(dtype):
     weight, bias = torch.randn(40, 48, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
     A, B = _factors(48, 40, 8)
     grad = torch.randn(64, 40, dtype=torch.float64)
-    truth = _run(reference, x, weight, bias, [Term(A, B, 0.5, 0.1, SEED)], grad)
+    truth = _run(reference, x, weight, bias, [Term(A, B, 0.5, 0.1)], grad)
 
     def half(t, dtype=dtype):
         return t.detach().to(dtype).requires_grad_(t.requires_grad)
 
-    plain_terms = [Term(half(A), half(B), 0.5, 0.1, SEED)]
+    plain_terms = [Term(half(A), half(B), 0.5, 0.1)]
     plain = _run(reference, half(x), half(weight), half(bias), plain_terms, half(grad))
-    master_terms = [Term(half(A, torch.float32), half(B, torch.float32), 0.5, 0.1, SEED)]
+    master_terms = [Term(half(A, torch.float32), half(B, torch.float32), 0.5, 0.1)]
     ours = _run(lora_grouped, half(x), half(weight), half(bias), master_terms, half(grad))
     assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
     for i, (mine, theirs, exact) in enumerate(zip(ours, plain, truth, strict=True)):
@@ -111,7 +111,8 @@ def test_zero_B_is_exactly_the_frozen_layer_and_the_weight_never_changes():
     A = torch.randn(4, 8, requires_grad=True)
     B = torch.zeros(6, 4, requires_grad=True)
     y = lora_linear(x, weight, bias, A, B, 1.0, 0.5, SEED)
-    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(y, lora_grouped(x, weight, bias, []))
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
     y.sum().backward()
     assert torch.equal(weight, before)
     assert B.grad.abs().sum() > 0
@@ -132,7 +133,7 @@ def test_saved_for_backward_are_x_u_and_the_seed():
     x = torch.randn(M, K, requires_grad=True)
     weight = torch.randn(3 * K, K)
     terms = [
-        Term(*_factors(K, K, r, torch.float32), 1.0, 0.1, SEED, i, column=c)
+        Term(*_factors(K, K, r, torch.float32), 1.0, 0.1, i, column=c)
         for i, c in enumerate((0, 2 * K))
     ]
     known = {t.data_ptr() for t in (weight, *_leaves(x, terms)[1:])}
@@ -182,11 +183,45 @@ def test_wrong_shapes(x, A, B, message):
         lora_linear(torch.randn(x), torch.randn(6, 8), None, torch.randn(A), torch.randn(B), 1.0)
 
 
-def test_dropout_without_seed_is_named():
-    with pytest.raises(ValueError, match="seed is None"):
-        lora_grouped(
-            torch.randn(3, 8),
-            torch.randn(6, 8),
-            None,
-            [Term(torch.randn(2, 8), torch.randn(6, 2), 1.0, dropout_p=0.5)],
-        )
+def test_without_a_seed_masks_follow_torchs_generator():
+    x, weight = torch.randn(30, 8), torch.randn(6, 8)
+    terms = [Term(torch.randn(2, 8), torch.randn(6, 2), 1.0, dropout_p=0.5)]
+
+    def draw():
+        return lora_grouped(x, weight, None, terms)
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+
+
+def test_compiles_without_a_graph_break():
+    weight, bias = torch.randn(12, 8), torch.randn(12)
+    A, B = _factors(8, 12, 4, torch.float32)
+    x = torch.randn(20, 8, requires_grad=True)
+
+    def op(x):
+        return lora_linear(x, weight, bias, A, B, 0.5, 0.3, SEED).square().sum()
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(
+        torch.autograd.grad(compiled(x), [x, A, B]),
+        torch.autograd.grad(op(x), [x, A, B]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("route", ["reference", "gemm"])
+def test_opcheck(route):
+    from fastlora.kernels.library import lora
+
+    x = torch.randn(9, 8, requires_grad=True)
+    (A, B), (C, D) = _factors(8, 4, 3, torch.float32), _factors(8, 4, 2, torch.float32)
+    arguments = (
+        x, torch.randn(8, 8), torch.randn(8), [A, C, B, D], SEED, [1.0, 2.0],
+        [0, 6554, 1, 0, 9, 4, 0, 2, 0, 9], route,
+    )  # fmt: skip
+    torch.library.opcheck(lora, arguments)

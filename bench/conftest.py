@@ -1,0 +1,85 @@
+"""The ratio table at the end of `pytest bench/ --benchmark-only`, and what it is made of.
+
+Each benchmark times the unfused reference in the set-up of each of its rounds, so both sides of
+a ratio see the same machine in the same seconds.
+"""
+
+import math
+import statistics
+import time
+from collections import defaultdict
+
+import pytest
+import torch
+
+ROUNDS = {"cpu": 15, "cuda": 50}
+
+
+def timed(function):
+    """Seconds that a call takes, the GPU's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@pytest.fixture
+def compare(benchmark):
+    """Benchmark `ours` against `reference`, both functions without arguments, in turns."""
+
+    def run(group, reference, ours, device, **facts):
+        times = []
+        reference(), ours()  # first calls pay for compiling, packing and buffers
+        benchmark.group = group
+        benchmark.pedantic(
+            lambda: timed(ours),
+            setup=lambda: times.append(timed(reference)),
+            rounds=ROUNDS[device],
+        )
+        found = benchmark.stats.stats.data
+        ratios = [a / b for a, b in zip(times, found, strict=True)]
+        benchmark.extra_info.update(
+            ratio=statistics.median(ratios),
+            low=sorted(ratios)[len(ratios) // 4],
+            high=sorted(ratios)[-1 - len(ratios) // 4],
+            milliseconds=1e3 * statistics.median(found),
+            **facts,
+        )
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print ratios to the unfused reference by group, and their geometric means."""
+    session = getattr(config, "_benchmarksession", None)
+    groups = defaultdict(list)
+    for bench in session.benchmarks if session else []:
+        if "ratio" in bench.extra_info:
+            groups[bench.group].append(bench.extra_info)
+    if not groups:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("ratio to the unfused reference: median [quartiles] of paired rounds")
+    means = defaultdict(list)
+    for group, entries in groups.items():
+        write(group)
+        for e in entries:
+            if not e["agrees"]:
+                write(f"  {e['name']:<20} outputs or gradients differ from the reference: no ratio")
+                continue
+            means[group.partition(":")[0], e["name"]].append(e["ratio"])
+            peak = f"  peak {e['peak'] / 2**20:.0f} MiB" if e.get("peak") else ""
+            saved = f"  saved {e['saved']:.2f}x of x" if "saved" in e else ""
+            write(
+                f"  {e['name']:<20} {e['milliseconds']:9.3f} ms  {e['ratio']:5.2f}x "
+                f"[{e['low']:.2f}, {e['high']:.2f}]{saved}{peak}"
+            )
+    write("geometric mean and least, by benchmark")
+    for (kind, name), ratios in means.items():
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        write(f"  {kind:<22} {name:<20} {mean:5.2f}x  least {min(ratios):.2f}x")
+    if not torch.cuda.is_available():
+        write("no CUDA GPU here: routes gemm and triton not measured")

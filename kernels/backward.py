@@ -1,0 +1,172 @@
+"""Backward kernels: dA (or dB) as partial sums over chunks of rows, dx in the same pass, the sum.
+
+Two stages and no atomics, so that a gradient is the same bits each time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.kernels import launcher
+from fastlora.kernels.forward import load_piece
+from fastlora.kernels.grouped import Plan
+from fastlora.kernels.mask import keep_mask
+from fastlora.kernels.tuning import Blocks
+
+
+@triton.jit
+def lora_outer(
+    x_ptr, v_ptr, a_ptr, base_ptr, dx_ptr, partial_ptr, seed_ptr, chunks_ptr, pieces_ptr,
+    scales_ptr,
+    K,
+    stride_xm, stride_vm, stride_ar, stride_bm, stride_dm,
+    SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_DX: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """partial [chunk, slot, BLOCK_R, K] = c v^T (m * x); dx [M, K] = base + c m * (v A).
+
+    With IN_BLOCK, x is the output's gradient and v is u: partial = u^T g over the piece's columns.
+    """
+    chunk = tl.program_id(1)
+    chunk_ptr = chunks_ptr + chunk * (2 + 2 * SLOTS)
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    rank = tl.arange(0, BLOCK_R)
+    start, stop = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    for slot in range(SLOTS):
+        piece = tl.load(chunk_ptr + 2 + 2 * slot)
+        if piece >= 0:
+            origin = tl.load(chunk_ptr + 3 + 2 * slot)
+            offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
+            column0, depth, scale = 0, K, tl.load(scales_ptr + piece)
+            if IN_BLOCK:
+                column0, depth, scale = column, width, 1.0
+            acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+            if HAS_DX:
+                a = tl.load(
+                    a_ptr + (offset + rank)[:, None] * stride_ar + k[None, :],
+                    mask=(rank < ranks)[:, None] & (k < K)[None, :],
+                    other=0.0,
+                )  # [BLOCK_R, BLOCK_K]
+            for first in range(start, stop, BLOCK_M):
+                row = first + tl.arange(0, BLOCK_M)
+                live = row < stop
+                row64 = row.to(tl.int64)
+                inside = live[:, None] & (k < depth)[None, :]
+                x = tl.load(
+                    x_ptr + row64[:, None] * stride_xm + (column0 + k)[None, :],
+                    mask=inside,
+                    other=0.0,
+                )  # [BLOCK_M, BLOCK_K]
+                v = tl.load(
+                    v_ptr + row64[:, None] * stride_vm + (offset + rank)[None, :],
+                    mask=live[:, None] & (rank < ranks)[None, :],
+                    other=0.0,
+                )  # [BLOCK_M, BLOCK_R]
+                if HAS_DROPOUT:
+                    # One draw serves dA and dx.
+                    keep = keep_mask(seed, stream, row - origin, k0, threshold, BLOCK_K)
+                    x = tl.where(keep, x, 0.0).to(v.dtype)
+                acc = tl.dot(tl.trans(v), x, acc, input_precision="ieee")
+                if HAS_DX:
+                    branch = tl.dot(v, a, input_precision="ieee") * scale
+                    if HAS_DROPOUT:
+                        branch = tl.where(keep, branch, 0.0)
+                    dx_ptrs = dx_ptr + row64[:, None] * stride_dm + k[None, :]
+                    if slot == 0:
+                        base_ptrs = base_ptr + row64[:, None] * stride_bm + k[None, :]
+                        branch += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
+                    else:
+                        branch += tl.load(dx_ptrs, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(dx_ptrs, branch.to(dx_ptr.dtype.element_ty), mask=inside)
+            partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
+            tl.store(
+                partial_ptr + partial_row[:, None] * K + k[None, :],
+                acc * scale,
+                mask=(k < K)[None, :],
+            )
+        # The next slot reads the dx that other threads of this program wrote.
+        tl.debug_barrier()
+
+
+@triton.jit
+def lora_reduce(
+    partial_ptr, d_ptr, chunks_ptr, pieces_ptr,
+    CHUNKS, K,
+    SLOTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """d [R, K] = sum of the partials of each piece, in the order of the chunks."""
+    piece = tl.program_id(1)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rank = tl.arange(0, BLOCK_R)
+    offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for i in range(CHUNKS * SLOTS):
+        entry = chunks_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
+        if tl.load(entry) == piece:
+            row = tl.full((BLOCK_R,), i, tl.int64) * BLOCK_R + rank
+            acc += tl.load(partial_ptr + row[:, None] * K + k[None, :], mask=(k < K)[None, :])
+    tl.store(
+        d_ptr + (offset + rank).to(tl.int64)[:, None] * K + k[None, :],
+        acc,
+        mask=(rank < ranks)[:, None] & (k < K)[None, :],
+    )
+
+
+def outer(
+    x: Tensor,
+    v: Tensor,
+    plan: Plan,
+    seed: Tensor | None,
+    blocks: Blocks,
+    *,
+    factor: Tensor | None = None,
+    base: Tensor | None = None,
+    dx: Tensor | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """dA [R, K] fp32 from x [M, K] and v [M, R] (two launches).
+
+    With `base` [M, K], also dx = base + c m * (v A); it may be dx itself, and must be where rows
+    have no term. `factor` is A [R, K].
+
+    With `width`, the widest block: dB^T [R, width] from the output's gradient and u instead.
+    """
+    chunks = plan.tiles(blocks.chunk)
+    K = x.shape[1] if width is None else width
+    partial = x.new_empty(len(chunks), plan.slots, plan.pieces.block_r, K, dtype=torch.float32)
+    tables = dict(chunks_ptr=chunks, pieces_ptr=plan.pieces.table)
+    constants = dict(SLOTS=plan.slots, BLOCK_K=blocks.k, BLOCK_R=plan.pieces.block_r)
+    launcher.launch(
+        lora_outer,
+        (triton.cdiv(K, blocks.k), len(chunks)),
+        dict(
+            x_ptr=x, v_ptr=v, a_ptr=x if factor is None else factor,
+            base_ptr=x if base is None else base, dx_ptr=x if base is None else dx,
+            partial_ptr=partial, seed_ptr=plan.pieces.scales if seed is None else seed,
+            scales_ptr=plan.pieces.scales, K=K, stride_xm=x.stride(0), stride_vm=v.stride(0),
+            stride_ar=0 if factor is None else factor.stride(0),
+            stride_bm=0 if base is None else base.stride(0),
+            stride_dm=0 if dx is None else dx.stride(0), **tables,
+        ),
+        dict(
+            BLOCK_M=blocks.m, HAS_DROPOUT=plan.has_dropout and width is None,
+            HAS_DX=base is not None, IN_BLOCK=width is not None, ALIGN=plan.pieces.align,
+            **constants,
+        ),
+        blocks,
+    )  # fmt: skip
+    d = x.new_empty(plan.pieces.ranks, K, dtype=torch.float32)
+    launcher.launch(
+        lora_reduce,
+        (triton.cdiv(K, blocks.k), len(plan.pieces.terms)),
+        dict(partial_ptr=partial, d_ptr=d, CHUNKS=len(chunks), K=K, **tables),
+        constants,
+        blocks,
+    )  # fmt: skip
+    return d

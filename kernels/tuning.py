@@ -1,0 +1,107 @@
+"""Block sizes and route per (capability, dtype, number of rows), and the tuner that measures them.
+
+No `@triton.autotune`: it would measure at a user's first step, differently each time, and it does
+not run in Triton's interpreter. Shipped rows are guesses that compile without spills on their
+chip; `fastlora tune` measures on the user's GPU and writes a file that goes before them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+SMALL = 2048  # fewer rows than this are the bucket "small"
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tile sizes of a kernel: rows, columns, depth; rows that one partial sum covers; warps."""
+
+    m: int = 64
+    n: int = 64
+    k: int = 64
+    chunk: int = 512
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """The route that is fastest, and the blocks of each kernel."""
+
+    route: str = "gemm"
+    down: Blocks = field(default_factory=Blocks)
+    fused: Blocks = field(default_factory=Blocks)
+    outer: Blocks = field(default_factory=lambda: Blocks(m=32))
+
+
+# By "capability/dtype/bucket"; the row for any GPU is "any". fp32 tiles are half as deep.
+SHIPPED = {
+    "any": Config(),
+    "any/fp32": Config(
+        down=Blocks(k=32), fused=Blocks(k=32, warps=8), outer=Blocks(m=32, k=32, warps=8)
+    ),
+    # One stage: Turing cannot copy to shared memory in the background (see turing.py).
+    "75/fp16": Config(
+        down=Blocks(stages=1), fused=Blocks(k=32, stages=1), outer=Blocks(m=32, stages=1)
+    ),
+    "80/small": Config(down=Blocks(m=32), outer=Blocks(m=32, chunk=128)),
+    "80": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=128, k=32, warps=8, stages=3)),
+    "90/small": Config(down=Blocks(m=32), outer=Blocks(m=32, chunk=128)),
+    "90": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=128, k=64, warps=8, stages=3)),
+}
+_measured: dict[str, Config] = {}
+
+
+def capability(device: torch.device) -> int:
+    """A GPU's capability as 75, 80, 90; 0 for anything else."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def key_of(capability: int, dtype: torch.dtype, rows: int) -> str:
+    """The table's key of a call: "90/fp16/large"."""
+    return f"{capability}/{NAMES[dtype]}/{'small' if rows < SMALL else 'large'}"
+
+
+def config(capability: int, dtype: torch.dtype, rows: int) -> Config:
+    """The row of the user's measurements, or else the nearest shipped row."""
+    key = key_of(capability, dtype, rows)
+    if key in _measured:
+        return _measured[key]
+    name, bucket = NAMES[dtype], key.rpartition("/")[2]
+    if name == "fp32":
+        return SHIPPED["any/fp32"]
+    for candidate in (f"{capability}/{name}", f"{capability}/{bucket}", str(capability)):
+        if candidate in SHIPPED:
+            return SHIPPED[candidate]
+    return SHIPPED["any"]
+
+
+def load(file: Path) -> None:
+    """Put the measurements in a file of `save` before the shipped rows.
+
+    Raises:
+        ValueError: when the file is not one of `save`'s.
+    """
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        for key, row in rows.items():
+            kernels = {name: Blocks(**row[name]) for name in ("down", "fused", "outer")}
+            _measured[key] = Config(row["route"], **kernels)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: not a table of measured block sizes ({error}); delete it or run fastlora tune"
+        ) from error
+
+
+def save(file: Path, rows: dict[str, Config]) -> None:
+    """Write measurements for `load`."""
+    table = {key: asdict(row) for key, row in rows.items()}
+    file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,138 @@
+"""Compiles the launches that the routes make, for GPUs that are not here, and reads the result."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastlora.kernels import launcher, tuning, turing
+from fastlora.kernels.grouped import Shape
+from fastlora.kernels.routes import ROUTES, Call
+
+turing.install()
+KINDS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+FAMILIES = ("MMA", "LDG", "LDS", "STS", "BAR")
+
+
+@contextmanager
+def launches_to(function, capability, row=None):
+    """Launches of a GPU of that capability, in the block sizes of a row, go to `function`."""
+    launch, find, config = launcher.launch, tuning.capability, tuning.config
+    launcher.launch = function
+    tuning.capability = lambda _device: capability
+    if row is not None:
+        tuning.config = lambda *_: row
+    try:
+        yield
+    finally:
+        launcher.launch, tuning.capability, tuning.config = launch, find, config
+
+
+@cache
+def _compile(kernel, capability, signature, constants, aligned, warps, stages):
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(signature),
+        constexprs={(kernel.arg_names.index(n),): v for n, v in constants},
+        attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = dict(num_warps=warps, num_stages=stages)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_launch(capability, kernel, arguments, constants, blocks):
+    """The compiled kernel of a launch, specialised as Triton would at run time."""
+    constants = dict(constants)
+    signature, aligned = {}, []
+    for name in kernel.arg_names:
+        value = arguments.get(name)
+        if isinstance(value, torch.Tensor):
+            signature[name] = KINDS[value.dtype]
+            offset = value.storage_offset() * value.element_size()
+            if offset % 16 == 0:
+                aligned.append(name)
+        elif name in constants or value == 1:
+            constants.setdefault(name, value)
+            signature[name] = "constexpr"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                aligned.append(name)
+    items = [tuple(d.items()) for d in (signature, constants)]
+    return _compile(kernel, capability, *items, tuple(aligned), blocks.warps, blocks.stages)
+
+
+def sample(dtype, M=8, H=768, r=32, p=0.1):
+    """Inputs of query, key and value with LoRA on query and value: x, bias, grad, call."""
+    x, grad = torch.zeros(M, H, dtype=dtype), torch.zeros(M, 3 * H, dtype=dtype)
+    weight, bias = torch.zeros(3 * H, H, dtype=dtype), torch.zeros(3 * H, dtype=dtype)
+    shapes = tuple(Shape(r, H, c, 1.0, round(p * 65536), c) for c in (0, 2 * H))
+    factors = [torch.zeros(r, H)] * 2, [torch.zeros(H, r)] * 2
+    return x, bias, grad, Call(weight, *factors, torch.tensor(1), shapes, ((0, M), (0, M)))
+
+
+def all_launches(dtype, p=0.1):
+    """Every kind of launch that the routes make on a dtype."""
+    x, bias, grad, call = sample(dtype, p=p)
+    halves = call._replace(ranges=((0, 4), (0, 8)))
+    for route in (ROUTES["gemm"], ROUTES["triton"]):
+        for made in (call, halves):
+            _, saved = route.forward(x, bias, made)
+            route.backward(grad, x, saved, made, need_dx=True)
+
+
+def variants(capability, dtype, row, p=0.1):
+    """{(kernel, constants): (arguments, blocks)} of `all_launches`."""
+    found = {}
+
+    def capture(kernel, grid, arguments, constants, blocks):
+        found.setdefault((kernel, tuple(sorted(constants.items()))), (arguments, blocks))
+
+    with launches_to(capture, capability, row):
+        all_launches(dtype, p)
+    return found
+
+
+def inspect(kernel):
+    """Registers and stack, tensor-core instructions, and the classes of the inner loop's SASS."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    code = [(int(a, 16), t.strip()) for a, t in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    loop = []
+    for address, text in code:
+        branch = re.search(r"BRA(?:\.\w+)*\s+.*?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:
+            body = [t for a, t in code if int(branch[1], 16) <= a <= address]
+            # The innermost of nested loops is the one that counts.
+            if (
+                not loop
+                or any("MMA" in t for t in body) > any("MMA" in t for t in loop)
+                or (len(body) < len(loop) and any("MMA" in t for t in body))
+            ):
+                loop = body
+    classes = collections.Counter()
+    for text in loop:
+        op = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+        classes[next((f for f in FAMILIES if f in op), "ALU")] += 1
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    mma = sorted(set(re.findall(r"(?:wg)?mma[\w.]*?\.m\d+n\d+k\d+", kernel.asm["ptx"])))
+    return registers, stack, mma, classes, len(code)

@@ -1,0 +1,79 @@
+"""The T4's code path without a T4: each kernel's sm_75 PTX, executed on the CPU.
+
+Whole routes run so, small and odd shapes, and are judged as every other route is.
+"""
+
+import pytest
+import torch
+from compiled import aot, ptx_cpu
+from oracle import check, make
+
+from fastlora.kernels import Term, tuning
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="PTX is run where no GPU is")
+ROW = tuning.SHIPPED["75/fp16"]
+
+
+@pytest.fixture
+def executed():
+    """Names of the kernels that ran from their PTX."""
+    names = []
+
+    def execute(kernel, grid, arguments, constants, blocks):
+        compiled = aot.compile_launch(75, kernel, arguments, constants, blocks)
+        assert ".target sm_75" in compiled.asm["ptx"]
+        names.append(kernel.__name__)
+        if not all(grid):
+            return
+        passed = [
+            arguments[n] for n in kernel.arg_names if n in arguments and not is_one(arguments[n])
+        ]
+        ptx_cpu.run(compiled.asm["ptx"], grid, passed, compiled.metadata.shared)
+
+    with aot.launches_to(execute, 75, ROW):
+        yield names
+
+
+def is_one(value):
+    """Whether Triton makes this argument a constant."""
+    return isinstance(value, int) and value == 1
+
+
+@pytest.mark.parametrize("route", ["gemm", "triton"])
+@pytest.mark.parametrize(
+    ("M", "K", "N", "r", "p"),
+    [(37, 72, 80, 17, 0.1), (70, 64, 64, 32, 0.1), (5, 33, 41, 5, 0.5), (16, 80, 72, 8, 0.0)],
+)
+def test_one_projection(executed, route, M, K, N, r, p):
+    inputs = make(M, K, N, [(r, N)])
+    check(route, inputs, lambda f: [Term(*f[0], 0.5, p, stream=7)], torch.float16)
+    assert {"lora_down", "lora_outer", "lora_reduce"} <= set(executed)
+    assert ("lora_fused" in executed) == (route == "triton")
+
+
+@pytest.mark.parametrize("route", ["gemm", "triton"])
+def test_packed_query_and_value(executed, route):
+    H = 48
+    inputs = make(50, H, 3 * H, [(8, H), (8, H)])
+
+    def terms(factors):
+        places = zip(factors, (0, 2), strict=True)
+        return [Term(*f, 2.0, 0.1, stream=b, column=b * H) for f, b in places]
+
+    check(route, inputs, terms, torch.float16)
+
+
+@pytest.mark.parametrize("route", ["gemm", "triton"])
+def test_rows_of_several_adapters(executed, route):
+    H = 32
+    inputs = make(60, H, 3 * H, [(3, H), (17, H), (8, H)])
+
+    def terms(f):
+        return [
+            Term(*f[0], 2.0, 0.1, stream=1, start=0, stop=23, column=0),
+            Term(*f[1], 0.5, 0.5, stream=2, start=10, stop=40, column=2 * H),
+            Term(*f[2], 1.0, 0.0, stream=3, start=30, stop=30, column=H),
+        ]
+
+    check(route, inputs, terms, torch.float16)
+    assert "lora_fused" in executed

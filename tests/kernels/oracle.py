@@ -1,0 +1,58 @@
+"""The fp64 reference as the judge of every route, on a GPU, in the interpreter or from PTX."""
+
+import torch
+
+from fastlora.kernels import forced_route, keep_mask, lora_grouped
+from fastlora.kernels.dropout import philox_keep
+from fastlora.kernels.reference import lora_grouped as reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEED = torch.tensor(0x1234_5678_9ABC_DEF0, device=DEVICE)
+
+
+def same_mask(route):
+    """The mask that a route draws on this device."""
+    return keep_mask if route == "reference" else philox_keep
+
+
+def make(M, K, N, blocks, seed=0):
+    """fp64 x, weight, bias, grad and one (A, B) for each (rank, width) of `blocks`."""
+    torch.manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    factors = [(draw(r, K) / K**0.5, draw(width, r)) for r, width in blocks]
+    return draw(M, K), draw(N, K) / K**0.5, draw(N), draw(M, N), factors
+
+
+def run(op, inputs, terms_of, dtype, factor_dtype, need_dx=True):
+    """y, dx and all dA, dB of `op` on copies of the inputs in a dtype."""
+    x, weight, bias, grad, factors = inputs
+
+    def leaf(t, kind, needs):
+        return t.to(DEVICE, kind).requires_grad_(needs)
+
+    x = leaf(x, dtype, need_dx)
+    factors = [(leaf(A, factor_dtype, True), leaf(B, factor_dtype, True)) for A, B in factors]
+    fixed = [t.to(DEVICE, dtype) for t in (weight, bias, grad)]
+    y = op(x, *fixed[:2], terms_of(factors), SEED)
+    leaves = ([x] if need_dx else []) + [f for pair in factors for f in pair]
+    return [y, *torch.autograd.grad(y, leaves, fixed[2], allow_unused=True)]
+
+
+def check(route, inputs, terms_of, dtype, need_dx=True):
+    """Errors at most 2x (gradients 3x) those of plain PyTorch in the same dtype, plus a floor."""
+    mask = same_mask(route)
+
+    def plain(*arguments):
+        return reference(*arguments, mask=mask)
+
+    truth = run(plain, inputs, terms_of, torch.float64, torch.float64, need_dx)
+    theirs = run(plain, inputs, terms_of, dtype, dtype, need_dx)
+    with forced_route(route):
+        ours = run(lora_grouped, inputs, terms_of, dtype, torch.float32, need_dx)
+    for i, (mine, plain_, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
+        if exact.numel() == 0:
+            continue
+        floor = torch.finfo(dtype).eps * exact.abs().max() * 0.5 + 1e-6
+        limit = (2 if i == 0 else 3) * (plain_ - exact).abs().max() + floor
+        error = (mine - exact).abs()
+        assert error.max() <= limit, (i, float(error.max()), float(limit))

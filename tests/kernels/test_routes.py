@@ -1,0 +1,263 @@
+"""Every route against the fp64 reference with the same mask, by the 2x criterion.
+
+Kernels run natively on a GPU and in Triton's interpreter on a CPU, on memory poisoned with NaN.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import DEVICE, SEED, check, make, run
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fastlora.kernels import Term, forced_route, launcher, lora_grouped, lora_linear, lora_qkv
+from fastlora.kernels.grouped import Shape
+from fastlora.kernels.routes import ROUTES, Call
+
+NAMES = ["reference", "gemm", "triton"]
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+    DTYPES.append(torch.bfloat16)  # silently wrong in the interpreter
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+
+quick = settings(
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("route", NAMES)
+@quick
+@given(
+    M=st.sampled_from([1, 2, 7, 16, 61, 64, 129, 300]),
+    K=st.integers(1, 150),
+    N=st.integers(1, 150),
+    r=st.sampled_from([1, 3, 5, 17, 32, 64, 72]),
+    p=st.sampled_from([0.0, 0.1, 0.5]),
+    need_dx=st.booleans(),
+)
+def test_one_projection(route, dtype, M, K, N, r, p, need_dx):
+    inputs = make(M, K, N, [(r, N)])
+    check(route, inputs, lambda f: [Term(*f[0], 0.5, p, stream=7)], dtype, need_dx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("route", NAMES)
+@pytest.mark.parametrize("blocks", [(0, 2), (1,), (0, 1, 2)])
+def test_packed_query_key_value(route, dtype, blocks):
+    H = 40
+    inputs = make(77, H, 3 * H, [(8, H) for _ in blocks])
+
+    def terms(factors):
+        places = zip(factors, blocks, strict=True)
+        return [Term(*f, 2.0, 0.1, stream=b, column=b * H) for f, b in places]
+
+    check(route, inputs, terms, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("route", NAMES)
+def test_rows_of_several_adapters(route, dtype):
+    """Own ranks, scales, dropouts and columns; an empty segment, an overlap, rows of none."""
+    H, facts = 24, [
+        # rank, scale, p, first row, end, block
+        (3, 2.0, 0.1, 0, 70, 0),
+        (17, 0.5, 0.5, 0, 70, 2),
+        (8, 1.0, 0.0, 70, 133, 0),
+        (5, 1.0, 0.2, 70, 70, 1),
+        (72, 0.3, 0.3, 40, 100, 1),
+        (4, 1.5, 0.1, 40, 133, 0),
+    ]  # fmt: skip
+    inputs = make(150, 37, 3 * H, [(fact[0], H) for fact in facts])
+
+    def terms(factors):
+        return [
+            Term(*f, scale, p, stream=i, start=start, stop=stop, column=block * H)
+            for i, (f, (_, scale, p, start, stop, block)) in enumerate(
+                zip(factors, facts, strict=True)
+            )
+        ]
+
+    check(route, inputs, terms, dtype)
+
+
+@pytest.mark.parametrize("route", NAMES)
+def test_no_rows(route):
+    inputs = make(0, 16, 24, [(4, 24)])
+    with forced_route(route):
+        y, dx, dA, dB = run(
+            lora_grouped, inputs, lambda f: [Term(*f[0], 1.0, 0.1)], torch.float32, torch.float32
+        )
+    assert y.shape == (0, 24)
+    assert dx.shape == (0, 16)
+    assert not dA.any()
+    assert not dB.any()
+
+
+@pytest.mark.parametrize("route", NAMES)
+def test_an_adapter_trains_the_same_alone_or_in_company(route):
+    x, weight, bias, grad, factors = make(90, 32, 32, [(8, 32), (8, 32)])
+    own = slice(30, 64)
+
+    def company(f):
+        return [
+            Term(*f[0], 1.0, 0.3, stream=1, start=30, stop=64),
+            Term(*f[1], 1.0, 0.3, stream=2, start=64, stop=90),
+        ]
+
+    with forced_route(route):
+        y, dx, dA, dB, *_ = run(
+            lora_grouped, (x, weight, bias, grad, factors), company, torch.float32, torch.float32
+        )
+        alone = run(
+            lora_grouped,
+            (x[own], weight, bias, grad[own], factors[:1]),
+            lambda f: [Term(*f[0], 1.0, 0.3, stream=1)],
+            torch.float32,
+            torch.float32,
+        )
+    for mine, theirs in zip((y[own], dx[own], dA, dB), alone, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("route", NAMES)
+def test_factors_changed_in_place_are_used(route):
+    """The packed copies follow an optimiser's step, and a merged weight."""
+    x, weight = torch.randn(9, 16, device=DEVICE), torch.randn(12, 16, device=DEVICE)
+    A, B = torch.randn(4, 16, device=DEVICE), torch.randn(12, 4, device=DEVICE)
+    with forced_route(route):
+        for tensor in (B, A, weight):
+            lora_linear(x, weight, None, A, B, 1.0)
+            tensor.mul_(3)
+            torch.testing.assert_close(
+                lora_linear(x, weight, None, A, B, 1.0),
+                x @ (weight + B @ A).T,
+                rtol=1e-4,
+                atol=1e-4,
+            )
+
+
+@pytest.mark.parametrize("route", NAMES)
+def test_zero_B_is_exactly_the_frozen_layer(route):
+    x, weight, bias = (torch.randn(s, device=DEVICE) for s in ((64, 32), (32, 32), (32,)))
+    A, B = torch.randn(8, 32, device=DEVICE), torch.zeros(32, 8, device=DEVICE)
+    before = weight.clone()
+    with forced_route(route):
+        y = lora_linear(x, weight, bias, A, B, 1.0, 0.5, SEED)
+        with_p_0 = lora_linear(x, weight, bias, A, B + 1, 1.0, 0.0)
+        changed = lora_linear(x, weight, bias, A, B + 1, 1.0, 0.5, SEED)
+        assert torch.equal(lora_linear(x, weight, bias, A, B + 1, 1.0), with_p_0)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(weight, before)
+    assert not torch.allclose(changed, y)
+
+
+class CountLaunches(TorchDispatchMode):
+    """Counts our kernels' launches and PyTorch's operations that compute."""
+
+    FREE = ("aten::view", "aten::empty", "aten::new_empty", "aten::slice", "aten::t",
+            "aten::detach", "aten::fill_", "aten::permute",
+            "aten::split", "aten::split_with_sizes")  # fmt: skip
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = []
+        inner = launcher.launch
+
+        def launch(kernel, grid, *rest):
+            self.names.append(getattr(kernel, "__name__", "kernel"))
+            with _disable_current_modes():  # the interpreter computes with PyTorch, too
+                return inner(kernel, grid, *rest)
+
+        monkeypatch.setattr(launcher, "launch", launch)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().partition(".")[0] not in self.FREE:
+            self.names.append(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches_of_route_gemm(monkeypatch):
+    """Forward 2, and a refresh of the factors after a step of the optimiser; backward 4."""
+    H, M = 32, 64
+    x, weight, bias, grad, factors = make(M, H, 3 * H, [(8, H), (8, H)])
+    x, weight, bias, grad = (t.to(DEVICE, torch.float32) for t in (x, weight, bias, grad))
+    A, B = ([f.to(DEVICE, torch.float32) for f in side] for side in zip(*factors, strict=True))
+    shapes = tuple(Shape(8, H, column, 1.0, 6554, 0) for column in (0, 2 * H))
+    call, gemm = Call(weight, A, B, SEED, shapes, ((0, M), (0, M))), ROUTES["gemm"]
+    _, saved = gemm.forward(x, bias, call)  # packs the frozen weight
+    gemm.backward(grad, None, saved, call, need_dx=True)  # makes the tables of rows
+    A[0].add_(1)
+    with CountLaunches(monkeypatch) as counted:
+        gemm.forward(x, bias, call)
+        after_a_step, counted.names = counted.names, []
+        _, saved = gemm.forward(x, bias, call)
+        forward, counted.names = counted.names, []
+        gemm.backward(grad, None, saved, call, need_dx=True)
+    assert after_a_step == ["aten::_foreach_copy_", *forward]
+    assert forward == ["lora_down", "aten::addmm"]
+    assert counted.names == ["aten::mm", "lora_outer", "lora_reduce", "aten::mm"]
+
+
+@pytest.mark.parametrize("route", ["gemm", "triton"])
+def test_saved_activations_are_x_u_and_the_seed(route, capsys):
+    M, H, r = 4096, 768, 32
+    if DEVICE == "cpu":
+        M = 64  # the interpreter is slow; the ratio does not depend on M
+    x = torch.randn(M, H, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(3 * H, H, device=DEVICE, dtype=torch.float16)
+    factors = {
+        name: (
+            torch.randn(r, H, device=DEVICE, requires_grad=True),
+            torch.randn(H, r, device=DEVICE, requires_grad=True),
+        )
+        for name in ("query", "value")
+    }
+    known = {weight.data_ptr()} | {f.data_ptr() for pair in factors.values() for f in pair}
+
+    def saved_by(op):
+        saved = {}
+
+        def pack(t):
+            saved[t.data_ptr()] = t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            op()
+        return sum(size for pointer, size in saved.items() if pointer not in known)
+
+    def eager_pair():
+        y = torch.nn.functional.linear(x, weight)
+        for (A, B), column in zip(factors.values(), (0, 2 * H), strict=True):
+            dropped = torch.nn.functional.dropout(x.float(), 0.1)
+            y[:, column : column + H] += (dropped @ A.T @ B.T * 0.5).half()
+        return y
+
+    with forced_route(route):
+        ours = saved_by(lambda: lora_qkv(x, weight, None, factors, 0.5, 0.1, SEED))
+    alone = x.numel() * x.element_size()
+    eager = saved_by(eager_pair)
+    with capsys.disabled():
+        print(
+            f"\nsaved by {route}: {ours / alone:.3f}x of x; by the eager pair {eager / alone:.2f}x"
+        )
+    assert ours <= 1.1 * alone
+
+
+def test_route_by_environment(monkeypatch):
+    from fastlora.kernels import route
+
+    monkeypatch.setenv("FASTLORA_ROUTE", "triton")
+    assert route(DEVICE).name == "triton"
+    monkeypatch.setenv("FASTLORA_ROUTE", "cutlass")
+    with pytest.raises(ValueError, match="expected one of reference, gemm, triton"):
+        route(DEVICE)
+    monkeypatch.delenv("FASTLORA_ROUTE")
+    assert route("cpu").name == "reference"
+    assert os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda"
