@@ -1,4 +1,4 @@
-"""The commands: `fastlora-train`, and `fastlora train | eval | predict | merge | doctor`.
+"""The commands: `fastlora-train`, and `fastlora train | eval | predict | merge | tune | doctor`.
 
 torch is imported inside the commands, so that --help and mistakes are answered at once.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import cyclopts
 from cyclopts import App, Group, Parameter
 
-from fastlora.config import TrainConfig
+from fastlora.config import Precision, TrainConfig
 from fastlora.errors import RunError, UserError
 from fastlora.files import read_toml
 from fastlora.inputs import find_data, find_inputs
@@ -150,13 +150,34 @@ def doctor() -> None:
     from fastlora.console import Log
     from fastlora.kernels import route
     from fastlora.runs import environment
+    from fastlora.setup import compute_of, use_measured_blocks
 
     facts = environment()
     gpus = facts.pop("gpus") or ["none: training runs on the CPU"]
-    name, why = route()
+    use_measured_blocks()
+    name, why = route(*compute_of("auto", "auto"))
     pairs = [(key, str(value)) for key, value in facts.items()]
     pairs += [("gpu", gpu) for gpu in gpus] + [("kernels", f"{name} ({why})")]
     Log(quiet=False).facts(pairs)
+
+
+@app.command
+def tune(
+    *,
+    device: Device = "auto",
+    precision: Annotated[Precision, Parameter(help="Type of the data to tune for.")] = "auto",
+) -> None:
+    """Measure the kernels' block sizes on this GPU and keep the fastest for later runs."""
+    from fastlora.setup import compute_of, tuned_file
+
+    where, dtype = compute_of(device, precision)
+    if where.type != "cuda":
+        raise UserError(f"device is {where}: only a CUDA GPU has block sizes to tune")
+    from fastlora.kernels import tuner, tuning
+
+    rows = tuner.tune(where, dtype, print)
+    tuning.save(tuned_file(), rows)
+    print(f"measured block sizes in {tuned_file()}; runs on this machine use them")
 
 
 def _sources(arguments: list[str]) -> list[cyclopts.config.Dict]:

@@ -96,7 +96,7 @@ def _banner(
     setup: Setup, model: MultitaskBert, folder: Path, notes: list[str], ranks: Ranks, log: Log
 ) -> None:
     config, inputs, device = setup.config, setup.inputs, setup.device
-    name, why = route()
+    name, why = route(device, setup.dtype)
     hardware = (
         describe_gpu(device.index or 0)
         if device.type == "cuda"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -14,8 +15,9 @@ from fastlora.bert.weights import fingerprint, load_encoder
 from fastlora.config import LoraConfig, Precision, TrainConfig
 from fastlora.data import TaskData, load_tasks
 from fastlora.errors import UserError, user_errors
+from fastlora.files import cache_folder
 from fastlora.inputs import Inputs
-from fastlora.kernels import Dropout, Linear
+from fastlora.kernels import Dropout, Linear, tuning
 from fastlora.lora import DEFAULT
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
@@ -49,6 +51,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         UserError: for anything wrong with the device, the precision, the tokenizer or the data.
     """
     device = find_device(config.device)
+    use_measured_blocks()
     tokenizer = read_tokenizer(inputs.source)
     splits = {
         split: load_tasks(
@@ -133,6 +136,24 @@ def find_device(name: str) -> torch.device:
     """The device that --device means here; UserError when it is not there."""
     with user_errors():
         return local_device(name)
+
+
+def compute_of(device: str, precision: Precision) -> tuple[torch.device, torch.dtype]:
+    """The device and compute type that --device and --precision mean here."""
+    found = find_device(device)
+    return found, DTYPES[find_precision(precision, found)]
+
+
+def tuned_file() -> Path:
+    """Where `fastlora tune` keeps what it measured."""
+    return cache_folder() / "blocks.json"
+
+
+def use_measured_blocks() -> None:
+    """Take what `fastlora tune` measured here, if it ran; UserError for a broken file."""
+    if tuned_file().is_file():
+        with user_errors():
+            tuning.load(tuned_file())
 
 
 def find_precision(name: Precision, device: torch.device) -> Precision:

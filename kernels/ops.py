@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlora.kernels import library
+from fastlora.kernels import library, tuning
 from fastlora.kernels.dropout import draw_seed, threshold
 from fastlora.kernels.frozen import linear
 from fastlora.kernels.grouped import Shape
@@ -44,29 +44,31 @@ class Route(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _detect(device: torch.device, dtype: torch.dtype) -> Route:
+def _detect(device: torch.device, dtype: torch.dtype, large: bool) -> Route:
     if device.type != "cuda":
         return Route("reference", f"PyTorch's own GEMMs on {device.type}, on packed frozen weights")
     if find_spec("triton") is None:
         return Route("reference", "Triton is not installed")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return Route("reference", f"no kernel for {dtype}")
-    from fastlora.kernels import tuning, turing
+    from fastlora.kernels import turing
 
     capability = tuning.capability(device)
     if capability < 75:
         return Route("reference", f"Triton does not support sm_{capability}")
+    name = tuning.config(capability, dtype, tuning.SMALL if large else 1).route
     if capability == 75:
-        problem = turing.install()
-        if problem:
+        if problem := turing.install():
             return Route("gemm", f"no Turing tensor cores in Triton kernels: {problem}")
-        return Route("gemm", "Turing tensor cores through the compile-stage hook")
-    return Route("gemm", "vendor GEMMs with extended K, Triton kernels around them")
+        return Route(name, "Turing tensor cores through the compile-stage hook")
+    return Route(name, f"the table of block sizes for sm_{capability}")
 
 
 @torch.compiler.assume_constant_result
-def route(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Route:
-    """The route that `lora_grouped` takes on a device, and why.
+def route(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, large: bool = True
+) -> Route:
+    """The route that `lora_grouped` takes on a device, for many rows or few, and why.
 
     The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one.
 
@@ -74,7 +76,7 @@ def route(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
         ValueError: when FASTLORA_ROUTE names no route.
     """
     name = _forced[-1] if _forced else os.environ.get("FASTLORA_ROUTE", "")
-    found = _detect(torch.device(device), dtype)  # on a T4, also installs what kernels need
+    found = _detect(torch.device(device), dtype, large)  # on a T4, also installs the hook
     if not name:
         return found
     if name not in ROUTES:
@@ -155,7 +157,8 @@ def lora_grouped(
         return linear(x, weight, bias)
     if seed is None and any(term.dropout_p > 0 for term in terms):
         seed = draw_seed(x.device)
-    facts = _facts(terms, len(rows), route(x.device, x.dtype).name)
+    large = torch.compiler.is_compiling() or len(rows) >= tuning.SMALL
+    facts = _facts(terms, len(rows), route(x.device, x.dtype, large).name)
     factors = [*(term.lora_A for term in terms), *(term.lora_B for term in terms)]
     if torch.compiler.is_compiling():
         y = library.call(rows, weight, bias, factors, seed, facts)

@@ -9,6 +9,11 @@ from fastlora.kernels.reference import lora_grouped as reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0, device=DEVICE)
 
+NAMES = ["reference", "gemm", "triton"]
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+    DTYPES.append(torch.bfloat16)  # silently wrong in the interpreter
+
 
 def same_mask(route):
     """The mask that a route draws on this device."""

@@ -7,44 +7,14 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from oracle import DEVICE, SEED, check, make, run
+from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastlora.kernels import Term, forced_route, launcher, lora_grouped, lora_linear, lora_qkv
 from fastlora.kernels.grouped import Shape
 from fastlora.kernels.routes import ROUTES, Call
 
-NAMES = ["reference", "gemm", "triton"]
-DTYPES = [torch.float32, torch.float16]
-if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-    DTYPES.append(torch.bfloat16)  # silently wrong in the interpreter
-
 pytest.importorskip("triton", reason="Triton is for Linux only")
-
-
-quick = settings(
-    deadline=None,
-    max_examples=25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("route", NAMES)
-@quick
-@given(
-    M=st.sampled_from([1, 2, 7, 16, 61, 64, 129, 300]),
-    K=st.integers(1, 150),
-    N=st.integers(1, 150),
-    r=st.sampled_from([1, 3, 5, 17, 32, 64, 72]),
-    p=st.sampled_from([0.0, 0.1, 0.5]),
-    need_dx=st.booleans(),
-)
-def test_one_projection(route, dtype, M, K, N, r, p, need_dx):
-    inputs = make(M, K, N, [(r, N)])
-    check(route, inputs, lambda f: [Term(*f[0], 0.5, p, stream=7)], dtype, need_dx)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,74 @@
+"""`fastlora tune`: measures block sizes and routes on the GPU that is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from fastlora.kernels import tuning
+from fastlora.kernels.ops import forced_route, lora_qkv
+from fastlora.kernels.tuning import Config
+
+ROWS = (512, 8192)  # one in each bucket
+TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
+
+
+def tune(
+    device: torch.device, dtype: torch.dtype, report: Callable[[str], None], width: int = 768
+) -> dict[str, Config]:
+    """The fastest blocks of each kernel and the fastest route, by forward and backward of QKV.
+
+    Args:
+        device: a CUDA device.
+        dtype: of the data.
+        report: called with a line a choice.
+        width: H; rank 32 on query and value, dropout 0.1.
+    """
+    capability, found = tuning.capability(device), {}
+    for rows in ROWS:
+        key = tuning.key_of(capability, dtype, rows)
+        best, run = tuning.config(capability, dtype, rows), _problem(rows, width, device, dtype)
+        for route, kernel in (("gemm", "down"), ("gemm", "outer"), ("triton", "fused")):
+            given = getattr(best, kernel)
+            candidates = [
+                given,
+                *(replace(given, m=m, n=n, k=n, warps=w) for m, n in TILES for w in (4, 8)),
+            ]
+            times = {b: _time(run, key, replace(best, **{kernel: b}), route) for b in candidates}
+            choice = min(times, key=times.__getitem__)
+            best = replace(best, **{kernel: choice})
+            report(f"{key} {kernel}: {choice} {times[choice]:.3f} ms (was {times[given]:.3f})")
+        routes = {route: _time(run, key, best, route) for route in ("gemm", "triton")}
+        found[key] = replace(best, route=min(routes, key=routes.__getitem__))
+        report(f"{key} routes: " + ", ".join(f"{r} {ms:.3f} ms" for r, ms in routes.items()))
+    return found
+
+
+def _problem(
+    rows: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    x = torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(3 * width, width, device=device, dtype=dtype)
+    A = [torch.randn(32, width, device=device, requires_grad=True) for _ in range(2)]
+    B = [torch.randn(width, 32, device=device, requires_grad=True) for _ in range(2)]
+    adapters = {"query": (A[0], B[0]), "value": (A[1], B[1])}
+
+    def run() -> object:
+        y = lora_qkv(x, weight, None, adapters, 0.5, 0.1)
+        return torch.autograd.grad(y, [x, *A, *B], y)
+
+    return run
+
+
+def _time(run: Callable[[], object], key: str, row: Config, route: str) -> float:
+    """Median milliseconds, or infinity for blocks that the chip has no room for."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    with tuning.measured({key: row}), forced_route(route):
+        try:
+            return do_bench(run, return_mode="median")
+        except OutOfResources:
+            return float("inf")
