@@ -85,6 +85,11 @@ def unfused(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def frozen(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
+    """The projection without LoRA: what no implementation can beat."""
+    return lambda x: F.linear(x, problem.weight, problem.bias)
+
+
 def compiled(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
     """`torch.compile` of the unfused form."""
     if problem.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):

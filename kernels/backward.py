@@ -70,13 +70,13 @@ def lora_outer(
                 )  # [BLOCK_M, BLOCK_R]
                 if HAS_DROPOUT:
                     # One draw serves dA and dx.
-                    keep = keep_mask(seed, stream, row - origin, k0, threshold, BLOCK_K)
-                    x = tl.where(keep, x, 0.0).to(v.dtype)
+                    keep = keep_mask(seed, stream, row - origin, k0, threshold, BLOCK_K, x.dtype)
+                    x = x * keep
                 acc = tl.dot(tl.trans(v), x, acc, input_precision="ieee")
                 if HAS_DX:
                     branch = tl.dot(v, a, input_precision="ieee") * scale
                     if HAS_DROPOUT:
-                        branch = tl.where(keep, branch, 0.0)
+                        branch *= keep.to(tl.float32)
                     dx_ptrs = dx_ptr + row64[:, None] * stride_dm + k[None, :]
                     if slot == 0:
                         base_ptrs = base_ptr + row64[:, None] * stride_bm + k[None, :]

@@ -76,8 +76,8 @@ def lora_down(
                 other=0.0,
             )  # [BLOCK_K, BLOCK_R]
             if HAS_DROPOUT:
-                keep = keep_mask(seed, stream, mask_row, k0, threshold, BLOCK_K)
-                x = tl.where(keep, x, 0.0).to(a.dtype)
+                keep = keep_mask(seed, stream, mask_row, k0, threshold, BLOCK_K, x.dtype)
+                x = x * keep
             acc = tl.dot(x, a, acc, input_precision="ieee")
         if not IN_BLOCK:
             acc *= tl.load(scales_ptr + piece)
@@ -186,8 +186,8 @@ def lora_fused(
                     term = tl.dot(u, f, input_precision="ieee") * tl.load(scales_ptr + piece)
                     if HAS_DROPOUT:
                         mask_row = row - tl.load(tile_ptr + 3 + 2 * slot)
-                        keep = keep_mask(seed, stream, mask_row, n0, threshold, BLOCK_N)
-                        term = tl.where(keep, term, 0.0)
+                        keep = keep_mask(seed, stream, mask_row, n0, threshold, BLOCK_N, tl.float32)
+                        term *= keep
                     acc += term
                 else:
                     acc = tl.dot(u, f, acc, input_precision="ieee")

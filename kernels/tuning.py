@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,11 @@ class Blocks:
     stages: int = 2
 
 
+# Small tiles keep the mask's layouts cheap: 10 instructions an element where 32 x 64 takes 14.
+OUTER = Blocks(m=16, k=128, chunk=256, warps=8, stages=1)
+OUTER_SMALL = replace(OUTER, chunk=64)
+
+
 @dataclass(frozen=True)
 class Config:
     """The route that is fastest, and the blocks of each kernel."""
@@ -38,28 +43,20 @@ class Config:
     route: str = "gemm"
     down: Blocks = field(default_factory=Blocks)
     fused: Blocks = field(default_factory=Blocks)
-    outer: Blocks = field(default_factory=lambda: Blocks(m=32))
+    outer: Blocks = OUTER
 
 
-# By "capability/dtype/bucket"; the row for any GPU is "any". fp32 tiles are half as deep.
+# By "capability/dtype", "capability/bucket" or "capability"; the row for any GPU is "any".
 SHIPPED = {
     "any": Config(),
-    "any/fp32": Config(
-        down=Blocks(k=32), fused=Blocks(k=32), outer=Blocks(m=32, k=32, warps=8)
-    ),
+    # No tensor cores: smaller tiles, for accumulators in registers.
+    "any/fp32": Config(down=Blocks(k=32), fused=Blocks(k=16), outer=Blocks(m=32, k=32, warps=8)),
     # One stage: Turing cannot copy to shared memory in the background (see turing.py).
-    "75/fp16": Config(
-        down=Blocks(stages=1), fused=Blocks(k=32, stages=1), outer=Blocks(m=32, stages=1)
-    ),
-    "80/small": Config(down=Blocks(m=32), outer=Blocks(m=32, chunk=128)),
+    "75/fp16": Config(down=Blocks(stages=1), fused=Blocks(k=32, stages=1)),
+    "80/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
     "80": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=128, k=32, warps=8, stages=3)),
-    # One stage in `outer`: with two, sm_90 moves the mask between layouts once more.
-    "90/small": Config(down=Blocks(m=32), outer=Blocks(m=32, chunk=128, stages=1)),
-    "90": Config(
-        down=Blocks(stages=3),
-        fused=Blocks(m=128, n=128, k=64, warps=8, stages=3),
-        outer=Blocks(m=32, stages=1),
-    ),
+    "90/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
+    "90": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=128, k=64, warps=8, stages=3)),
 }
 _measured: dict[str, Config] = {}
 

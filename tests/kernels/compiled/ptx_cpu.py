@@ -223,6 +223,10 @@ class Block:
             )
         if name in ("shl", "shr", "bfe", "bfi", "prmt", "lop3"):
             return self.write(dst, self.bit_field(name, kind, rest))
+        if kind == "f16x2":  # both halves of a word at once
+            x = [self.bits(o, 32).view(np.float16) for o in rest]
+            pair = {"mul": np.multiply, "add": np.add, "sub": np.subtract}[name](*x)
+            return self.write(dst, pair.view(np.uint32))
         letter, width = kind[0], int(kind[1:])
         x = [self.read(o, kind) for o in rest]
         if name in ("mul", "mad") and letter in "us":

@@ -1,0 +1,230 @@
+"""Everything that wants a GPU, in one command: kernel tests natively, then benchmarks to JSON.
+
+    python bench/gpu_suite.py --out DIR
+
+It needs the source tree, PyTorch, Triton, NumPy and pytest; PEFT joins where it can be imported.
+Forward, backward and both of query, key and value with LoRA on query and value, dropout 0.1, with
+and without CUDA graphs; "frozen" is the projection without LoRA, the bound of all others.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("test_routes.py", "test_gpu.py")
+ROWS, WIDTHS, RANKS = (256, 1024, 4096, 8192, 32768), (384, 768, 1024), (8, 32, 64)
+FULL = (768, 32)  # width and rank of which torch.compile takes part: it compiles each shape
+REPEATS, WARMUP, SECONDS = 25, 3, 0.15
+
+
+def source_tree(folder: Path) -> Path:
+    """A folder in which the package lies as it is installed, by links."""
+    package = folder / "fastlora"
+    package.mkdir()
+    for path in (*(ROOT / "fastlora").iterdir(), ROOT / "kernels", ROOT / "bert"):
+        (package / path.name).symlink_to(path)
+    return folder
+
+
+def run_tests(tree: Path) -> dict:
+    """The kernel tests in a process of their own."""
+    start = time.perf_counter()
+    files = [str(ROOT / "tests" / "kernels" / name) for name in TESTS]
+    # Not python -m pytest, which puts the top-level folder kernels on the path.
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
+    found = subprocess.run(
+        [*command, "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    print(found.stdout[-6000:], found.stderr[-2000:], flush=True)
+    return {
+        "passed": found.returncode == 0,
+        "seconds": time.perf_counter() - start,
+        "summary": found.stdout.strip().splitlines()[-1:],
+        "failures": [line for line in found.stdout.splitlines() if line.startswith("FAILED")],
+    }
+
+
+def times_of(run) -> list[float]:
+    """Milliseconds of single calls, between CUDA events."""
+    for _ in range(WARMUP):
+        run()
+    torch.cuda.synchronize()
+    times, start = [], time.perf_counter()
+    while len(times) < REPEATS and time.perf_counter() - start < SECONDS:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times
+
+
+def graphed(run):
+    """`run` as a replayed CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def launches_of(run) -> int:
+    """How many kernels a call launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    return sum(e.count for e in found.key_averages() if "Memcpy" not in e.key)
+
+
+def measure(problem, name: str, build) -> list[dict]:
+    """All modes of one implementation on one problem."""
+    from implementations import agrees
+
+    facts = dict(name=name, M=problem.M, H=problem.H, r=problem.r)
+    function = build(problem, problem.p)
+    leaves = [problem.x] if name == "frozen" else problem.leaves
+    if name not in ("frozen", "unfused"):
+        facts["agrees"] = agrees(problem, build)
+
+    def forward():
+        return function(problem.x)
+
+    def both():
+        torch.autograd.grad(forward(), leaves, problem.grad)
+
+    y = forward()
+    modes = {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(y, leaves, problem.grad, retain_graph=True),
+        "both": both,
+    }
+    rows = []
+    for mode, run in modes.items():
+        for graphs in (False, True):
+            row = dict(facts, mode=mode, graphs=graphs)
+            try:
+                torch.cuda.reset_peak_memory_stats()
+                base = torch.cuda.memory_allocated()
+                times = times_of(graphed(run) if graphs else run)
+                quartiles = statistics.quantiles(times, n=4)
+                row.update(
+                    median_ms=statistics.median(times),
+                    quartiles_ms=[quartiles[0], quartiles[2]],
+                    repeats=len(times),
+                    peak_bytes=torch.cuda.max_memory_allocated() - base,
+                )
+                if not graphs and problem.M == 4096:
+                    row["launches"] = launches_of(run)
+            # A contender that cannot be captured, or runs out of memory, is a result too.
+            except RuntimeError as error:
+                row["error"] = str(error).splitlines()[0]
+                torch.cuda.synchronize()
+            rows.append(row)
+    return rows
+
+
+def benchmarks(dtype: torch.dtype, budget: float) -> list[dict]:
+    """All shapes, the most wanted first, until the budget of seconds is spent."""
+    from implementations import Problem, contenders, frozen
+
+    shapes = [(M, H, r) for H in WIDTHS for r in RANKS for M in ROWS]
+    shapes.sort(key=lambda s: (s[1:] != FULL, s[1] != FULL[0], s))
+    rows, start = [], time.perf_counter()
+    for M, H, r in shapes:
+        if time.perf_counter() - start > budget:
+            print(f"budget of {budget:.0f} s spent before M={M} H={H} r={r}", flush=True)
+            break
+        problem = Problem(M, H, r, 0.1, 3, (0, 2), "cuda", dtype)
+        for name, build in {"frozen": frozen, **contenders("cuda")}.items():
+            if name == "compiled" and (H, r) != FULL:
+                continue
+            try:
+                rows += measure(problem, name, build)
+            except NotImplementedError as reason:
+                rows.append(dict(name=name, M=M, H=H, r=r, skipped=str(reason)))
+    return rows
+
+
+def print_ratios(rows: list[dict]) -> None:
+    """Each contender's time over fastlora's, at the full shapes, forward and backward."""
+    chosen = [r for r in rows if (r["H"], r["r"]) == FULL and r.get("mode") == "both"]
+    for graphs in (False, True):
+        switch = "on" if graphs else "off"
+        print(f"\nforward + backward, H={FULL[0]} r={FULL[1]}, CUDA graphs {switch}")
+        for M in ROWS:
+            cells = {
+                r["name"]: r.get("median_ms")
+                for r in chosen
+                if (r["M"], r["graphs"]) == (M, graphs)
+            }
+            line = "  ".join(f"{n} {ms:.3f} ms" for n, ms in cells.items() if ms)
+            print(f"M={M:<6} {line}")
+
+
+def installed(package: str) -> str | None:
+    """A package's version, if it is here."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> int:
+    """Run the suite; the exit code is 1 when a test failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
+    parser.add_argument("--seconds", type=float, default=210, help="time for the benchmarks")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing measured", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = source_tree(Path(folder))
+        sys.path[:0] = [str(tree), str(ROOT / "bench")]
+        result = {
+            "device": name,
+            "capability": torch.cuda.get_device_capability(),
+            "python": platform.python_version(),
+            "versions": {p: installed(p) for p in ("torch", "triton", "numpy", "peft")},
+            "cuda": torch.version.cuda,
+            "tests": run_tests(tree),
+        }
+        modern = torch.cuda.get_device_capability() >= (8, 0)
+        dtype = torch.bfloat16 if modern else torch.float16
+        result["dtype"] = str(dtype)
+        result["benchmarks"] = benchmarks(dtype, options.seconds)
+    file = options.out / f"{name.replace(' ', '-')}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print_ratios(result["benchmarks"])
+    print(f"\n{file}; tests {'passed' if result['tests']['passed'] else 'FAILED'}")
+    return 0 if result["tests"]["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What only a GPU can show: graphs, Inductor, and the T4's code path on a newer chip."""
+
+import pytest
+import torch
+from oracle import SEED, check, make
+
+from fastlora.kernels import Term, forced_route, lora_qkv, tuning
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+KERNEL_ROUTES = ["gemm", "triton"]
+
+
+@pytest.fixture
+def problem():
+    """x [256, 128], weight [384, 128], adapters of query and value, in fp16 and fp32."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 128, device="cuda", dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(384, 128, device="cuda", dtype=torch.float16) / 11
+    adapters = {
+        name: (
+            torch.randn(8, 128, device="cuda").requires_grad_(),
+            torch.randn(128, 8, device="cuda").requires_grad_(),
+        )
+        for name in ("query", "value")
+    }
+    return x, weight, adapters
+
+
+def gradients(y, x, adapters):
+    leaves = [x, *(factor for pair in adapters.values() for factor in pair)]
+    return torch.autograd.grad(y.float().square().sum(), leaves)
+
+
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+def test_compiled_by_inductor(problem, route):
+    x, weight, adapters = problem
+    with forced_route(route):
+        plain = lora_qkv(x, weight, None, adapters, 0.5, 0.1, SEED)
+        op = torch.compile(lora_qkv, fullgraph=True)
+        compiled = op(x, weight, None, adapters, 0.5, 0.1, SEED)
+        torch.testing.assert_close(compiled, plain)
+        for mine, theirs in zip(
+            gradients(compiled, x, adapters), gradients(plain, x, adapters), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+def test_graph_replays_draw_new_masks_and_use_new_factors(problem, route):
+    x, weight, adapters = problem
+    with forced_route(route):
+
+        def step():
+            y = lora_qkv(x, weight, None, adapters, 0.5, 0.5)
+            return [y, *gradients(y, x, adapters)]
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static = step()
+        outputs = []
+        for _ in range(2):
+            graph.replay()
+            outputs.append([t.clone() for t in static])
+        assert not torch.equal(outputs[0][0], outputs[1][0])
+        assert all(t.isfinite().all() for t in outputs[1])
+        with torch.no_grad():
+            for pair in adapters.values():
+                pair[1].zero_()
+        graph.replay()
+        torch.testing.assert_close(static[0], x @ weight.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+def test_a_gradient_is_the_same_bits_each_time(problem, route):
+    x, weight, adapters = problem
+    with forced_route(route):
+        runs = [
+            gradients(lora_qkv(x, weight, None, adapters, 0.5, 0.1, SEED), x, adapters)
+            for _ in range(3)
+        ]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+def test_the_code_path_of_a_t4(route):
+    from compiled import aot
+    from native_ptx import launch
+
+    names = []
+
+    def execute(kernel, grid, arguments, constants, blocks):
+        compiled = aot.compile_launch(75, kernel, arguments, constants, blocks)
+        names.append(kernel.__name__)
+        passed = [
+            arguments[n]
+            for n in kernel.arg_names
+            if n in arguments and not (isinstance(arguments[n], int) and arguments[n] == 1)
+        ]
+        if all(grid):
+            launch(compiled.asm["ptx"], kernel.__name__, grid, passed, compiled.metadata.shared)
+
+    H = 96
+    inputs = make(500, H, 3 * H, [(32, H), (17, H)])
+
+    def terms(factors):
+        places = zip(factors, (0, 2), strict=True)
+        return [Term(*f, 2.0, 0.1, stream=b, column=b * H) for f, b in places]
+
+    with aot.launches_to(execute, 75, tuning.SHIPPED["75/fp16"]):
+        check(route, inputs, terms, torch.float16)
+    assert {"lora_down", "lora_outer", "lora_reduce"} <= set(names)
