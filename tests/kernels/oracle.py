@@ -60,4 +60,6 @@ def check(route, inputs, terms_of, dtype, need_dx=True):
         floor = torch.finfo(dtype).eps * exact.abs().max() * 0.5 + 1e-6
         limit = (2 if i == 0 else 3) * (plain_ - exact).abs().max() + floor
         error = (mine - exact).abs()
-        assert error.max() <= limit, (i, float(error.max()), float(limit))
+        rms = error.square().mean().sqrt()
+        what = f"{route} {dtype} output {i}: max error {error.max():.2e}, RMS {rms:.2e}"
+        assert error.max() <= limit, f"{what}, limit {limit:.2e}"

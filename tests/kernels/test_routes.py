@@ -58,6 +58,18 @@ def test_rows_of_several_adapters(route, dtype):
 
 
 @pytest.mark.parametrize("route", NAMES)
+def test_strided_and_three_dimensional_input(route):
+    torch.manual_seed(0)
+    wide = torch.randn(4, 9, 40, device=DEVICE)
+    weight = torch.randn(24, 20, device=DEVICE) / 5
+    A, B = torch.randn(8, 20, device=DEVICE), torch.randn(24, 8, device=DEVICE)
+    with forced_route(route):
+        for x in (wide[..., ::2], wide[..., :20], wide[:, ::3, 20:], wide[0, 0, :20]):
+            y = lora_linear(x, weight, None, A, B, 0.5)
+            torch.testing.assert_close(y, x @ (weight + 0.5 * B @ A).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("route", NAMES)
 def test_no_rows(route):
     inputs = make(0, 16, 24, [(4, 24)])
     with forced_route(route):
