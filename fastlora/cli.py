@@ -17,7 +17,7 @@ from cyclopts import App, Group, Parameter
 from fastlora.config import Precision, TrainConfig
 from fastlora.errors import RunError, UserError
 from fastlora.files import read_toml
-from fastlora.inputs import find_data, find_inputs
+from fastlora.inputs import adapter_folder, find_data, find_inputs
 
 _output = Group("Output", sort_key=5)
 RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder with heads.")]
@@ -80,6 +80,7 @@ def evaluate(
 ) -> None:
     """Score a finished run on labelled data."""
     folder, why = find_data(data)
+    adapter_folder(run)
     from fastlora.console import Log
     from fastlora.data import load_tasks
     from fastlora.evaluate import predict, score_table
@@ -111,6 +112,7 @@ def predict_file(
     """Predict the labels of a file's rows; labels in the file are not needed."""
     if not input.is_file():
         raise UserError(f"{input}: no such file")
+    adapter_folder(run)
     from fastlora.data import encode_rows, read_rows
     from fastlora.evaluate import predict, write_predictions
     from fastlora.trained import load_trained
@@ -138,6 +140,7 @@ def merge(
     model: Encoder = None,
 ) -> None:
     """Fold a run's adapter into its encoder and write a Hugging Face folder."""
+    adapter_folder(run)
     from fastlora.trained import load_trained, merge_encoder
 
     difference = merge_encoder(load_trained(run, "cpu", model), task, out)
@@ -148,14 +151,13 @@ def merge(
 def doctor() -> None:
     """Say what this machine is and which kernels fastlora uses on it."""
     from fastlora.console import Log
-    from fastlora.kernels import route
     from fastlora.runs import environment
-    from fastlora.setup import compute_of, use_measured_blocks
+    from fastlora.setup import compute_of, find_route, use_measured_blocks
 
     facts = environment()
     gpus = facts.pop("gpus") or ["none: training runs on the CPU"]
     use_measured_blocks()
-    name, why = route(*compute_of("auto", "auto"))
+    name, why = find_route(*compute_of("auto", "auto"))
     pairs = [(key, str(value)) for key, value in facts.items()]
     pairs += [("gpu", gpu) for gpu in gpus] + [("kernels", f"{name} ({why})")]
     Log(quiet=False).facts(pairs)

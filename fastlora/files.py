@@ -40,18 +40,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield building
         for file in building.rglob("*"):
             if file.is_file():
-                flush(file)
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
         if path.exists():
             shutil.rmtree(path)
         os.replace(building, path)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def cache_folder() -> Path:

@@ -51,6 +51,18 @@ def find_model(name: str) -> Source:
         return resolve(name)
 
 
+def adapter_folder(path: Path) -> Path:
+    """The adapter folder of a run folder, or the folder itself.
+
+    Raises:
+        UserError: when neither holds heads.
+    """
+    for folder in (path / "adapter", path):
+        if (folder / "heads.json").is_file():
+            return folder
+    raise UserError(f"{path}: holds no trained adapter and heads (expected a finished run folder)")
+
+
 def check_targets(config: TrainConfig) -> None:
     """Refuse a target that minBERT does not have."""
     for settings in vars(config).values():

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastlora.errors import UserError
+
 
 class Ranks:
     """This process among its peers; without torchrun, the only one."""
@@ -68,7 +70,7 @@ def local_device(name: str) -> torch.device:
     """The device this process should use for "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: when the device is not there.
+        UserError: when the device is not there.
     """
     available = torch.cuda.is_available()
     if name == "auto":
@@ -76,9 +78,9 @@ def local_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)") from None
+        raise UserError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)") from None
     if device.type == "cuda" and not available:
-        raise ValueError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")
+        raise UserError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":

@@ -16,7 +16,6 @@ from fastlora.errors import RunError
 from fastlora.evaluate import predict, score_table, scores_of, write_predictions
 from fastlora.files import atomic_folder, atomic_open
 from fastlora.inputs import Inputs, find_inputs
-from fastlora.kernels import route
 from fastlora.lora import lora_layers, parameter_report
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
@@ -26,6 +25,7 @@ from fastlora.setup import (
     adapter_settings,
     build_model,
     check_vocabulary,
+    find_route,
     prepare,
     to_compute,
 )
@@ -96,7 +96,7 @@ def _banner(
     setup: Setup, model: MultitaskBert, folder: Path, notes: list[str], ranks: Ranks, log: Log
 ) -> None:
     config, inputs, device = setup.config, setup.inputs, setup.device
-    name, why = route(device, setup.dtype)
+    name, why = find_route(device, setup.dtype)
     hardware = (
         describe_gpu(device.index or 0)
         if device.type == "cuda"

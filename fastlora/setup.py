@@ -17,7 +17,7 @@ from fastlora.data import TaskData, load_tasks
 from fastlora.errors import UserError, user_errors
 from fastlora.files import cache_folder
 from fastlora.inputs import Inputs
-from fastlora.kernels import Dropout, Linear, tuning
+from fastlora.kernels import Dropout, Linear, Route, route, tuning
 from fastlora.lora import DEFAULT
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
@@ -50,7 +50,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
     Raises:
         UserError: for anything wrong with the device, the precision, the tokenizer or the data.
     """
-    device = find_device(config.device)
+    device = local_device(config.device)
     use_measured_blocks()
     tokenizer = read_tokenizer(inputs.source)
     splits = {
@@ -132,16 +132,16 @@ def check_vocabulary(encoder: BertModel, tokenizer: Tokenizer) -> None:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model {size}")
 
 
-def find_device(name: str) -> torch.device:
-    """The device that --device means here; UserError when it is not there."""
-    with user_errors():
-        return local_device(name)
-
-
 def compute_of(device: str, precision: Precision) -> tuple[torch.device, torch.dtype]:
     """The device and compute type that --device and --precision mean here."""
-    found = find_device(device)
+    found = local_device(device)
     return found, DTYPES[find_precision(precision, found)]
+
+
+def find_route(device: torch.device, dtype: torch.dtype) -> Route:
+    """The kernels that run there, and why; UserError for a wrong FASTLORA_ROUTE."""
+    with user_errors():
+        return route(device, dtype)
 
 
 def tuned_file() -> Path:

@@ -21,11 +21,12 @@ from fastlora.data import Rows, TaskData, encode_rows
 from fastlora.errors import UserError, user_errors
 from fastlora.evaluate import predict
 from fastlora.files import atomic_folder
-from fastlora.inputs import find_model
+from fastlora.inputs import adapter_folder, find_model
 from fastlora.lora import DEFAULT, lora_layers, merge, unmerge
 from fastlora.model import MultitaskBert
+from fastlora.parallel import local_device
 from fastlora.session import ENCODER
-from fastlora.setup import PARTS, find_device, read_tokenizer
+from fastlora.setup import PARTS, read_tokenizer
 from fastlora.tasks import Task
 
 PROBE = (
@@ -45,18 +46,6 @@ class Trained:
     source: Source
     tasks: dict[str, Task]
     extra: dict[str, Any]
-
-
-def adapter_folder(path: Path) -> Path:
-    """The adapter folder of a run folder, or the folder itself.
-
-    Raises:
-        UserError: when neither holds heads.
-    """
-    for folder in (path / "adapter", path):
-        if (folder / "heads.json").is_file():
-            return folder
-    raise UserError(f"{path}: holds no trained adapter and heads (expected a finished run folder)")
 
 
 def load_trained(path: Path, device: str = "auto", model: str | None = None) -> Trained:
@@ -87,7 +76,7 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
         for name, place in folders.items():
             load_adapter(place, layers, name, base)
     load_heads(folder, net.heads, tasks, base)
-    return Trained(net.to(find_device(device)).eval(), tokenizer, source, tasks, extra)
+    return Trained(net.to(local_device(device)).eval(), tokenizer, source, tasks, extra)
 
 
 def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:

@@ -12,12 +12,13 @@ if __name__ != "fastlora.kernels":
 
 from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
 from fastlora.kernels.frozen import Linear
-from fastlora.kernels.ops import forced_route, lora_grouped, lora_linear, lora_qkv, route
+from fastlora.kernels.ops import Route, forced_route, lora_grouped, lora_linear, lora_qkv, route
 from fastlora.kernels.reference import Term
 
 __all__ = [
     "Dropout",
     "Linear",
+    "Route",
     "Term",
     "draw_seed",
     "forced_route",

@@ -21,15 +21,7 @@ from fastlora.kernels import library, tuning
 from fastlora.kernels.dropout import draw_seed, threshold
 from fastlora.kernels.frozen import linear
 from fastlora.kernels.grouped import Shape
-from fastlora.kernels.library import (
-    Facts,
-    kept_input,
-    make_call,
-    run_backward,
-    run_forward,
-    split_gradients,
-    without_autocast,
-)
+from fastlora.kernels.library import Facts
 from fastlora.kernels.reference import Term
 from fastlora.kernels.routes import ROUTES
 
@@ -73,7 +65,7 @@ def route(
     The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one.
 
     Raises:
-        ValueError: when FASTLORA_ROUTE names no route.
+        ValueError: when FASTLORA_ROUTE names no route, or one that cannot run here.
     """
     name = _forced[-1] if _forced else os.environ.get("FASTLORA_ROUTE", "")
     found = _detect(torch.device(device), dtype, large)  # on a T4, also installs the hook
@@ -81,6 +73,9 @@ def route(
         return found
     if name not in ROUTES:
         raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(ROUTES)})")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (_forced or found.name != "reference" or name == "reference" or interpreted):
+        raise ValueError(f"FASTLORA_ROUTE is {name!r}, but here: {found.why}")
     return Route(name, "forced" if _forced else "forced by FASTLORA_ROUTE")
 
 
@@ -107,18 +102,19 @@ class _LoRA(torch.autograd.Function):
         facts: Facts,
         *factors: Tensor,
     ) -> Tensor:
-        y, saved = run_forward(x, bias, make_call(weight, seed, facts, factors), facts.route)
+        call = library.make_call(weight, seed, facts, factors)
+        y, saved = library.run_forward(x, bias, call, facts.route)
         ctx.facts = facts
-        ctx.save_for_backward(kept_input(x, saved, facts), saved, weight, seed, *factors)
+        ctx.save_for_backward(library.kept_input(x, saved, facts), saved, weight, seed, *factors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, saved, weight, seed, *factors = ctx.saved_tensors
-        call, route = make_call(weight, seed, ctx.facts, factors), ctx.facts.route
-        dx, dA, dB = run_backward(grad, kept, saved, call, route, ctx.needs_input_grad[0])
-        return dx, None, None, None, None, *split_gradients(dA, dB, call, route, grad)
+        call, route = library.make_call(weight, seed, ctx.facts, factors), ctx.facts.route
+        dx, dA, dB = library.run_backward(grad, kept, saved, call, route, ctx.needs_input_grad[0])
+        return dx, None, None, None, None, *library.split_gradients(dA, dB, call, route, grad)
 
 
 def lora_grouped(
@@ -163,7 +159,7 @@ def lora_grouped(
     if torch.compiler.is_compiling():
         y = library.call(rows, weight, bias, factors, seed, facts)
     else:
-        with without_autocast(x):
+        with library.without_autocast(x):
             y = _LoRA.apply(rows, bias, weight, seed, facts, *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 

@@ -240,6 +240,12 @@ def test_route_by_environment(monkeypatch):
     monkeypatch.setenv("FASTLORA_ROUTE", "cutlass")
     with pytest.raises(ValueError, match="expected one of reference, gemm, triton"):
         route(DEVICE)
-    monkeypatch.delenv("FASTLORA_ROUTE")
+    if DEVICE == "cpu":
+        monkeypatch.setenv("FASTLORA_ROUTE", "gemm")
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(ValueError, match="but here: PyTorch's own GEMMs on cpu"):
+            route(DEVICE)
+        monkeypatch.undo()
+    monkeypatch.delenv("FASTLORA_ROUTE", raising=False)
     assert route("cpu").name == "reference"
     assert os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda"
