@@ -97,25 +97,27 @@ def lora_outer(
 @triton.jit
 def lora_reduce(
     partial_ptr, d_ptr, chunks_ptr, pieces_ptr,
-    CHUNKS, K,
-    SLOTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PARTIALS, K,
+    SLOTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """d [R, K] = sum of the partials of each piece, in the order of the chunks."""
-    piece = tl.program_id(1)
+    """d [R, K] = sum of the partials of each piece: a row of d, BLOCK_C partials at a time."""
+    piece, rank = tl.program_id(1) // BLOCK_R, tl.program_id(1) % BLOCK_R
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    rank = tl.arange(0, BLOCK_R)
-    offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for i in range(CHUNKS * SLOTS):
+    acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    for first in range(0, PARTIALS, BLOCK_C):
+        i = first + tl.arange(0, BLOCK_C)
         entry = chunks_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
-        if tl.load(entry) == piece:
-            row = tl.full((BLOCK_R,), i, tl.int64) * BLOCK_R + rank
-            acc += tl.load(partial_ptr + row[:, None] * K + k[None, :], mask=(k < K)[None, :])
-    tl.store(
-        d_ptr + (offset + rank).to(tl.int64)[:, None] * K + k[None, :],
-        acc,
-        mask=(rank < ranks)[:, None] & (k < K)[None, :],
-    )
+        mine = tl.load(entry, mask=i < PARTIALS, other=-1) == piece
+        row = i.to(tl.int64) * BLOCK_R + rank
+        acc += tl.load(
+            partial_ptr + row[:, None] * K + k[None, :],
+            mask=mine[:, None] & (k < K)[None, :],
+            other=0.0,
+        )
+    offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
+    if rank < ranks:
+        d_row = (offset + rank).to(tl.int64) * K
+        tl.store(d_ptr + d_row + k, tl.sum(acc, 0), mask=k < K)
 
 
 def outer(
@@ -164,9 +166,9 @@ def outer(
     d = x.new_empty(plan.pieces.ranks, K, dtype=torch.float32)
     launcher.launch(
         lora_reduce,
-        (triton.cdiv(K, blocks.k), len(plan.pieces.terms)),
-        dict(partial_ptr=partial, d_ptr=d, CHUNKS=len(chunks), K=K, **tables),
-        constants,
+        (triton.cdiv(K, blocks.k), len(plan.pieces.terms) * plan.pieces.block_r),
+        dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * plan.slots, K=K, **tables),
+        dict(BLOCK_C=32, **constants),
         blocks,
-    )  # fmt: skip
+    )
     return d

@@ -9,7 +9,6 @@ import torch
 
 from fastlora.kernels import tuning
 from fastlora.kernels.ops import forced_route, lora_qkv
-from fastlora.kernels.tuning import Config
 
 ROWS = (512, 8192)  # one in each bucket
 TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
@@ -17,7 +16,7 @@ TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
 
 def tune(
     device: torch.device, dtype: torch.dtype, report: Callable[[str], None], width: int = 768
-) -> dict[str, Config]:
+) -> dict[str, tuning.Config]:
     """The fastest blocks of each kernel and the fastest route, by forward and backward of QKV.
 
     Args:
@@ -62,7 +61,7 @@ def _problem(
     return run
 
 
-def _time(run: Callable[[], object], key: str, row: Config, route: str) -> float:
+def _time(run: Callable[[], object], key: str, row: tuning.Config, route: str) -> float:
     """Median milliseconds, or infinity for blocks that the chip has no room for."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
