@@ -94,6 +94,8 @@ def compiled(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
     """`torch.compile` of the unfused form."""
     if problem.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise NotImplementedError("torch.compile needs a C++ compiler")
+    # Backward alone is timed on one graph again and again, which donated buffers forbid.
+    torch._functorch.config.donated_buffer = False
     return torch.compile(unfused(problem, p))
 
 

@@ -98,5 +98,5 @@ def test_encoder(compare, place, mode, name):
         return encoders.states(which) if mode == "forward" else encoders.step(which)
 
     facts = dict(name=name, agrees=agrees(*place, name))
-    group = f"encoder {mode} {place[0]} (reference: peft eager): 6 x 384, batch {BATCH}"
+    group = f"encoder {mode} {place[0]}: 6 x 384, batch {BATCH}, against peft eager"
     compare(group, lambda: run("peft eager"), lambda: run(name), place[0], **facts)
