@@ -106,8 +106,7 @@ class Plan:
     @property
     def slots(self) -> int:
         """The most pieces that apply to any row."""
-        used = [pieces for *_, pieces in _segments(self.ranges, self.pieces.terms, self.rows)]
-        return max(1, *map(len, used))
+        return _slots(self.ranges, self.pieces.terms, self.rows)
 
     def tiles(self, size: int) -> Tensor:
         """int32 [tiles, 2 + 2 * slots]: first row, end, then a piece and its first row a slot.
@@ -145,6 +144,11 @@ def _segments(
 
 
 @lru_cache(maxsize=1024)
+def _slots(ranges: tuple[tuple[int, int], ...], terms: tuple[int, ...], rows: int) -> int:
+    return max(1, *(len(used) for *_, used in _segments(ranges, terms, rows)))
+
+
+@lru_cache(maxsize=1024)
 def _tiles(
     ranges: tuple[tuple[int, int], ...],
     terms: tuple[int, ...],
@@ -152,10 +156,8 @@ def _tiles(
     size: int,
     device: torch.device,
 ) -> Tensor:
-    segments = _segments(ranges, terms, rows)
-    slots = max(1, *(len(used) for *_, used in segments))
-    table = []
-    for start, stop, used in segments:
+    slots, table = _slots(ranges, terms, rows), []
+    for start, stop, used in _segments(ranges, terms, rows):
         entries = [value for p in used for value in (p, ranges[terms[p]][0])]
         entries += [-1, 0] * (slots - len(used))
         table += [(a, min(stop, a + size), *entries) for a in range(start, stop, size)]

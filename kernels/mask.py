@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def keep_mask(seed, stream, row, column, threshold, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """Keep mask of rows `row` [BLOCK_M] and columns [column, column + BLOCK_K), both of 8s.
+    """Ones and zeros of rows `row` [BLOCK_M], columns [column, column + BLOCK_K), multiples of 8.
 
     One Philox call gives eight 16-bit lanes, so a mask costs about 9 instructions an element
     where one call an element (`tl.rand`) costs 57. Its bits depend on no tile size.

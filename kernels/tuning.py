@@ -1,8 +1,8 @@
-"""Block sizes and route per (capability, dtype, number of rows), and the tuner that measures them.
+"""Block sizes and route per (capability, dtype, number of rows).
 
-No `@triton.autotune`: it would measure at a user's first step, differently each time, and it does
-not run in Triton's interpreter. Shipped rows are guesses that compile without spills on their
-chip; `fastlora tune` measures on the user's GPU and writes a file that goes before them.
+A table, where Triton's own autotuning would measure at a user's first step, differently each time,
+and not run in the interpreter. Shipped rows are guesses that compile without spills on their chip;
+`fastlora tune` (tuner.py) measures on the user's GPU and writes a file that goes before them.
 """
 
 from __future__ import annotations

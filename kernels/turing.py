@@ -7,13 +7,13 @@ Turing's instruction, though: the pass that makes MMA layouts picks "version 2.0
 sm_80 one without pipelining (cp.async came with Ampere), and relabels layout and target in the
 module's text. Everything after that is stock.
 
-Triton 3.6 does not key its on-disk cache by the hook. It acts on launches with `num_stages=1` only,
-and without it sm_75 is launched with 2, so that the two never share a compiled kernel.
+It acts on launches with `num_stages=1`, which all rows for sm_75 have. Triton 3.6 does not key its
+on-disk cache by the hook: `route` installs it before the first launch, so that no kernel of ours is
+compiled without it there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -77,7 +77,7 @@ def _turing_stage(backend: Any, stock: Any, options: Any) -> Any:
         names = _FUNCTION.findall(str(module))
         if not KERNELS.issuperset(names):
             return stock(module, metadata)
-        module = backend.make_ttgir(module, metadata, dataclasses.replace(options), 80)
+        module = backend.make_ttgir(module, metadata, options, 80)
         text = str(module).replace("cuda:80", "cuda:75")
         text = text.replace(
             "versionMajor = 2, versionMinor = 0", "versionMajor = 2, versionMinor = 1"

@@ -126,13 +126,14 @@ def test_factors_changed_in_place_are_used(route):
 
 
 @pytest.mark.parametrize("route", NAMES)
-def test_zero_B_is_exactly_the_frozen_layer(route):
+def test_negative_cases(route):
+    """B = 0 changes nothing, p = 0 ignores the seed, W0 stays, an adapter changes the output."""
     x, weight, bias = (torch.randn(s, device=DEVICE) for s in ((64, 32), (32, 32), (32,)))
     A, B = torch.randn(8, 32, device=DEVICE), torch.zeros(32, 8, device=DEVICE)
     before = weight.clone()
     with forced_route(route):
         y = lora_linear(x, weight, bias, A, B, 1.0, 0.5, SEED)
-        with_p_0 = lora_linear(x, weight, bias, A, B + 1, 1.0, 0.0)
+        with_p_0 = lora_linear(x, weight, bias, A, B + 1, 1.0, 0.0, SEED)
         changed = lora_linear(x, weight, bias, A, B + 1, 1.0, 0.5, SEED)
         assert torch.equal(lora_linear(x, weight, bias, A, B + 1, 1.0), with_p_0)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
