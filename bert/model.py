@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlora.bert.attention import CpuAttention
 from fastlora.bert.config import BertConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,12 +27,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that adds a residual."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Drop elements of `input`, then add `residual` of the same shape."""
+        dropped = super().forward(input)
+        return dropped if residual is None else dropped + residual
+
+
 @dataclass(frozen=True)
 class Parts:
-    """The kinds of modules that an encoder is built of; others than PyTorch's may be faster."""
+    """The kinds of modules that an encoder is built of; others may be faster."""
 
     linear: type[nn.Linear] = nn.Linear
-    dropout: type[nn.Dropout] = nn.Dropout
+    dropout: type[nn.Dropout] = Dropout
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,14 @@ class Layout:
     Attributes:
         batch, length: B and S.
         index: int64 [T], positions in the flattened [B * S]; None when nothing is padded.
+        source: int64 [B * S], the token at each position, any at padding; None as above.
         mask: bool [B, 1, 1, S], True at real keys; None when nothing is padded.
     """
 
     batch: int
     length: int
     index: Tensor | None = None
+    source: Tensor | None = None
     mask: Tensor | None = None
 
     @classmethod
@@ -68,7 +80,12 @@ class Layout:
         index = real.flatten().nonzero().squeeze(1)
         if len(index) == real.numel():
             return cls(batch, length)
-        return cls(batch, length, index, real[:, None, None, :])
+        source = real.flatten().cumsum(0).sub_(1).clamp_(min=0)
+        return cls(batch, length, index, source, real[:, None, None, :])
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """[T, C] -> [B * S, C], any token at padding: for a reader that masks it."""
+        return tokens if self.source is None else tokens.index_select(0, self.source)
 
     def pad(self, tokens: Tensor) -> Tensor:
         """[T, C] -> [B, S, C], zeros at padding."""
@@ -148,24 +165,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, H] -> [T, H]."""
-        qkv = layout.pad(self.projection(self, x))  # [B, S, 3H]
-        qkv = qkv.view(layout.batch, layout.length, 3, self.heads, -1)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, h, S, d]
-        context = self._attend(qkv, layout.mask).transpose(1, 2)  # [B, S, h, d]
-        return layout.unpad(context.reshape(layout.batch, layout.length, -1))
-
-    def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        qkv = self.projection(self, x)  # [T, 3H]
         p = self.dropout.p if self.training else 0.0
-        if p == 0 or qkv.device.type != "cpu":
-            q, k, v = qkv
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-        # On a CPU, PyTorch's own attention spends most of its time drawing the dropout mask.
-        q, k, v = qkv.contiguous()
-        scores = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)  # [B, h, S, S]
-        if mask is not None:
-            least = torch.finfo(scores.dtype).min / 2  # halved, so that no sum overflows
-            scores.add_(mask.logical_not() * least)
-        return self.dropout(scores.softmax(-1)) @ v
+        if qkv.device.type == "cpu":
+            keep = self._keep_mask(qkv, layout) if p else None
+            return CpuAttention.apply(qkv, keep, layout, self.heads)
+        qkv = layout.pad(qkv).view(layout.batch, layout.length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, h, S, d]
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, dropout_p=p)
+        return layout.unpad(context.transpose(1, 2).flatten(2))
+
+    def _keep_mask(self, like: Tensor, layout: Layout) -> Tensor:
+        """The dropout of ones is its own scaled mask: [B, h, S, S]."""
+        ones = like.new_ones(layout.batch, self.heads * layout.length**2)
+        return self.dropout(ones).view(layout.batch, self.heads, layout.length, layout.length)
 
 
 def packed_projection(attention: SelfAttention, x: Tensor) -> Tensor:
@@ -213,7 +226,7 @@ class ResidualOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """[T, width], [T, H] -> [T, H]."""
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return self.LayerNorm(self.dropout(self.dense(x), residual))
 
 
 class Attention(nn.Module):

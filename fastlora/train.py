@@ -97,6 +97,10 @@ class Trainer:
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(model.tasks), 2, device=self.device)
         self.frozen = self.config.mode == "frozen"
+        self.train_features: Features | None = None
+        self.dev_features: Features | None = None
+        lengths = [len(self.plan(epoch)) for epoch in range(self.config.epochs)]
+        self.total = min(sum(lengths), self.config.max_steps or sum(lengths))
 
     def resume(self) -> bool:
         """Continue from the newest valid checkpoint; returns whether there was one."""
@@ -114,10 +118,9 @@ class Trainer:
             RunError: when the loss is no longer finite.
         """
         config, progress = self.config, self.progress
-        self.train_features = Features(self.model, self.setup.train) if self.frozen else None
-        self.dev_features = Features(self.model, self.setup.dev) if self.frozen else None
-        lengths = [len(self.plan(epoch)) for epoch in range(config.epochs)]
-        self.total = min(sum(lengths), config.max_steps or sum(lengths))
+        if self.frozen:
+            self.train_features = Features(self.model, self.setup.train)
+            self.dev_features = Features(self.model, self.setup.dev)
         self.metrics = Metrics(self.folder, progress.step) if self.ranks.first else None
         self.bar = Bar(self.log, self.total, progress.step)
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _BATCH_HINT = 1024  # rows that oneDNN chooses its layout for; others are as fast
-# By place in memory: the storage (held weakly, so that its address is not used again), the
-# version of the weight, and its packed copy.
+
+# By place in memory and shape: the storage (held weakly: once it has expired, its place may be
+# another's), the version of the weight, and its packed copy.
 _packed: dict[tuple, tuple[StorageWeakRef, int, Tensor]] = {}
 
 
@@ -49,15 +50,15 @@ def frozen_dx(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _pack(weight: Tensor, transposed: bool) -> Tensor:
-    storage = StorageWeakRef(weight.untyped_storage())
-    key = (storage.cdata, weight.storage_offset(), *weight.shape, transposed)
+    key = (weight.data_ptr(), weight.shape, transposed)
     found = _packed.get(key)
-    if found is None or found[1] != weight._version:
+    if found is None or found[1] != weight._version or found[0].expired():
         for old in [old for old, (owner, _, _) in _packed.items() if owner.expired()]:
             del _packed[old]
         source = weight.detach().T.contiguous() if transposed else weight.detach()
         packed = torch.ops.mkldnn._reorder_linear_weight(source, _BATCH_HINT)
-        found = _packed[key] = (storage, weight._version, packed)
+        owner = StorageWeakRef(weight.untyped_storage())
+        found = _packed[key] = (owner, weight._version, packed)
     return found[2]
 
 

@@ -78,7 +78,9 @@ class Reference:
         for s, (start, stop), A, B, u in zip(
             call.shapes, call.ranges, call.A, call.B, us, strict=True
         ):
-            branch, _ = _dropped(x[start:stop], s, call.seed)
+            branch = x[start:stop]
+            keep = _keep(branch, s, call.seed)
+            branch = branch if keep is None else keep.mul_(branch)
             torch.addmm(u, branch, A.to(x.dtype).T, beta=0, alpha=s.scale, out=u)
             y[start:stop, s.column : s.column + s.width].addmm_(u, B.to(x.dtype).T)
         return y, saved
@@ -96,7 +98,9 @@ class Reference:
         for i, (s, (start, stop)) in enumerate(zip(call.shapes, call.ranges, strict=True)):
             g = grad[start:stop, s.column : s.column + s.width]
             v = (g @ call.B[i].to(x.dtype)).mul_(s.scale)  # [M_t, r]
-            branch, keep = _dropped(x[start:stop], s, call.seed)
+            branch = x[start:stop]
+            keep = _keep(branch, s, call.seed)
+            branch = branch if keep is None else branch * keep
             torch.mm(v.T, branch, out=gradients[i])
             torch.mm(g.T, us[i], out=gradients[len(us) + i])
             if dx is None:
@@ -201,12 +205,11 @@ def _us(call: Call, saved: Tensor) -> list[Tensor]:
     return _cut(saved, [(stop - start, s.rank) for s, (start, stop) in spans])
 
 
-def _dropped(x: Tensor, shape: Shape, seed: Any) -> tuple[Tensor, Tensor | None]:
+def _keep(x: Tensor, shape: Shape, seed: Any) -> Tensor | None:
+    """The term's mask of its rows of x, as numbers; None without dropout."""
     if not shape.threshold:
-        return x, None
-    rows, columns = x.shape
-    keep = keep_mask(seed, shape.stream, rows, columns, shape.threshold / LANES, x.dtype)
-    return x * keep, keep
+        return None
+    return keep_mask(seed, shape.stream, *x.shape, shape.threshold / LANES, x.dtype)
 
 
 def _cut(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

@@ -1,0 +1,256 @@
+"""The contenders of the training benchmarks, each in a process of its own.
+
+All train the library's loop, data, heads, loss, optimiser and clipping; what differs is the encoder
+and its LoRA layers, and the order of the examples. A process of its own gives each an honest peak
+of memory and its own thread pool; idle ones sleep.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora.batches import Batch
+from fastlora.bert.config import BertConfig
+from fastlora.config import LoraConfig, TrainConfig
+from fastlora.console import Log
+from fastlora.data import TaskData
+from fastlora.inputs import find_inputs
+from fastlora.model import MultitaskBert
+from fastlora.parallel import Ranks
+from fastlora.setup import Setup, build_model, prepare, to_compute
+from fastlora.train import Trainer
+
+RANK, LR, FULL_LR = 32, 1e-3, 5e-5
+WARMUP_STEPS = 4
+ORDERS = ("buckets", "random")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all contenders train on."""
+
+    data: Path | None = None
+    model: str = "minilm"
+    limit: int = 400  # examples a task
+    device: str = "cpu"
+    precision: Any = "fp32"
+    threads: int = os.cpu_count() or 1
+
+    def setup(self, full: bool) -> Setup:
+        """SST, Quora and STS, query and value adapted; a constant rate, so any number of steps."""
+        config = TrainConfig(
+            lora=LoraConfig(r=RANK),
+            mode="full" if full else "lora",
+            tasks=("sst", "quora", "sts"),
+            data=self.data,
+            model=self.model,
+            limit=self.limit,
+            lr=FULL_LR if full else LR,
+            warmup=0.0,
+            schedule="constant",
+            precision=self.precision,
+            device=self.device,
+        )
+        return prepare(config, find_inputs(config))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a contender did when it was asked."""
+
+    seconds: float
+    examples: int
+    tokens: int
+    cells: int  # tokens with padding
+    flops: float  # that the real tokens need
+    loss: float  # mean over examples
+
+
+class HuggingFace(MultitaskBert):
+    """The library's model with `transformers.BertModel` in it, under PEFT or trained in full."""
+
+    def __init__(self, setup: Setup, attention: str, compiled: bool) -> None:
+        import peft
+        import transformers
+
+        encoder = transformers.BertModel.from_pretrained(
+            setup.inputs.source.folder,
+            attn_implementation=attention,
+            add_pooling_layer=False,
+            dtype=torch.float32 if setup.config.mode == "full" else setup.dtype,
+        )
+        super().__init__(encoder, setup.inputs.tasks, setup.config.pairs)
+        if setup.config.mode == "lora":
+            lora = setup.config.lora
+            config = peft.LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=list(lora.targets),
+            )
+            self.encoder = peft.get_peft_model(encoder, config)
+        if compiled:
+            self.encoder = torch.compile(self.encoder, dynamic=True)
+        self.dtype = setup.dtype
+
+    def embed(self, batch: Batch) -> Tensor:
+        """As the library's: fp32 [B, H]."""
+        device = batch.input_ids.device.type
+        mixed = self.dtype != torch.float32
+        with torch.autocast(device, self.dtype if mixed else torch.bfloat16, enabled=mixed):
+            found = self.encoder(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask.long(),
+                token_type_ids=batch.token_type_ids,
+            )
+        mask = batch.attention_mask.unsqueeze(-1)
+        return (found.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
+
+
+def make_trainer(name: str, job: Job) -> Trainer:
+    """A contender: "fastlora", "peft eager", "peft sdpa", "peft compiled", or "full" of the same."""
+    setup = job.setup(full=name.startswith("full"))
+    if name.endswith("fastlora"):
+        model, _, _ = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
+        to_compute(model, setup.config, setup.device)
+    else:
+        torch.manual_seed(setup.config.seed)
+        attention = "eager" if name.endswith("eager") else "sdpa"
+        model = HuggingFace(setup, attention, name.endswith("compiled")).to(setup.device)
+    return Trainer(setup, model, Path(), Ranks(setup.device), Log(quiet=True))
+
+
+def useful_flops(config: BertConfig, lengths: np.ndarray, full: bool) -> float:
+    """What one step on sentences of these lengths needs: products only, no padding.
+
+    Forward, dx and (in full fine-tuning) dW of every matrix; LoRA needs no dx below layer 0's
+    adapters. Attention's products run forward and twice backward.
+    """
+    width, layers = config.hidden_size, config.num_hidden_layers
+    matrices = layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    tokens, squares = lengths.sum(), (lengths.astype(np.float64) ** 2).sum()
+    attention = layers * 12 * width * squares
+    if full:
+        return 6 * matrices * tokens + attention
+    lora = layers * 2 * 2 * RANK * width
+    return (4 * matrices - 2 * 3 * width**2 + 6 * lora) * tokens + attention
+
+
+def gemm_rate(config: BertConfig, rows: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of `torch.mm` at the encoder's GEMM shapes, each weighted by its FLOPs."""
+    width, wide = config.hidden_size, config.intermediate_size
+    flops = seconds = 0.0
+    for K, N in ((width, 3 * width), (width, width), (width, wide), (wide, width)):
+        a = torch.randn(rows, K, device=device, dtype=dtype)
+        b = torch.randn(K, N, device=device, dtype=dtype)
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            _wait(device)
+            times.append(time.perf_counter() - start)
+        flops += 2 * rows * K * N
+        seconds += sorted(times)[len(times) // 2]
+    return flops / seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def plan_of(trainer: Trainer, order: str) -> list[np.ndarray]:
+    """The library's batches of similar lengths, or as many batches in random order."""
+    plan = trainer.plan(0)
+    if order == "buckets":
+        return plan
+    rows = np.random.default_rng(0).permutation(np.concatenate(plan))
+    return np.array_split(rows, len(plan))
+
+
+def lengths_of(datasets: dict[str, TaskData], rows: np.ndarray) -> np.ndarray:
+    """The tokens of every sentence of a batch."""
+    found = []
+    for task, example in rows:
+        data = list(datasets.values())[task]
+        found += [c.offsets[example + 1] - c.offsets[example] for c in data.columns]
+    return np.array(found)
+
+
+def train(trainer: Trainer, batches: list[np.ndarray], config: BertConfig) -> Work:
+    """Train on the batches and time it, from token lists to updated weights."""
+    trainer.sums.zero_()
+    start = time.perf_counter()
+    for rows in batches:
+        trainer.step(rows)
+        trainer.progress.step += 1
+    _wait(trainer.device)
+    seconds = time.perf_counter() - start
+    loss, count = trainer.sums.sum(0).tolist()
+    lengths = [lengths_of(trainer.setup.train, rows) for rows in batches]
+    full = trainer.config.mode == "full"
+    return Work(
+        seconds,
+        int(count),
+        sum(int(found.sum()) for found in lengths),
+        sum(len(found) * int(found.max()) for found in lengths),
+        sum(useful_flops(config, found, full) for found in lengths),
+        loss / count,
+    )
+
+
+def serve(connection: Any, name: str, job: Job) -> None:
+    """Answer requests until the other side hangs up."""
+    torch.set_num_threads(job.threads)
+    trainer = make_trainer(name, job)
+    config = BertConfig.from_json(trainer.setup.inputs.source.folder / "config.json")
+    plans = {order: plan_of(trainer, order) for order in ORDERS}
+    # First calls pay for buffers, thread pools, packed weights and compiling.
+    train(trainer, plans["random"][:WARMUP_STEPS], config)
+    connection.send(len(plans["buckets"]))
+    while (request := connection.recv()) is not None:
+        if request == "gemm":
+            rows = trainer.config.tokens_per_batch
+            answer: Any = gemm_rate(config, rows, trainer.device, trainer.setup.dtype)
+        elif request == "peak":
+            cuda = trainer.device.type == "cuda"
+            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            answer = torch.cuda.max_memory_allocated() if cuda else 1024 * kilobytes
+        else:
+            order, first, stop = request
+            answer = train(trainer, plans[order][first:stop], config)
+        connection.send(answer)
+
+
+class Contender:
+    """A contender's process; close it, or leave a `with` block, to end it."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, job), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.batches: int = self.connection.recv()
+
+    def ask(self, request: Any) -> Any:
+        """"gemm" (FLOP/s), "peak" (bytes), or (order, first, stop) of batches to train on."""
+        self.connection.send(request)
+        return self.connection.recv()
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.send(None)
+        self.process.join()
