@@ -8,11 +8,36 @@ import math
 import statistics
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
+from implementations import PLACES
+from trainers import Contender, Job
 
 ROUNDS = {"cpu": 15, "cuda": 50}
+
+
+def pytest_addoption(parser):
+    """What the training benchmarks train on."""
+    parser.addoption("--data", type=Path, help="folder of the CS224N files; else ./data or demo")
+    parser.addoption("--model", default="minilm", help="folder, hub id or minilm")
+
+
+@pytest.fixture(scope="session", params=PLACES, ids=lambda place: place[0])
+def job(request):
+    """The training benchmarks' work on each device."""
+    device, dtype = request.param
+    precision = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
+    config = request.config
+    return Job(config.option.data, config.option.model, device=device, precision=precision)
+
+
+@pytest.fixture(scope="session")
+def fastlora(job):
+    """This library's trainer, in a process that all benchmarks of a device share."""
+    with Contender("fastlora", job) as contender:
+        yield contender
 
 
 def timed(function):
@@ -73,10 +98,13 @@ def pytest_terminal_summary(terminalreporter, config):
             means[group.partition(":")[0], e["name"]].append(e["ratio"])
             peak = f"  peak {e['peak'] / 2**20:.0f} MiB" if e.get("peak") else ""
             saved = f"  saved {e['saved']:.2f}x of x" if "saved" in e else ""
+            took = f"{e['milliseconds']:9.3f} ms  " if "milliseconds" in e else ""
             write(
-                f"  {e['name']:<20} {e['milliseconds']:9.3f} ms  {e['ratio']:5.2f}x "
+                f"  {e['name']:<20} {took}{e['ratio']:5.2f}x "
                 f"[{e['low']:.2f}, {e['high']:.2f}]{saved}{peak}"
             )
+            for note in e.get("notes", ()):
+                write(f"    {note}")
     write("geometric mean and least, by benchmark")
     for (kind, name), ratios in means.items():
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fastlora.batches import Batch
 from fastlora.bert.config import BertConfig
+from fastlora.checkpoint import trainable
 from fastlora.config import LoraConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.data import TaskData
@@ -33,6 +35,7 @@ from fastlora.train import Trainer
 RANK, LR, FULL_LR = 32, 1e-3, 5e-5
 WARMUP_STEPS = 4
 ORDERS = ("buckets", "random")
+LOSS_NOISE = 0.1  # contenders' mean losses differ by up to 0.03 of them, dropout being random
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Job:
 
     data: Path | None = None
     model: str = "minilm"
-    limit: int = 400  # examples a task
+    limit: int = 300  # examples a task
     device: str = "cpu"
     precision: Any = "fp32"
     threads: int = os.cpu_count() or 1
@@ -118,7 +121,7 @@ class HuggingFace(MultitaskBert):
 
 
 def make_trainer(name: str, job: Job) -> Trainer:
-    """A contender: "fastlora", "peft eager", "peft sdpa", "peft compiled", or "full" of the same."""
+    """A contender: "fastlora", "peft sdpa", "peft eager", "peft compiled", or "full" for "peft"."""
     setup = job.setup(full=name.startswith("full"))
     if name.endswith("fastlora"):
         model, _, _ = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
@@ -154,7 +157,7 @@ def gemm_rate(config: BertConfig, rows: int, device: torch.device, dtype: torch.
         a = torch.randn(rows, K, device=device, dtype=dtype)
         b = torch.randn(K, N, device=device, dtype=dtype)
         times = []
-        for _ in range(20):
+        for _ in range(7):
             start = time.perf_counter()
             torch.mm(a, b)
             _wait(device)
@@ -213,15 +216,23 @@ def serve(connection: Any, name: str, job: Job) -> None:
     """Answer requests until the other side hangs up."""
     torch.set_num_threads(job.threads)
     trainer = make_trainer(name, job)
+    weights = {n: p.detach().clone() for n, p in trainable(trainer.model).items()}
     config = BertConfig.from_json(trainer.setup.inputs.source.folder / "config.json")
     plans = {order: plan_of(trainer, order) for order in ORDERS}
     # First calls pay for buffers, thread pools, packed weights and compiling.
     train(trainer, plans["random"][:WARMUP_STEPS], config)
     connection.send(len(plans["buckets"]))
     while (request := connection.recv()) is not None:
-        if request == "gemm":
+        answer: Any = None
+        if request == "restart":
+            trainer.progress.step = 0
+            trainer.optimizer.state.clear()
+            with torch.no_grad():
+                for key, parameter in trainable(trainer.model).items():
+                    parameter.copy_(weights[key])
+        elif request == "gemm":
             rows = trainer.config.tokens_per_batch
-            answer: Any = gemm_rate(config, rows, trainer.device, trainer.setup.dtype)
+            answer = gemm_rate(config, rows, trainer.device, trainer.setup.dtype)
         elif request == "peak":
             cuda = trainer.device.type == "cuda"
             kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -244,7 +255,7 @@ class Contender:
         self.batches: int = self.connection.recv()
 
     def ask(self, request: Any) -> Any:
-        """"gemm" (FLOP/s), "peak" (bytes), or (order, first, stop) of batches to train on."""
+        """Ask for "restart", "gemm" (FLOP/s), "peak" (bytes) or work on (order, first, stop)."""
         self.connection.send(request)
         return self.connection.recv()
 
@@ -254,3 +265,71 @@ class Contender:
     def __exit__(self, *_: object) -> None:
         self.connection.send(None)
         self.process.join()
+
+
+def race(
+    benchmark: Any,
+    group: str,
+    ours: Contender,
+    name: str,
+    job: Job,
+    order: str,
+    steps: int,
+    rounds: int | None = None,
+) -> None:
+    """Benchmark fastlora against a contender, `steps` batches each in turn; None: a whole epoch.
+
+    fastlora trains on its own batches, the contender on the same ones or in random order. Between
+    turns the machine's rate at `torch.mm` is taken, to put both into its unit.
+    """
+    mine: list[Work] = []
+    theirs: list[Work] = []
+    rates: list[float] = []
+
+    def work(contender: Contender, order: str, done: list[Work]) -> None:
+        first = len(done) * steps
+        done.append(contender.ask((order, first, min(first + steps, contender.batches))))
+
+    def their_turn() -> None:
+        rates.append(ours.ask("gemm"))
+        work(other, order, theirs)
+
+    benchmark.group = group
+    with Contender(name, job) as other:
+        for contender in (ours, other):
+            contender.ask("restart")
+        rounds = rounds or -(-ours.batches // steps)
+        benchmark.pedantic(lambda: work(ours, "buckets", mine), setup=their_turn, rounds=rounds)
+        peaks = [contender.ask("peak") / 2**20 for contender in (ours, other)]
+    ratios = sorted(_cost([b]) / _cost([a]) for a, b in zip(mine, theirs, strict=True))
+    loss, other_loss = (statistics.fmean(w.loss for w in done) for done in (mine, theirs))
+    # Full fine-tuning learns at a rate of its own.
+    agrees = name.startswith("full") or abs(loss / other_loss - 1) <= LOSS_NOISE
+    benchmark.extra_info.update(
+        name=f"{name}, {order}",
+        ratio=_cost(theirs) / _cost(mine),
+        low=ratios[len(ratios) // 4],
+        high=ratios[-1 - len(ratios) // 4],
+        agrees=agrees,
+        notes=[
+            f"fastlora  {_note(mine, rates, peaks[0], loss)}",
+            f"{name:<9} {_note(theirs, rates, peaks[1], other_loss)}",
+        ],
+    )
+    assert agrees, f"losses disagree: fastlora {loss:.3f}, {name} {other_loss:.3f}"
+
+
+def _cost(works: list[Work]) -> float:
+    """Seconds an example."""
+    return sum(w.seconds for w in works) / sum(w.examples for w in works)
+
+
+def _note(works: list[Work], rates: list[float], peak: float, loss: float) -> str:
+    tokens, cells = sum(w.tokens for w in works), sum(w.cells for w in works)
+    seconds = sum(w.seconds for w in works)
+    shares = [w.flops / w.seconds / rate for w, rate in zip(works, rates, strict=True)]
+    return (
+        f"{1 / _cost(works):7.1f} examples/s  {tokens / seconds:8.0f} tokens/s  "
+        f"padding {1 - tokens / cells:4.0%}  MFU {statistics.median(shares):4.0%}  "
+        f"peak {peak:5.0f} MiB  loss {loss:.3f}"
+    )
