@@ -5,6 +5,7 @@ import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,11 @@ class Tokenizer:
         return max(self._backend.get_vocab().values()) + 1
 
     @property
+    def definition(self) -> str:
+        """The vocabulary and every rule, as JSON; the fingerprint's probe misses the rarest."""
+        return self._backend.to_str()
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of what the tokenizer does (vocabulary, ids of a probe), however it is stored."""
         facts = [sorted(self._backend.get_vocab().items()), self._probe]
@@ -92,7 +98,8 @@ class Tokenizer:
         for start in range(0, len(inputs), _CHUNK):
             for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):
                 ids.extend(encoding.ids)
-                types.extend(encoding.type_ids)
+                if pairs:
+                    types.extend(encoding.type_ids)
                 lengths.append(len(encoding))
                 truncated += bool(encoding.overflowing)
         self._backend.no_truncation()

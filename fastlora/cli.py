@@ -81,8 +81,8 @@ def evaluate(
     """Score a finished run on labelled data."""
     folder, why = find_data(data)
     adapter_folder(run)
+    from fastlora.cache import load_tasks
     from fastlora.console import Log
-    from fastlora.data import load_tasks
     from fastlora.evaluate import predict, score_table
     from fastlora.trained import load_trained
 

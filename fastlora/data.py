@@ -56,22 +56,32 @@ class TaskData:
         return sum(column.offsets[i + 1] - column.offsets[i] for column in self.columns)
 
 
+def read_content(path: Path) -> bytes:
+    """Read a whole file; UserError when it cannot be."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_rows(
     path: Path,
     task: Task,
     *,
+    content: bytes | None = None,
     labelled: bool = True,
     bad_rows: str = "error",
     limit: int | None = None,
 ) -> Rows:
     """Read a CSV (comma or tab), TSV or JSONL file whose columns are named as the task's.
 
-    `limit` keeps that many rows, spread over the file. Bad rows (wrong field count, bad label)
-    are a UserError that counts them all, or are left out and counted with `bad_rows="skip"`. A
-    file that is not UTF-8, has no rows or lacks a column is a UserError always.
+    `content` is what the file holds, where the caller has read it. `limit` keeps that many rows,
+    spread over the file. Bad rows (wrong field count, bad label) are a UserError that counts them
+    all, or are left out and counted with `bad_rows="skip"`. A file that is not UTF-8, has no rows
+    or lacks a column is a UserError always.
     """
     wanted = [*task.columns, *([task.label] if labelled else [])]
-    text = _text(path)
+    text = _text(path, read_content(path) if content is None else content)
     records = _json_records(text) if path.suffix == ".jsonl" else _csv_records(path, text, wanted)
     ids: list[str] = []
     texts, labels, problems = [], [], []
@@ -113,26 +123,6 @@ def encode_rows(
     return TaskData(task, columns, rows.labels, rows.ids, rows.dropped, truncated, rows.empty)
 
 
-def load_tasks(
-    folder: Path,
-    tasks: Iterable[Task],
-    split: str,
-    tokenizer: "Tokenizer",
-    *,
-    pairs: str = "separate",
-    bad_rows: str = "error",
-    limit: int | None = None,
-) -> dict[str, TaskData]:
-    """Read and tokenise one split ("train", "dev", "test") of each task; UserError as read_rows."""
-    data = {}
-    for task in tasks:
-        if split not in task.files:
-            raise UserError(f"task {task.name!r} names no {split} file")
-        rows = read_rows(folder / task.files[split], task, bad_rows=bad_rows, limit=limit)
-        data[task.name] = encode_rows(rows, task, tokenizer, pairs)
-    return data
-
-
 def available_tasks(folder: Path, tasks: Iterable[Task]) -> list[str]:
     """Name the tasks whose training and dev files are both in the folder."""
     return [
@@ -149,11 +139,9 @@ def _spread(items: list[Any], most: int | None) -> list[Any]:
     return [items[i * len(items) // most] for i in range(most)]
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, content: bytes) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None

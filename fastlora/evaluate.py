@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr
 from torch import Tensor
 
 from fastlora.batches import Batch, eval_batches
@@ -78,6 +77,9 @@ def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> float | None:
     # Pearson's r is 0/0 when either side is constant.
     if len(found) < 2 or np.ptp(found) == 0 or np.ptp(labels) == 0:
         return None
+    # Imported here: scipy.stats takes most of a second, which only these tasks should pay.
+    from scipy.stats import pearsonr
+
     return float(pearsonr(found, labels.astype(np.float64)).statistic)
 
 

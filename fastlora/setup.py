@@ -12,8 +12,9 @@ from fastlora.bert.model import BertModel, Parts
 from fastlora.bert.source import Source
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder
+from fastlora.cache import load_tasks
 from fastlora.config import LoraConfig, Precision, TrainConfig
-from fastlora.data import TaskData, load_tasks
+from fastlora.data import TaskData
 from fastlora.errors import UserError, user_errors
 from fastlora.files import cache_folder
 from fastlora.inputs import Inputs

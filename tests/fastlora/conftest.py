@@ -20,6 +20,14 @@ def single_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """A cache of the tests' own, which the runs of one session share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A Hugging Face folder: 2 layers of width 32, dropout as in BERT."""

@@ -146,6 +146,18 @@ def test_eval(finished, tiny_data, capsys):
         assert re.search(rf"^{task}\s+\w+\s+{re.escape(number)}\s", trained, re.M)
 
 
+def test_eval_uses_the_cache_and_predict_does_not(
+    finished, tiny_data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "new.csv").write_text("sentence\na good film\n")
+    assert call(["predict", finished, tmp_path / "new.csv", "--task", "sst"], capsys)[0] == 0
+    assert not (tmp_path / "cache").exists()
+    code, out, _ = call(["eval", finished, "--data", tiny_data], capsys)
+    assert code == 0 and len(list((tmp_path / "cache" / "tokens").iterdir())) == 3
+    assert call(["eval", finished, "--data", tiny_data], capsys) == (0, out, "")
+
+
 def test_predict_writes_a_row_for_each_row(finished, tmp_path, capsys):
     file = tmp_path / "new.csv"
     file.write_text('sentence\n a good film .\n""\nnot very good\n')

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from fastlora import session, train
+from fastlora.cache import load_tasks
 from fastlora.checkpoint import latest_checkpoint
 from fastlora.config import LoraConfig, TrainConfig
-from fastlora.data import load_tasks
 from fastlora.errors import RunError, UserError
 from fastlora.evaluate import predict
 from fastlora.train import schedule
