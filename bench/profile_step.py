@@ -92,9 +92,10 @@ def main() -> None:
         entry[2] += count * bound * 1e3
     useful = useful_flops(config, lengths, trainer.config.mode == "full")
     print(f"{options.name}: {len(batch)} examples, {tokens} tokens, {1e3 * plain:.0f} ms a step")
+    least = useful / rate
     print(
-        f"useful {useful / 1e9:.1f} GFLOP: {1e3 * useful / rate:.0f} ms at {rate / 1e9:.0f} GFLOP/s "
-        f"(MFU {useful / rate / plain:.0%}), copies at {bandwidth / 1e9:.0f} GB/s"
+        f"useful {useful / 1e9:.1f} GFLOP: {1e3 * least:.0f} ms at {rate / 1e9:.0f} GFLOP/s "
+        f"(MFU {least / plain:.0%}); copies at {bandwidth / 1e9:.0f} GB/s"
     )
     print(f"{'operator':44}{'calls':>7}{'ms':>9}{'bound ms':>10}")
     for name, (count, took, bound) in sorted(totals.items(), key=lambda t: -t[1][1])[:ROWS]:
