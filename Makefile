@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip
 help:
 	@echo "make train   environment, install, and fastlora-train --r 32"
 	@echo "make test    environment, install, and pytest (quick: make test ARGS=\"-m 'not slow'\")"
-	@echo "make bench   throughput against Hugging Face + PEFT (DATA=folder of the CS224N files)"
+	@echo "make bench   pytest bench/ --benchmark-only (DATA=folder of the CS224N files)"
 	@echo "make lint    ruff check, ruff format --check, mypy, banned imports"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the environment and everything built (runs/ stays)"
@@ -23,7 +23,7 @@ test: $(VENV)/.test
 	$(BIN)/pytest $(ARGS)
 
 bench: $(VENV)/.test
-	$(BIN)/python bench/throughput.py $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/pytest bench/ --benchmark-only $(if $(DATA),--data $(DATA)) $(ARGS)
 
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .

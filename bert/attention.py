@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _VECTOR = 16  # rows shorter than a vector are slow in PyTorch's softmax
 
 
-class CpuAttention(torch.autograd.Function):
-    """`apply(qkv [T, 3H], keep, layout, heads)` -> [T, H].
+def cpu_attention(qkv: Tensor, keep: Tensor | None, layout: Layout, heads: int) -> Tensor:
+    """[T, 3H] -> [T, H]; `keep` [B, h, S, S] is the probabilities' scaled dropout mask."""
+    return _CpuAttention.apply(qkv, keep, layout, heads)
 
-    `keep` [B, h, S, S] is the scaled dropout mask of the probabilities, or None.
-    """
 
+class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, keep: Tensor | None, layout: Layout, heads: int) -> Tensor:
         packed = _split(layout.gather(qkv), layout, heads, 3)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.bert.attention import CpuAttention
+from fastlora.bert.attention import cpu_attention
 from fastlora.bert.config import BertConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -169,7 +169,7 @@ class SelfAttention(nn.Module):
         p = self.dropout.p if self.training else 0.0
         if qkv.device.type == "cpu":
             keep = self._keep_mask(qkv, layout) if p else None
-            return CpuAttention.apply(qkv, keep, layout, self.heads)
+            return cpu_attention(qkv, keep, layout, self.heads)
         qkv = layout.pad(qkv).view(layout.batch, layout.length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, h, S, d]
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, dropout_p=p)
