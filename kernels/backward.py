@@ -139,35 +139,32 @@ def outer(
 
     With `width`, the widest block: dB^T [R, width] from the output's gradient and u instead.
     """
-    chunks = plan.tiles(blocks.chunk)
-    K = x.shape[1] if width is None else width
-    partial = x.new_empty(len(chunks), plan.slots, plan.pieces.block_r, K, dtype=torch.float32)
-    tables = dict(chunks_ptr=chunks, pieces_ptr=plan.pieces.table)
-    constants = dict(SLOTS=plan.slots, BLOCK_K=blocks.k, BLOCK_R=plan.pieces.block_r)
+    chunks, slots = plan.tiles(blocks.chunk)
+    pieces, K = plan.pieces, x.shape[1] if width is None else width
+    partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
+    tables = dict(chunks_ptr=chunks, pieces_ptr=pieces.table)
+    constants = dict(SLOTS=slots, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r)
     launcher.launch(
         lora_outer,
         (triton.cdiv(K, blocks.k), len(chunks)),
         dict(
-            x_ptr=x, v_ptr=v, a_ptr=x if factor is None else factor,
-            base_ptr=x if base is None else base, dx_ptr=x if base is None else dx,
-            partial_ptr=partial, seed_ptr=plan.pieces.scales if seed is None else seed,
-            scales_ptr=plan.pieces.scales, K=K, stride_xm=x.stride(0), stride_vm=v.stride(0),
-            stride_ar=0 if factor is None else factor.stride(0),
+            x_ptr=x, v_ptr=v, a_ptr=factor, base_ptr=base, dx_ptr=dx, partial_ptr=partial,
+            seed_ptr=seed, scales_ptr=pieces.scales, K=K, stride_xm=x.stride(0),
+            stride_vm=v.stride(0), stride_ar=0 if factor is None else factor.stride(0),
             stride_bm=0 if base is None else base.stride(0),
             stride_dm=0 if dx is None else dx.stride(0), **tables,
         ),
         dict(
-            BLOCK_M=blocks.m, HAS_DROPOUT=plan.has_dropout and width is None,
-            HAS_DX=base is not None, IN_BLOCK=width is not None, ALIGN=plan.pieces.align,
-            **constants,
+            BLOCK_M=blocks.m, HAS_DROPOUT=pieces.has_dropout and width is None,
+            HAS_DX=base is not None, IN_BLOCK=width is not None, ALIGN=pieces.align, **constants,
         ),
         blocks,
     )  # fmt: skip
-    d = x.new_empty(plan.pieces.ranks, K, dtype=torch.float32)
+    d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
     launcher.launch(
         lora_reduce,
-        (triton.cdiv(K, blocks.k), len(plan.pieces.terms) * plan.pieces.block_r),
-        dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * plan.slots, K=K, **tables),
+        (triton.cdiv(K, blocks.k), len(pieces.terms) * pieces.block_r),
+        dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * slots, K=K, **tables),
         dict(BLOCK_C=32, **constants),
         blocks,
     )

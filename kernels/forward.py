@@ -103,21 +103,21 @@ def down(
 
     `copy` is the left part [M, K] of the buffer whose right part u is.
     """
-    tiles = plan.tiles(blocks.m)
+    tiles, slots = plan.tiles(blocks.m)
+    pieces = plan.pieces
     launcher.launch(
         lora_down,
-        (plan.slots, len(tiles)),
+        (slots, len(tiles)),
         dict(
-            x_ptr=x, a_ptr=factor, u_ptr=u, copy_ptr=x if copy is None else copy,
-            seed_ptr=plan.pieces.scales if seed is None else seed, tiles_ptr=tiles,
-            pieces_ptr=plan.pieces.table, scales_ptr=plan.pieces.scales, K=x.shape[1],
+            x_ptr=x, a_ptr=factor, u_ptr=u, copy_ptr=copy, seed_ptr=seed, tiles_ptr=tiles,
+            pieces_ptr=pieces.table, scales_ptr=pieces.scales, K=x.shape[1],
             stride_xm=x.stride(0), stride_ar=factor.stride(0), stride_ak=factor.stride(1),
             stride_um=u.stride(0),
         ),
         dict(
-            SLOTS=plan.slots, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=plan.pieces.block_r,
-            HAS_DROPOUT=plan.has_dropout and not in_block, HAS_COPY=copy is not None,
-            IN_BLOCK=in_block, ALIGN=plan.pieces.align,
+            SLOTS=slots, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r,
+            HAS_DROPOUT=pieces.has_dropout and not in_block, HAS_COPY=copy is not None,
+            IN_BLOCK=in_block, ALIGN=pieces.align,
         ),
         blocks,
     )  # fmt: skip
@@ -212,24 +212,23 @@ def fused(
     x [M, K], weight [N, K], u [M, R], factor [R, N], y [M, N]; in backward the caller names g, W^T,
     v, A and dx by these.
     """
-    tiles = plan.tiles(blocks.m)
+    tiles, slots = plan.tiles(blocks.m)
+    pieces = plan.pieces
     launcher.launch(
         lora_fused,
         (triton.cdiv(y.shape[1], blocks.n), len(tiles)),
         dict(
-            x_ptr=y if x is None else x, w_ptr=factor if weight is None else weight,
-            b_ptr=plan.pieces.scales if bias is None else bias, u_ptr=u, f_ptr=factor, y_ptr=y,
-            seed_ptr=plan.pieces.scales if seed is None else seed, tiles_ptr=tiles,
-            pieces_ptr=plan.pieces.table, scales_ptr=plan.pieces.scales, N=y.shape[1],
+            x_ptr=x, w_ptr=weight, b_ptr=bias, u_ptr=u, f_ptr=factor, y_ptr=y, seed_ptr=seed,
+            tiles_ptr=tiles, pieces_ptr=pieces.table, scales_ptr=pieces.scales, N=y.shape[1],
             K=0 if x is None else x.shape[1], stride_xm=0 if x is None else x.stride(0),
             stride_wn=0 if weight is None else weight.stride(0),
             stride_wk=0 if weight is None else weight.stride(1), stride_um=u.stride(0),
             stride_fr=factor.stride(0), stride_fn=factor.stride(1), stride_ym=y.stride(0),
         ),
         dict(
-            SLOTS=plan.slots, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k,
-            BLOCK_R=plan.pieces.block_r, HAS_BASE=x is not None, HAS_BIAS=bias is not None,
-            HAS_DROPOUT=plan.has_dropout and backward, BACKWARD=backward, ALIGN=plan.pieces.align,
+            SLOTS=slots, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k,
+            BLOCK_R=pieces.block_r, HAS_BASE=x is not None, HAS_BIAS=bias is not None,
+            HAS_DROPOUT=pieces.has_dropout and backward, BACKWARD=backward, ALIGN=pieces.align,
         ),
         blocks,
     )  # fmt: skip

@@ -1,8 +1,4 @@
-"""The LoRA operation: the public functions, the autograd function under them, and the route.
-
-Saved for backward are x, u = c (m * x) A^T and the dropout mask's seed; neither the mask nor the
-dropped x, and never a gradient of W0 or b.
-"""
+"""The LoRA operation: the public functions and the route that they take."""
 
 from __future__ import annotations
 
@@ -11,17 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastlora.kernels import library, tuning
+from fastlora.kernels import tuning
 from fastlora.kernels.dropout import draw_seed, threshold
 from fastlora.kernels.frozen import linear
-from fastlora.kernels.grouped import Shape
-from fastlora.kernels.library import Facts
+from fastlora.kernels.library import lora_op
 from fastlora.kernels.reference import Term
 from fastlora.kernels.routes import ROUTES
 
@@ -89,34 +83,6 @@ def forced_route(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-class _LoRA(torch.autograd.Function):
-    """The operation in eager mode, where the registered operator would add half a millisecond."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        weight: Tensor,
-        seed: Tensor | None,
-        facts: Facts,
-        *factors: Tensor,
-    ) -> Tensor:
-        call = library.make_call(weight, seed, facts, factors)
-        y, saved = library.run_forward(x, bias, call, facts.route)
-        ctx.facts = facts
-        ctx.save_for_backward(library.kept_input(x, saved, facts), saved, weight, seed, *factors)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, saved, weight, seed, *factors = ctx.saved_tensors
-        call, route = library.make_call(weight, seed, ctx.facts, factors), ctx.facts.route
-        dx, dA, dB = library.run_backward(grad, kept, saved, call, route, ctx.needs_input_grad[0])
-        return dx, None, None, None, None, *library.split_gradients(dA, dB, call, route, grad)
-
-
 def lora_grouped(
     x: Tensor,
     weight: Tensor,
@@ -153,14 +119,16 @@ def lora_grouped(
         return linear(x, weight, bias)
     if seed is None and any(term.dropout_p > 0 for term in terms):
         seed = draw_seed(x.device)
-    large = torch.compiler.is_compiling() or len(rows) >= tuning.SMALL
-    facts = _facts(terms, len(rows), route(x.device, x.dtype, large).name)
     factors = [*(term.lora_A for term in terms), *(term.lora_B for term in terms)]
-    if torch.compiler.is_compiling():
-        y = library.call(rows, weight, bias, factors, seed, facts)
-    else:
-        with library.without_autocast(x):
-            y = _LoRA.apply(rows, bias, weight, seed, facts, *factors)
+    places: list[int] = []
+    for term in terms:
+        start, stop, _ = slice(term.start, term.stop).indices(len(rows))
+        drop = threshold(term.dropout_p)
+        places += (term.column, drop, term.stream, start, max(start, stop))
+    scales = [term.c for term in terms]
+    large = torch.compiler.is_compiling() or len(rows) >= tuning.SMALL
+    name = route(x.device, x.dtype, large).name
+    y = lora_op(rows, weight, bias, factors, seed, scales, places, name)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -206,16 +174,6 @@ def lora_qkv(
         for A, B in [adapters[name]]
     ]
     return lora_grouped(x, weight, bias, terms, seed)
-
-
-def _facts(terms: Sequence[Term], rows: int, route: str) -> Facts:
-    shapes, ranges = [], []
-    for t in terms:
-        start, stop, _ = slice(t.start, t.stop).indices(rows)
-        width, rank = t.lora_B.shape
-        shapes.append(Shape(rank, width, t.column, t.c, threshold(t.dropout_p), t.stream))
-        ranges.append((start, max(start, stop)))
-    return Facts(tuple(shapes), tuple(ranges), route)
 
 
 def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:

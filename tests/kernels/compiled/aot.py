@@ -64,7 +64,7 @@ def compile_launch(capability, kernel, arguments, constants, blocks):
             offset = value.storage_offset() * value.element_size()
             if offset % 16 == 0:
                 aligned.append(name)
-        elif name in constants or value == 1:
+        elif name in constants or is_constant(value):
             constants.setdefault(name, value)
             signature[name] = "constexpr"
         else:
@@ -73,6 +73,17 @@ def compile_launch(capability, kernel, arguments, constants, blocks):
                 aligned.append(name)
     items = [tuple(d.items()) for d in (signature, constants)]
     return _compile(kernel, capability, *items, tuple(aligned), blocks.warps, blocks.stages)
+
+
+def is_constant(value):
+    """Whether Triton makes this argument a constant."""
+    return value is None or (isinstance(value, int) and value == 1)
+
+
+def passed(kernel, arguments):
+    """What a launch passes to the compiled kernel, in its order."""
+    values = (arguments[name] for name in kernel.arg_names if name in arguments)
+    return [value for value in values if not is_constant(value)]
 
 
 def sample(dtype, M=8, H=768, r=32, p=0.1):
