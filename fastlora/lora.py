@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from zlib import crc32
 
 import torch
@@ -38,7 +38,7 @@ class Routing:
     """
 
     segments: tuple[Segment, ...] | None = None
-    seed: Tensor | None = field(default=None)
+    seed: Tensor | None = None
 
     def begin(self, segments: Sequence[Segment] | None, device: torch.device) -> None:
         """Start a forward pass: set the rows and draw one seed for all layers."""
@@ -67,9 +67,8 @@ class LoRALinear(nn.Module):
         rslora: bool = False,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        self._take(nn.Linear(in_features, out_features, bias))
-        self.add_adapter(DEFAULT, LoraConfig(r, alpha, dropout, rslora))
+        linear = nn.Linear(in_features, out_features, bias)
+        self._adopt(linear, {DEFAULT: LoraConfig(r, alpha, dropout, rslora)})
 
     @classmethod
     def from_linear(
@@ -77,34 +76,28 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """Adopt the parameters of `linear` (shared, frozen from now on), one adapter a setting."""
         layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._take(linear, stream)
-        for name, setting in settings.items():
-            layer.add_adapter(name, setting)
+        layer._adopt(linear, settings, stream)
         return layer
 
-    def _take(self, linear: nn.Linear, stream: int = 0) -> None:
+    def _adopt(
+        self, linear: nn.Linear, settings: Mapping[str, LoraConfig], stream: int = 0
+    ) -> None:
+        super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        linear.requires_grad_(False)
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.settings: dict[str, LoraConfig] = {}
+        self.settings = dict(settings)
+        for name, setting in settings.items():
+            A = self.weight.new_empty(setting.r, self.in_features, dtype=torch.float32)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            self.lora_A[name] = nn.Parameter(A)
+            self.lora_B[name] = nn.Parameter(A.new_zeros(self.out_features, setting.r))
         self.stream = stream
         self.routing = Routing()
         self.merged: str | None = None
         self._unmerged: Tensor | None = None
         self.train(linear.training)
-
-    def add_adapter(self, name: str, setting: LoraConfig) -> None:
-        """Add an adapter that changes nothing yet (B is zero)."""
-        device = self.weight.device
-        A = torch.empty(setting.r, self.in_features, device=device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(A)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, setting.r, device=device))
-        self.settings[name] = setting
 
     def terms(self, x: Tensor, column: int = 0) -> list[Term]:
         """The low-rank terms that the routing puts on input x [leading, ..., in]."""
@@ -115,7 +108,6 @@ class LoRALinear(nn.Module):
             segments = (Segment(DEFAULT, 0, x.shape[0]),)
         # A segment counts in the leading dimension; a term counts in flattened rows.
         rows = x[0].numel() // self.in_features if x.dim() > 1 and len(x) else 1
-        used = [s for s in segments if s.adapter in self.settings and s.start < s.stop]
         return [
             Term(
                 lora_A=self.lora_A[s.adapter],
@@ -128,7 +120,8 @@ class LoRALinear(nn.Module):
                 stop=s.stop * rows,
                 column=column,
             )
-            for s in used
+            for s in segments
+            if s.adapter in self.settings and s.start < s.stop
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,16 +202,12 @@ def inject(
         if own:
             layers[name] = LoRALinear.from_linear(linear, own, stream=crc32(name.encode()))
             layers[name].routing = routing
-            _replace(model, name, layers[name])
+            path, _, attribute = name.rpartition(".")
+            parent = model.get_submodule(path)
+            setattr(parent, attribute, layers[name])
+            if isinstance(parent, SelfAttention):
+                parent.projection = lora_projection
     return layers
-
-
-def _replace(model: nn.Module, name: str, layer: LoRALinear) -> None:
-    path, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(path)
-    setattr(parent, attribute, layer)
-    if isinstance(parent, SelfAttention):
-        parent.projection = lora_projection
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

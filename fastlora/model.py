@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastlora.batches import Batch, Span
 from fastlora.bert.config import BertConfig
-from fastlora.bert.model import BertModel, Layout
+from fastlora.bert.model import BertModel
 from fastlora.config import LoraConfig
 from fastlora.kernels import Dropout
 from fastlora.lora import DEFAULT, Routing, Segment, inject
@@ -121,7 +121,8 @@ class MultitaskBert(nn.Module):
         states, layout = self.encoder.encode(
             batch.input_ids, batch.attention_mask, batch.token_type_ids
         )
-        return mean_pool(states[-1].float(), layout, batch.attention_mask)
+        lengths = batch.attention_mask.sum(1, keepdim=True)
+        return layout.pad(states[-1].float()).sum(1) / lengths
 
     def _segments(self, batch: Batch) -> list[Segment] | None:
         """Each task's rows as a range of real tokens; None when one adapter serves all."""
@@ -139,12 +140,6 @@ class MultitaskBert(nn.Module):
         """Each task's outputs [n, outputs] for its examples in the batch."""
         pooled = self.embed(batch)
         return {s.task: self.score(s, pooled[s.start : s.stop]) for s in batch.spans}
-
-
-def mean_pool(tokens: Tensor, layout: Layout, attention_mask: Tensor) -> Tensor:
-    """[T, H] -> [B, H], the mean over each sentence's real tokens."""
-    lengths = attention_mask.sum(1, keepdim=True)
-    return layout.pad(tokens).sum(1) / lengths
 
 
 def task_losses(
