@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import launcher
-from fastlora.kernels.forward import load_piece
+from fastlora.kernels.forward import load_piece, load_tile
 from fastlora.kernels.grouped import Plan
 from fastlora.kernels.mask import keep_mask
 from fastlora.kernels.tuning import Blocks
@@ -48,26 +48,13 @@ def lora_outer(
                 column0, depth, scale = column, width, 1.0
             acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
             if HAS_DX:
-                a = tl.load(
-                    a_ptr + (offset + rank)[:, None] * stride_ar + k[None, :],
-                    mask=(rank < ranks)[:, None] & (k < K)[None, :],
-                    other=0.0,
-                )  # [BLOCK_R, BLOCK_K]
+                a = load_tile(a_ptr, offset + rank, stride_ar, k, 1, rank < ranks, k < K)
             for first in range(start, stop, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)
                 live = row < stop
                 row64 = row.to(tl.int64)
-                inside = live[:, None] & (k < depth)[None, :]
-                x = tl.load(
-                    x_ptr + row64[:, None] * stride_xm + (column0 + k)[None, :],
-                    mask=inside,
-                    other=0.0,
-                )  # [BLOCK_M, BLOCK_K]
-                v = tl.load(
-                    v_ptr + row64[:, None] * stride_vm + (offset + rank)[None, :],
-                    mask=live[:, None] & (rank < ranks)[None, :],
-                    other=0.0,
-                )  # [BLOCK_M, BLOCK_R]
+                x = load_tile(x_ptr, row64, stride_xm, column0 + k, 1, live, k < depth)
+                v = load_tile(v_ptr, row64, stride_vm, offset + rank, 1, live, rank < ranks)
                 if HAS_DROPOUT:
                     # One draw serves dA and dx.
                     keep = keep_mask(seed, stream, row - origin, k0, threshold, BLOCK_K, x.dtype)
@@ -78,6 +65,7 @@ def lora_outer(
                     if HAS_DROPOUT:
                         branch *= keep.to(tl.float32)
                     dx_ptrs = dx_ptr + row64[:, None] * stride_dm + k[None, :]
+                    inside = live[:, None] & (k < depth)[None, :]
                     if slot == 0:
                         base_ptrs = base_ptr + row64[:, None] * stride_bm + k[None, :]
                         branch += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -108,12 +96,7 @@ def lora_reduce(
         i = first + tl.arange(0, BLOCK_C)
         entry = chunks_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
         mine = tl.load(entry, mask=i < PARTIALS, other=-1) == piece
-        row = i.to(tl.int64) * BLOCK_R + rank
-        acc += tl.load(
-            partial_ptr + row[:, None] * K + k[None, :],
-            mask=mine[:, None] & (k < K)[None, :],
-            other=0.0,
-        )
+        acc += load_tile(partial_ptr, i.to(tl.int64) * BLOCK_R + rank, K, k, 1, mine, k < K)
     offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
     if rank < ranks:
         d_row = (offset + rank).to(tl.int64) * K

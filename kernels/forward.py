@@ -34,6 +34,13 @@ def load_piece(pieces_ptr, piece, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def load_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_columns):
+    """The elements at [rows, columns], zeros where either is not live."""
+    ptrs = ptr + rows[:, None] * stride_rows + columns[None, :] * stride_columns
+    return tl.load(ptrs, mask=live_rows[:, None] & live_columns[None, :], other=0.0)
+
+
+@triton.jit
 def lora_down(
     x_ptr, a_ptr, u_ptr, copy_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
     K,
@@ -63,12 +70,10 @@ def lora_down(
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for k0 in range(0, depth, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            inside = live[:, None] & (k < depth)[None, :]
-            x = tl.load(
-                x_ptr + row64[:, None] * stride_xm + (first + k)[None, :], mask=inside, other=0.0
-            )  # [BLOCK_M, BLOCK_K]
+            x = load_tile(x_ptr, row64, stride_xm, first + k, 1, live, k < depth)
             # Slots of one tile run side by side, so x comes from DRAM once.
             if HAS_COPY and slot == 0:
+                inside = live[:, None] & (k < depth)[None, :]
                 tl.store(copy_ptr + row64[:, None] * stride_um + k[None, :], x, mask=inside)
             a = tl.load(
                 a_ptr + (offset + rank)[None, :] * stride_ar + (first + k)[:, None] * stride_ak,
@@ -148,11 +153,7 @@ def lora_fused(
     if HAS_BASE:
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            x = tl.load(
-                x_ptr + row64[:, None] * stride_xm + k[None, :],
-                mask=live[:, None] & (k < K)[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_K]
+            x = load_tile(x_ptr, row64, stride_xm, k, 1, live, k < K)  # [BLOCK_M, BLOCK_K]
             w = tl.load(
                 w_ptr + n[None, :] * stride_wn + k[:, None] * stride_wk,
                 mask=(n < N)[None, :] & (k < K)[:, None],
@@ -172,16 +173,9 @@ def lora_fused(
             offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
             # Forward terms reach their own block of columns only.
             if BACKWARD or (column < n0 + BLOCK_N and column + width > n0):
-                u = tl.load(
-                    u_ptr + row64[:, None] * stride_um + (offset + rank)[None, :],
-                    mask=live[:, None] & (rank < ranks)[None, :],
-                    other=0.0,
-                )  # [BLOCK_M, BLOCK_R]
-                f = tl.load(
-                    f_ptr + (offset + rank)[:, None] * stride_fr + n[None, :] * stride_fn,
-                    mask=(rank < ranks)[:, None] & (n < N)[None, :],
-                    other=0.0,
-                )  # [BLOCK_R, BLOCK_N]
+                place, known = offset + rank, rank < ranks
+                u = load_tile(u_ptr, row64, stride_um, place, 1, live, known)
+                f = load_tile(f_ptr, place, stride_fr, n, stride_fn, known, n < N)
                 if BACKWARD:
                     term = tl.dot(u, f, input_precision="ieee") * tl.load(scales_ptr + piece)
                     if HAS_DROPOUT:

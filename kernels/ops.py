@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlora.kernels import tuning
 from fastlora.kernels.dropout import draw_seed, threshold
 from fastlora.kernels.frozen import linear
-from fastlora.kernels.library import lora_op
+from fastlora.kernels.library import lora, lora_eager
 from fastlora.kernels.reference import Term
 from fastlora.kernels.routes import ROUTES
 
@@ -127,8 +127,11 @@ def lora_grouped(
         places += (term.column, drop, term.stream, start, max(start, stop))
     scales = [term.c for term in terms]
     large = torch.compiler.is_compiling() or len(rows) >= tuning.SMALL
-    name = route(x.device, x.dtype, large).name
-    y = lora_op(rows, weight, bias, factors, seed, scales, places, name)
+    facts = scales, places, route(x.device, x.dtype, large).name
+    if torch.compiler.is_compiling():
+        y, _ = lora(rows, weight, bias, factors, seed, *facts)
+    else:
+        y, _ = lora_eager(rows, weight, bias, seed, facts, *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
