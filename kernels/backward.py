@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels import launcher
+from fastlora.kernels import tuning
 from fastlora.kernels.forward import load_piece, load_tile
 from fastlora.kernels.grouped import Plan
 from fastlora.kernels.mask import keep_mask
-from fastlora.kernels.tuning import Blocks
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def outer(
     v: Tensor,
     plan: Plan,
     seed: Tensor | None,
-    blocks: Blocks,
+    blocks: tuning.Blocks,
     *,
     factor: Tensor | None = None,
     base: Tensor | None = None,
@@ -127,7 +126,7 @@ def outer(
     partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
     tables = dict(chunks_ptr=chunks, pieces_ptr=pieces.table)
     constants = dict(SLOTS=slots, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r)
-    launcher.launch(
+    tuning.launch(
         lora_outer,
         (triton.cdiv(K, blocks.k), len(chunks)),
         dict(
@@ -144,7 +143,7 @@ def outer(
         blocks,
     )  # fmt: skip
     d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
-    launcher.launch(
+    tuning.launch(
         lora_reduce,
         (triton.cdiv(K, blocks.k), len(pieces.terms) * pieces.block_r),
         dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * slots, K=K, **tables),

@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels import launcher
+from fastlora.kernels import tuning
 from fastlora.kernels.grouped import Plan
 from fastlora.kernels.mask import keep_mask
-from fastlora.kernels.tuning import Blocks
 
 
 @triton.jit
@@ -99,7 +98,7 @@ def down(
     u: Tensor,
     plan: Plan,
     seed: Tensor | None,
-    blocks: Blocks,
+    blocks: tuning.Blocks,
     *,
     copy: Tensor | None = None,
     in_block: bool = False,
@@ -110,7 +109,7 @@ def down(
     """
     tiles, slots = plan.tiles(blocks.m)
     pieces = plan.pieces
-    launcher.launch(
+    tuning.launch(
         lora_down,
         (slots, len(tiles)),
         dict(
@@ -197,7 +196,7 @@ def fused(
     y: Tensor,
     plan: Plan,
     seed: Tensor | None,
-    blocks: Blocks,
+    blocks: tuning.Blocks,
     *,
     backward: bool = False,
 ) -> None:
@@ -208,7 +207,7 @@ def fused(
     """
     tiles, slots = plan.tiles(blocks.m)
     pieces = plan.pieces
-    launcher.launch(
+    tuning.launch(
         lora_fused,
         (triton.cdiv(y.shape[1], blocks.n), len(tiles)),
         dict(

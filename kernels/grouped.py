@@ -54,19 +54,13 @@ def is_uniform(shapes: Sequence[Shape], ranges: Ranges, rows: int) -> bool:
 class Pieces:
     """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device.
 
-    Attributes:
-        ranks: R, the width of u and v.
-        table: int32 [P, 6], a row a piece: its first column in u, v and the packed factors, its
-            ranks, the first column and the width of its block, its stream and threshold.
-        scales: fp32 [P], the c of each piece.
-        terms: the term of each piece.
-        block_r: ranks of a kernel's tile, a power of two that tensor cores take.
-        align: 16 when it divides all blocks' columns and widths, else 1.
-        has_dropout: whether any term has.
+    `table` is int32 [P, 6], a row a piece: its first column in u, v and the packed factors, its
+    ranks, the first column and the width of its block, its stream and threshold. `scales` is fp32
+    [P], the c of each piece.
     """
 
     def __init__(self, shapes: tuple[Shape, ...], device: torch.device) -> None:
-        *offsets, self.ranks = rank_offsets(shapes)
+        *offsets, self.ranks = rank_offsets(shapes)  # R, the width of u and v
         table, scales, terms = [], [], []
         for term, (shape, offset) in enumerate(zip(shapes, offsets, strict=True)):
             # Streams have 32 bits and no sign; the table has signed ones.
@@ -77,11 +71,13 @@ class Pieces:
                 table.append((offset + first, size, *block))
                 scales.append(shape.scale)
                 terms.append(term)
-        self.terms = tuple(terms)
-        self.align = 1 if any(s.column % 16 or s.width % 16 for s in shapes) else 16
-        self.has_dropout = any(shape.threshold for shape in shapes)
+        self.terms = tuple(terms)  # the term of each piece
         self.table = torch.tensor(table, dtype=torch.int32, device=device)
         self.scales = torch.tensor(scales, dtype=torch.float32, device=device)
+        self.has_dropout = any(shape.threshold for shape in shapes)
+        # What divides the columns and widths of all blocks.
+        self.align = 1 if any(s.column % 16 or s.width % 16 for s in shapes) else 16
+        # Ranks of a kernel's tile: a power of two that tensor cores take.
         self.block_r = max(16, 1 << max(size - 1 for _, size, *_ in table).bit_length())
 
 

@@ -1,16 +1,15 @@
 """The operation's autograd, and the operation as an operator for `torch.compile` and tracing.
 
 Saved for backward are x, u = c (m * x) A^T and the dropout mask's seed; neither the mask nor the
-dropped x. Operators take flat lists only: `factors` are all A, then all B, and what a call fixes
-beside its tensors travels as `scales` (c, a term) and `places` (first column, threshold, stream,
-first row and end, a term).
+dropped x. Operators take flat lists only, so a call's facts travel as `_FACTS` says: `factors` are
+all A, then all B; `scales` the c of each term; `places` five integers a term (first column,
+threshold, stream, first row, end).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
 from typing import Any
 
 import torch
@@ -29,93 +28,81 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
-def _call(
+def _parse(
     weight: Tensor,
     factors: Sequence[Tensor],
     seed: Tensor | None,
     scales: Sequence[float],
     places: Sequence[int],
-) -> Call:
+    route: str,
+) -> tuple[Any, Call]:
+    """A route, and what it is called with."""
     half, shapes, ranges = len(scales), [], []
     for i, (scale, B) in enumerate(zip(scales, factors[half:], strict=True)):
         column, drop, stream, start, stop = places[5 * i : 5 * i + 5]
         shapes.append(Shape(B.shape[1], B.shape[0], column, scale, drop, stream))
         ranges.append((start, stop))
-    return Call(weight, factors[:half], factors[half:], seed, tuple(shapes), tuple(ranges))
+    call = Call(weight, factors[:half], factors[half:], seed, tuple(shapes), tuple(ranges))
+    return ROUTES[route], call
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    seed: Tensor | None,
-    scales: Sequence[float],
-    places: Sequence[int],
-    route: str,
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, bias: Tensor | None, *facts: Any) -> tuple[Tensor, Tensor]:
     """y [M, N], and what backward needs (see `routes.py`)."""
+    route, call = _parse(*facts)
     with _without_autocast(x):
-        return ROUTES[route].forward(x, bias, _call(weight, factors, seed, scales, places))
-
-
-lora = torch.library.custom_op("fastlora::lora", _forward, mutates_args=())
-
-
-@lora.register_fake
-def _fake_lora(
-    x: Tensor, weight: Tensor, _bias: Any, factors: Any, seed: Any, *facts: Any
-) -> tuple[Tensor, Tensor]:
-    *flat, route = facts
-    call = _call(weight, factors, seed, *flat)
-    saved = ROUTES[route].saved_shape(call, x.shape[0])
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(saved)
+        return route.forward(x, bias, call)
 
 
 def _backward(
-    grad: Tensor,
-    x: Tensor | None,
-    saved: Tensor,
-    weight: Tensor,
-    factors: Sequence[Tensor],
-    seed: Tensor | None,
-    scales: Sequence[float],
-    places: Sequence[int],
-    route: str,
-    need_dx: bool,
+    grad: Tensor, x: Tensor | None, saved: Tensor, need_dx: bool, *facts: Any
 ) -> list[Tensor]:
     """Each factor's gradient, in the factor's type, and dx [M, K] where it is needed."""
     if grad.stride(-1) != 1 or grad.stride(0) == 0:
         grad = grad.contiguous()
-    call = _call(weight, factors, seed, scales, places)
+    route, call = _parse(*facts)
     with _without_autocast(grad):
-        dx, gradients = ROUTES[route].backward(grad, x, saved, call, need_dx)
-    found = [part.to(factor.dtype) for part, factor in zip(gradients, factors, strict=True)]
+        dx, parts = route.backward(grad, x, saved, call, need_dx)
+    found = [part.to(f.dtype) for part, f in zip(parts, (*call.A, *call.B), strict=True)]
     return found if dx is None else [*found, dx]
 
 
-@wraps(_backward)
 def _unshared_backward(*arguments: Any) -> list[Tensor]:
-    found, factors = _backward(*arguments), arguments[4]
+    found, factors = _backward(*arguments), arguments[5]
     # Gradients are parts of buffers, and an operator's results may share no memory.
     return [part.clone() for part in found[: len(factors)]] + found[len(factors) :]
 
 
-lora_backward = torch.library.custom_op(
-    "fastlora::lora_backward", _unshared_backward, mutates_args=()
+_FACTS = "Tensor weight, Tensor[] factors, Tensor? seed, float[] scales, SymInt[] places, str route"
+lora = torch.library.custom_op(
+    "fastlora::lora",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? bias, {_FACTS}) -> (Tensor, Tensor)",
 )
+lora_backward = torch.library.custom_op(
+    "fastlora::lora_backward",
+    _unshared_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor? x, Tensor saved, bool need_dx, {_FACTS}) -> Tensor[]",
+)
+
+
+@lora.register_fake
+def _fake_lora(x: Tensor, _bias: Any, *facts: Any) -> tuple[Tensor, Tensor]:
+    (route, call), rows = _parse(*facts), x.shape[0]
+    return x.new_empty(rows, call.weight.shape[0]), x.new_empty(route.saved_shape(call, rows))
 
 
 @lora_backward.register_fake
 def _fake_backward(
-    grad: Tensor, _x: Any, _saved: Any, weight: Tensor, factors: Any, *facts: Any
+    grad: Tensor, _x: Any, _saved: Any, need_dx: bool, weight: Tensor, factors: Any, *_: Any
 ) -> list[Tensor]:
     gradients = [factor.new_empty(factor.shape) for factor in factors]
-    return gradients + ([grad.new_empty(grad.shape[0], weight.shape[1])] if facts[-1] else [])
+    return gradients + ([grad.new_empty(grad.shape[0], weight.shape[1])] if need_dx else [])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, factors, seed, *ctx.facts = inputs
+    x, _, weight, factors, seed, *ctx.fixed = inputs
     saved = output[1]
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
@@ -131,7 +118,7 @@ def _gradients(ctx: Any, grad: Tensor | None, run: Callable[..., list]) -> tuple
     if grad is None:
         return None, [None] * len(factors)
     need_dx = ctx.needs_input_grad[0]
-    found = run(grad, x, saved, weight, factors, seed, *ctx.facts, need_dx)
+    found = run(grad, x, saved, need_dx, weight, factors, seed, *ctx.fixed)
     return found.pop() if need_dx else None, found
 
 
@@ -146,14 +133,14 @@ lora.register_autograd(_traced_backward, setup_context=_setup_context)
 class _Eager(torch.autograd.Function):
     """The same without the operator, which would add half a millisecond.
 
-    `apply(x, weight, bias, seed, (scales, places, route), *factors)`.
+    `apply(x, bias, weight, seed, (scales, places, route), *factors)`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Any, seed: Any, facts: tuple, *factors: Tensor
+        ctx: Any, x: Tensor, bias: Any, weight: Tensor, seed: Any, fixed: tuple, *factors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        inputs = x, weight, bias, factors, seed, *facts
+        inputs = x, bias, weight, factors, seed, *fixed
         output = _forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output

@@ -127,11 +127,11 @@ def lora_grouped(
         places += (term.column, drop, term.stream, start, max(start, stop))
     scales = [term.c for term in terms]
     large = torch.compiler.is_compiling() or len(rows) >= tuning.SMALL
-    facts = scales, places, route(x.device, x.dtype, large).name
+    fixed = scales, places, route(x.device, x.dtype, large).name
     if torch.compiler.is_compiling():
-        y, _ = lora(rows, weight, bias, factors, seed, *facts)
+        y, _ = lora(rows, bias, weight, factors, seed, *fixed)
     else:
-        y, _ = lora_eager(rows, weight, bias, seed, facts, *factors)
+        y, _ = lora_eager(rows, bias, weight, seed, fixed, *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -171,10 +171,9 @@ def lora_qkv(
     if unknown := adapters.keys() - blocks.keys():
         raise ValueError(f"adapters has {min(unknown)!r} (expected some of {', '.join(blocks)})")
     terms = [
-        Term(A, B, scale, dropout_p, stream=column, column=column)
+        Term(*adapters[name], scale, dropout_p, stream=column, column=column)
         for name, column in blocks.items()
         if name in adapters
-        for A, B in [adapters[name]]
     ]
     return lora_grouped(x, weight, bias, terms, seed)
 

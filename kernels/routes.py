@@ -101,7 +101,7 @@ class Kernels:
         from fastlora.kernels.forward import down, fused
 
         (M, K), seed = x.shape, call.seed
-        plan, blocks = _plan(call, M), _blocks(x)
+        plan, blocks = _plan(call, x)
         saved = x.new_empty(self.saved_shape(call, M))
         extend = saved.shape[1] > plan.pieces.ranks
         A, packed, B = _factors(call, plan, x.dtype, extend)
@@ -125,7 +125,7 @@ class Kernels:
         from fastlora.kernels.forward import down, fused
 
         M, K = grad.shape[0], call.weight.shape[1]
-        plan, blocks, seed = _plan(call, M), _blocks(grad), call.seed
+        (plan, blocks), seed = _plan(call, grad), call.seed
         R, shapes = plan.pieces.ranks, call.shapes
         uniform = is_uniform(shapes, call.ranges, M)
         extend = self.vendor and uniform
@@ -188,12 +188,9 @@ def _parts(A: Tensor, B: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     return [A[r] for r in ranks] + [B[n, r] for n, r in zip(blocks, ranks, strict=True)]
 
 
-def _plan(call: Call, rows: int) -> Plan:
-    return Plan(make_pieces(call.shapes, call.weight.device), call.ranges, rows)
-
-
-def _blocks(x: Tensor) -> tuning.Config:
-    return tuning.config(tuning.capability(x.device), x.dtype, x.shape[0])
+def _plan(call: Call, x: Tensor) -> tuple[Plan, tuning.Config]:
+    plan = Plan(make_pieces(call.shapes, x.device), call.ranges, x.shape[0])
+    return plan, tuning.config(tuning.capability(x.device), x.dtype, x.shape[0])
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:

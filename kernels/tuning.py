@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,12 +87,20 @@ def config(capability: int, dtype: torch.dtype, rows: int) -> Config:
     return SHIPPED["any"]
 
 
-def load(file: Path) -> None:
-    """Put the measurements in a file of `save` before the shipped rows.
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    blocks: Blocks,
+) -> None:
+    """Run `kernel` on `grid`; the one place that does, so that tests can count and capture."""
+    if all(grid):
+        kernel[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
 
-    Raises:
-        ValueError: when the file is not one of `save`'s.
-    """
+
+def load(file: Path) -> None:
+    """Put the measurements in a file before the shipped rows; ValueError if `save` wrote none."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         for key, row in rows.items():

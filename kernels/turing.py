@@ -29,11 +29,7 @@ _FUNCTION = re.compile(r"tt\.func public @(\w+)")
 
 
 def install() -> str:
-    """Put the hook in Triton, after any hook that is there already.
-
-    Returns:
-        Why it could not be done, or an empty string.
-    """
+    """Put the hook in Triton, after one that is there already; returns why not, or ""."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if not TESTED[0] <= version <= TESTED[1]:
         return f"Triton {triton.__version__} is not one of {TESTED[0]} to {TESTED[1]}"

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlora.kernels import launcher, tuning, turing
+from fastlora.kernels import tuning, turing
 from fastlora.kernels.grouped import Shape
 from fastlora.kernels.routes import ROUTES, Call
 
@@ -30,15 +30,15 @@ FAMILIES = ("MMA", "LDG", "LDS", "STS", "BAR")
 @contextmanager
 def launches_to(function, capability, row=None):
     """Launches of a GPU of that capability, in the block sizes of a row, go to `function`."""
-    launch, find, config = launcher.launch, tuning.capability, tuning.config
-    launcher.launch = function
+    launch, find, config = tuning.launch, tuning.capability, tuning.config
+    tuning.launch = function
     tuning.capability = lambda _device: capability
     if row is not None:
         tuning.config = lambda *_: row
     try:
         yield
     finally:
-        launcher.launch, tuning.capability, tuning.config = launch, find, config
+        tuning.launch, tuning.capability, tuning.config = launch, find, config
 
 
 @cache
