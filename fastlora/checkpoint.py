@@ -86,8 +86,7 @@ def load_checkpoint(
 ) -> Progress:
     """Put a checkpoint into the model, optimizer and scaler; returns where the run was.
 
-    Raises:
-        RunError: when it holds other parameters than the model trains.
+    Raises RunError when it holds other parameters than the model trains.
     """
     weights = load_file(path / "model.safetensors")
     parameters = trainable(model)

@@ -51,10 +51,7 @@ class LoRALinear(nn.Module):
 
     A drop-in for `nn.Linear(in_features, out_features, bias)`: the base parameters keep the
     names `weight` and `bias`; adapter `name` has `lora_A[name]` [r, in] and `lora_B[name]`
-    [out, r], fp32 whatever the base is.
-
-    Raises:
-        fastlora.errors.UserError: when a setting is out of range.
+    [out, r], fp32 whatever the base is. Raises UserError when a setting is out of range.
     """
 
     def __init__(
@@ -96,7 +93,7 @@ class LoRALinear(nn.Module):
         self.stream = stream
         self.routing = Routing()
         self.merged: str | None = None
-        self._unmerged: Tensor | None = None
+        self.unmerged: Tensor | None = None  # W0, while an adapter is merged
         self.train(linear.training)
 
     def terms(self, x: Tensor, column: int = 0) -> list[Term]:
@@ -128,29 +125,6 @@ class LoRALinear(nn.Module):
         """[..., in] -> [..., out]."""
         return lora_grouped(x, self.weight, self.bias, self.terms(x), self.routing.seed)
 
-    @torch.no_grad()
-    def merge(self, adapter: str = DEFAULT) -> None:
-        """Fold an adapter into the weight, in fp32; W0 is kept, so `unmerge` is exact.
-
-        Raises:
-            RuntimeError: when an adapter is merged already.
-            KeyError: when there is no such adapter.
-        """
-        if self.merged:
-            raise RuntimeError(f"adapter {self.merged!r} is merged already: unmerge it first")
-        A, B = self.lora_A[adapter].float(), self.lora_B[adapter].float()
-        self._unmerged = self.weight.clone()
-        self.weight.copy_(self.weight.float() + self.settings[adapter].scale * (B @ A))
-        self.merged = adapter
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put W0 back, bit for bit."""
-        if self._unmerged is None:
-            raise RuntimeError("no adapter is merged")
-        self.weight.copy_(self._unmerged)
-        self.merged = self._unmerged = None
-
 
 def lora_projection(attention: SelfAttention, x: Tensor) -> Tensor:
     """minBERT's packed projection with LoRA on any of query, key and value: [T, H] -> [T, 3H]."""
@@ -177,15 +151,9 @@ def inject(
 ) -> dict[str, LoRALinear]:
     """Freeze `model` and put LoRA on its target linear layers, in place.
 
-    Args:
-        model: any module with `nn.Linear` layers (minBERT, Hugging Face BERT, ...).
-        settings: one adapter's settings, or {adapter name: settings} for several.
-
-    Returns:
-        The new layers by module name; they share one `Routing`.
-
-    Raises:
-        ValueError: when a target matches no linear layer.
+    `model` is any module with `nn.Linear` layers (minBERT, Hugging Face BERT, ...); `settings` are
+    one adapter's, or {adapter name: settings}. Returns the new layers by module name, which share
+    one `Routing`. Raises ValueError when a target matches no linear layer.
     """
     adapters = {DEFAULT: settings} if isinstance(settings, LoraConfig) else dict(settings)
     model.requires_grad_(False)
@@ -215,18 +183,29 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+@torch.no_grad()
 def merge(model: nn.Module, adapter: str = DEFAULT) -> None:
-    """Merge `adapter` into every LoRA layer that has it (see `LoRALinear.merge`)."""
+    """Fold `adapter` into every LoRA layer that has it, in fp32; W0 is kept for `unmerge`.
+
+    Raises RuntimeError when an adapter is merged already.
+    """
     for layer in lora_layers(model).values():
         if adapter in layer.settings:
-            layer.merge(adapter)
+            if layer.merged:
+                raise RuntimeError(f"adapter {layer.merged!r} is merged already: unmerge it first")
+            A, B = layer.lora_A[adapter].float(), layer.lora_B[adapter].float()
+            layer.unmerged = layer.weight.clone()
+            layer.weight.copy_(layer.weight.float() + layer.settings[adapter].scale * (B @ A))
+            layer.merged = adapter
 
 
+@torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge` bit for bit."""
+    """Undo `merge`: put W0 back, bit for bit."""
     for layer in lora_layers(model).values():
-        if layer.merged:
-            layer.unmerge()
+        if layer.unmerged is not None:
+            layer.weight.copy_(layer.unmerged)
+            layer.merged = layer.unmerged = None
 
 
 def parameter_report(model: nn.Module) -> dict[str, int]:

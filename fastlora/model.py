@@ -92,17 +92,13 @@ def make_head(config: BertConfig, task: Task, pairs: str) -> nn.Module:
 class MultitaskBert(nn.Module):
     """An encoder with a head per task, and LoRA adapters that are shared or one per task.
 
-    Args:
-        encoder: minBERT, with dropout modules in place.
-        tasks: by name; their order is the order of rows in a batch.
-        pairs: "separate" or "joint" encoding of sentence pairs.
+    The order of `tasks` is that of the rows in a batch; `pairs` is "separate" or "joint" encoding.
     """
 
     def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
         super().__init__()
         self.encoder = encoder
         self.tasks = dict(tasks)
-        self.pairs = pairs
         heads = {name: make_head(encoder.config, task, pairs) for name, task in tasks.items()}
         self.heads = nn.ModuleDict(heads)
         self.routing: Routing | None = None
@@ -116,20 +112,17 @@ class MultitaskBert(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Mean-pooled states of the batch's sentences: fp32 [B, H]."""
+        lengths = batch.attention_mask.sum(1)
         if self.routing is not None:
-            self.routing.begin(self._segments(batch), batch.input_ids.device)
+            segments = None
+            if self.per_task:  # each task's rows are a range of real tokens
+                ends = F.pad(lengths.cumsum(0), (1, 0)).tolist()
+                segments = [Segment(s.task, ends[s.start], ends[s.stop]) for s in batch.spans]
+            self.routing.begin(segments, batch.input_ids.device)
         states, layout = self.encoder.encode(
             batch.input_ids, batch.attention_mask, batch.token_type_ids
         )
-        lengths = batch.attention_mask.sum(1, keepdim=True)
-        return layout.pad(states[-1].float()).sum(1) / lengths
-
-    def _segments(self, batch: Batch) -> list[Segment] | None:
-        """Each task's rows as a range of real tokens; None when one adapter serves all."""
-        if not self.per_task:
-            return None
-        ends = F.pad(batch.attention_mask.sum(1).cumsum(0), (1, 0)).tolist()
-        return [Segment(s.task, ends[s.start], ends[s.stop]) for s in batch.spans]
+        return layout.pad(states[-1].float()).sum(1) / lengths[:, None]
 
     def score(self, span: Span, rows: Tensor) -> Tensor:
         """A task's outputs [n, outputs] from its sentences' pooled states [n * width, H]."""

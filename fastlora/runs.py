@@ -31,8 +31,7 @@ def default_folder(config: TrainConfig) -> Path:
 def open_run(folder: Path, config: TrainConfig) -> bool:
     """Create a run folder, or check that the one there is this run's; returns whether it is new.
 
-    Raises:
-        UserError: when the folder holds something else, or a run of another configuration.
+    Raises UserError when the folder holds something else, or a run of another configuration.
     """
     file = folder / "run.toml"
     if file.exists():
