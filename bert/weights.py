@@ -19,10 +19,7 @@ _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
-def load_encoder(
-    source: Source,
-    parts: Parts = Parts(),  # noqa: B008
-) -> tuple[BertModel, list[str]]:
+def load_encoder(source: Source, parts: Parts | None = None) -> tuple[BertModel, list[str]]:
     """Build the encoder of ``source`` with its weights in fp32, in evaluation mode.
 
     Accepts "bert." prefixes, LayerNorm.gamma/beta, pre-training heads (cls.*, ignored) and a
@@ -30,7 +27,7 @@ def load_encoder(
     note for each such liberty. Raises CheckpointError as ``copy_tensors`` does.
     """
     path = source.folder / "model.safetensors"
-    model = BertModel(BertConfig.from_json(source.folder / "config.json"), parts)
+    model = BertModel(BertConfig.from_json(source.folder / "config.json"), parts or Parts())
     raw, _ = read_tensors(path)
     tensors: dict[str, Tensor] = {}
     for raw_name, tensor in raw.items():

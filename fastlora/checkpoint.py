@@ -90,8 +90,7 @@ def load_checkpoint(
     """
     weights = load_file(path / "model.safetensors")
     parameters = trainable(model)
-    shapes = {name: p.shape for name, p in parameters.items()}
-    if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+    if {k: p.shape for k, p in parameters.items()} != {k: w.shape for k, w in weights.items()}:
         raise RunError(f"{path}: holds other parameters than this run trains; use a new --out")
     with torch.no_grad():
         for name, parameter in parameters.items():

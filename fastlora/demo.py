@@ -23,10 +23,7 @@ TRAIN, DEV = 1400, 350
 
 _TABLES = tomlkit.parse(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).unwrap()
 COSTS, FORMS = _TABLES["costs"], _TABLES["forms"]
-SIDES = {
-    1: {"strong": "great", "mild": "good", "unlike": "awful"},
-    -1: {"strong": "awful", "mild": "weak", "unlike": "great"},
-}
+SIDES = {1: _TABLES["for"], -1: _TABLES["against"]}
 
 Meaning = tuple[str, ...]  # synonyms
 Row = tuple[list[str], float]

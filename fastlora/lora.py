@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastlora.bert.model import SelfAttention
 from fastlora.config import TARGETS, LoraConfig
-from fastlora.kernels import Term, draw_seed, lora_grouped
+from fastlora.kernels import Term, lora_grouped
 
 DEFAULT = "default"
 
@@ -37,13 +37,8 @@ class Routing:
     own at each forward.
     """
 
-    segments: tuple[Segment, ...] | None = None
+    segments: Sequence[Segment] | None = None
     seed: Tensor | None = None
-
-    def begin(self, segments: Sequence[Segment] | None, device: torch.device) -> None:
-        """Start a forward pass: set the rows and draw one seed for all layers."""
-        self.segments = None if segments is None else tuple(segments)
-        self.seed = draw_seed(device)
 
 
 class LoRALinear(nn.Module):
@@ -65,7 +60,7 @@ class LoRALinear(nn.Module):
         bias: bool = True,
     ) -> None:
         linear = nn.Linear(in_features, out_features, bias)
-        self._adopt(linear, {DEFAULT: LoraConfig(r, alpha, dropout, rslora)})
+        self._adopt(linear, {DEFAULT: LoraConfig(r, alpha, dropout, rslora)}, stream=0)
 
     @classmethod
     def from_linear(
@@ -76,9 +71,7 @@ class LoRALinear(nn.Module):
         layer._adopt(linear, settings, stream)
         return layer
 
-    def _adopt(
-        self, linear: nn.Linear, settings: Mapping[str, LoraConfig], stream: int = 0
-    ) -> None:
+    def _adopt(self, linear: nn.Linear, settings: Mapping[str, LoraConfig], stream: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         linear.requires_grad_(False)
@@ -185,10 +178,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge(model: nn.Module, adapter: str = DEFAULT) -> None:
-    """Fold `adapter` into every LoRA layer that has it, in fp32; W0 is kept for `unmerge`.
-
-    Raises RuntimeError when an adapter is merged already.
-    """
+    """Fold `adapter` into every LoRA layer that has it, in fp32; RuntimeError if one is merged."""
     for layer in lora_layers(model).values():
         if adapter in layer.settings:
             if layer.merged:

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.batches import Batch, Span
-from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
 from fastlora.config import LoraConfig
-from fastlora.kernels import Dropout
+from fastlora.kernels import Dropout, draw_seed
 from fastlora.lora import DEFAULT, Routing, Segment, inject
 from fastlora.tasks import Task
 
@@ -81,14 +80,6 @@ def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)
 
 
-def make_head(config: BertConfig, task: Task, pairs: str) -> nn.Module:
-    """The head a task gets; `pairs` is "separate" or "joint". It drops as the encoder does."""
-    kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
-    if not task.is_pair or pairs == "joint":
-        kind = SentenceHead
-    return kind(config.hidden_size, task, config.hidden_dropout_prob)
-
-
 class MultitaskBert(nn.Module):
     """An encoder with a head per task, and LoRA adapters that are shared or one per task.
 
@@ -99,8 +90,14 @@ class MultitaskBert(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.tasks = dict(tasks)
-        heads = {name: make_head(encoder.config, task, pairs) for name, task in tasks.items()}
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict()
+        for name, task in tasks.items():
+            kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
+            if not task.is_pair or pairs == "joint":
+                kind = SentenceHead
+            # A head drops as the encoder does.
+            config = encoder.config
+            self.heads[name] = kind(config.hidden_size, task, config.hidden_dropout_prob)
         self.routing: Routing | None = None
         self.per_task = False
 
@@ -118,7 +115,7 @@ class MultitaskBert(nn.Module):
             if self.per_task:  # each task's rows are a range of real tokens
                 ends = F.pad(lengths.cumsum(0), (1, 0)).tolist()
                 segments = [Segment(s.task, ends[s.start], ends[s.stop]) for s in batch.spans]
-            self.routing.begin(segments, batch.input_ids.device)
+            self.routing.segments, self.routing.seed = segments, draw_seed(lengths.device)
         states, layout = self.encoder.encode(
             batch.input_ids, batch.attention_mask, batch.token_type_ids
         )

@@ -29,10 +29,7 @@ def default_folder(config: TrainConfig) -> Path:
 
 
 def open_run(folder: Path, config: TrainConfig) -> bool:
-    """Create a run folder, or check that the one there is this run's; returns whether it is new.
-
-    Raises UserError when the folder holds something else, or a run of another configuration.
-    """
+    """Create a run folder, or check it is this run's (else UserError); returns if it is new."""
     file = folder / "run.toml"
     if file.exists():
         found = read_toml(file)

@@ -56,10 +56,8 @@ def route(
 ) -> Route:
     """The route that `lora_grouped` takes on a device, for many rows or few, and why.
 
-    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one.
-
-    Raises:
-        ValueError: when FASTLORA_ROUTE names no route, or one that cannot run here.
+    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one; ValueError when
+    it names no route, or one that cannot run here.
     """
     name = _forced[-1] if _forced else os.environ.get("FASTLORA_ROUTE", "")
     found = _detect(torch.device(device), dtype, large)  # on a T4, also installs the hook
@@ -101,10 +99,8 @@ def lora_grouped(
         seed: int64 scalar tensor of all masks, drawn from torch's generator where it is None.
 
     Returns:
-        [..., N] in x's dtype. Gradients flow to x and to every lora_A and lora_B.
-
-    Raises:
-        ValueError: when a shape does not fit.
+        [..., N] in x's dtype. Gradients flow to x and to every lora_A and lora_B. ValueError when a
+        shape does not fit.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -179,17 +175,13 @@ def lora_qkv(
 
 
 def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} features (expected {weight.shape[1]}, weight's)")
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        raise ValueError(f"x has {x.shape[-1]} features (expected {K}, weight's)")
     for term in terms:
         A, B = term.lora_A, term.lora_B
-        if A.shape[1] != weight.shape[1] or A.shape[0] != B.shape[1]:
-            raise ValueError(
-                f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)} "
-                f"(expected [r, {weight.shape[1]}] and [N, r])"
-            )
-        if term.column + B.shape[0] > weight.shape[0]:
-            raise ValueError(
-                f"lora_B's rows reach column {term.column + B.shape[0]} of the output "
-                f"(expected at most {weight.shape[0]})"
-            )
+        if A.shape[1] != K or A.shape[0] != B.shape[1]:
+            found = f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}"
+            raise ValueError(f"{found} (expected [r, {K}] and [N, r])")
+        if (end := term.column + B.shape[0]) > N:
+            raise ValueError(f"lora_B's rows reach column {end} of y (expected at most {N})")

@@ -41,7 +41,8 @@ class Reference:
     @staticmethod
     def saved_shape(call: Call, rows: int) -> tuple[int, ...]:
         """All terms' u, one after the other."""
-        return (sum(m * r for m, r in _sizes(call)),)
+        terms = zip(call.shapes, call.ranges, strict=True)
+        return (sum((stop - start) * s.rank for s, (start, stop) in terms),)
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
@@ -158,15 +159,10 @@ ROUTES: dict[str, Any] = {
 }
 
 
-def _sizes(call: Call) -> list[tuple[int, int]]:
-    """Each term's rows and rank."""
-    spans = zip(call.shapes, call.ranges, strict=True)
-    return [(stop - start, s.rank) for s, (start, stop) in spans]
-
-
 def _us(call: Call, saved: Tensor) -> list[Tensor]:
     """Each term's u [M_t, r] in the flat buffer of route "reference"."""
-    sizes = _sizes(call)
+    terms = zip(call.shapes, call.ranges, strict=True)
+    sizes = [(stop - start, s.rank) for s, (start, stop) in terms]
     parts = saved.split([m * r for m, r in sizes])
     return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
@@ -181,11 +177,12 @@ def _keep(x: Tensor, shape: Shape, seed: Any) -> Tensor | None:
 
 def _parts(A: Tensor, B: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     """Each term's part of A [R, K], then each term's of B [N, R]."""
-    ranks = [
-        slice(first, first + s.rank) for s, first in zip(shapes, rank_offsets(shapes), strict=False)
-    ]
-    blocks = [slice(s.column, s.column + s.width) for s in shapes]
-    return [A[r] for r in ranks] + [B[n, r] for n, r in zip(blocks, ranks, strict=True)]
+    As, Bs = [], []
+    for s, first in zip(shapes, rank_offsets(shapes), strict=False):
+        ranks = slice(first, first + s.rank)
+        As.append(A[ranks])
+        Bs.append(B[s.column : s.column + s.width, ranks])
+    return As + Bs
 
 
 def _plan(call: Call, x: Tensor) -> tuple[Plan, tuning.Config]:
@@ -214,14 +211,12 @@ def _factors(
     They are refreshed when a factor changed (after a step of the optimiser). Without `extend`,
     the second is only B. See `_parts` for which rows and columns are whose.
     """
-    sources = [*call.A, *call.B]
-    owners = [StorageWeakRef(t.untyped_storage()) for t in (call.weight, *sources)]
-    places = (
-        (o.cdata, t.storage_offset()) for o, t in zip(owners, (call.weight, *sources), strict=True)
-    )
-    key = (*places, call.shapes, dtype, extend)
+    tensors = (call.weight, *call.A, *call.B)
+    owners = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+    offsets = (t.storage_offset() for t in tensors)
+    key = (*(owner.cdata for owner in owners), *offsets, call.shapes, dtype, extend)
     entry = _packed.get(key)
-    base, versions = call.weight._version, [t._version for t in sources]
+    base, *versions = (t._version for t in tensors)
     if entry is None or entry[1] != base:
         for old in [k for k, e in _packed.items() if any(owner.expired() for owner in e[0])]:
             del _packed[old]
@@ -235,6 +230,6 @@ def _factors(
     # A replayed graph must refresh: its optimiser steps leave versions as they are.
     capturing = call.weight.is_cuda and torch.cuda.is_current_stream_capturing()
     if entry[2] != versions or capturing:
-        torch._foreach_copy_(_parts(A, B, call.shapes), sources)
+        torch._foreach_copy_(_parts(A, B, call.shapes), tensors[1:])
         entry[2] = versions
     return A, packed, B

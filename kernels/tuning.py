@@ -78,13 +78,11 @@ def config(capability: int, dtype: torch.dtype, rows: int) -> Config:
     key = key_of(capability, dtype, rows)
     if key in MEASURED:
         return MEASURED[key]
-    name, bucket = NAMES[dtype], key.rpartition("/")[2]
-    if name == "fp32":
+    if dtype == torch.float32:
         return SHIPPED["any/fp32"]
-    for candidate in (f"{capability}/{name}", f"{capability}/{bucket}", str(capability)):
-        if candidate in SHIPPED:
-            return SHIPPED[candidate]
-    return SHIPPED["any"]
+    chip, name, bucket = key.split("/")
+    nearest = (f"{chip}/{name}", f"{chip}/{bucket}", chip, "any")
+    return next(SHIPPED[row] for row in nearest if row in SHIPPED)
 
 
 def launch(

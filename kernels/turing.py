@@ -25,7 +25,6 @@ import triton
 
 TESTED = ((3, 6), (3, 9))  # the versions that the tests compile with, first and last
 KERNELS = {"lora_down", "lora_fused", "lora_outer", "lora_reduce"}
-_FUNCTION = re.compile(r"tt\.func public @(\w+)")
 
 
 def install() -> str:
@@ -59,7 +58,7 @@ class Hook:
 
 
 def _ttgir(backend: Any, stock: Any, options: Any, module: Any, metadata: dict) -> Any:
-    if not KERNELS.issuperset(_FUNCTION.findall(str(module))):
+    if not KERNELS.issuperset(re.findall(r"tt\.func public @(\w+)", str(module))):
         return stock(module, metadata)
     from triton._C.libtriton import ir
 
