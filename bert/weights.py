@@ -19,10 +19,7 @@ _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
-def load_encoder(
-    source: Source,
-    parts: Parts = Parts(),  # noqa: B008
-) -> tuple[BertModel, list[str]]:
+def load_encoder(source: Source, parts: Parts | None = None) -> tuple[BertModel, list[str]]:
     """Build the encoder of ``source`` with its weights in fp32, in evaluation mode.
 
     Accepts "bert." prefixes, LayerNorm.gamma/beta, pre-training heads (cls.*, ignored) and a
@@ -30,9 +27,17 @@ def load_encoder(
     note for each such liberty. Raises CheckpointError as ``copy_tensors`` does.
     """
     path = source.folder / "model.safetensors"
-    model = BertModel(BertConfig.from_json(source.folder / "config.json"), parts)
+    model = BertModel(BertConfig.from_json(source.folder / "config.json"), parts or Parts())
     raw, _ = read_tensors(path)
-    tensors = _normalise(path, raw)
+    tensors: dict[str, Tensor] = {}
+    for raw_name, tensor in raw.items():
+        name = raw_name.removeprefix("bert.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in tensors:
+            raise CheckpointError(f"{path}: tensor {name!r} is there twice, once as {raw_name!r}")
+        if name not in _BUFFERS and not name.startswith("cls."):
+            tensors[name] = tensor
     heads = sum(name.startswith("cls.") for name in raw)
     notes = [f"ignored the {heads} tensors of the pre-training heads (cls.*)"] if heads else []
     # Half a pooler is a broken file: the copy names the missing half.
@@ -121,17 +126,3 @@ def copy_tensors(path: Path, found: Mapping[str, Tensor], into: Mapping[str, Ten
 
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in sorted(model.named_parameters()) if "lora_" not in n}
-
-
-def _normalise(path: Path, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring tensor names to BertModel's own; drop pre-training heads and saved buffers."""
-    tensors: dict[str, Tensor] = {}
-    for raw_name, tensor in raw.items():
-        name = raw_name.removeprefix("bert.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if name in tensors:
-            raise CheckpointError(f"{path}: tensor {name!r} is there twice, once as {raw_name!r}")
-        if name not in _BUFFERS and not name.startswith("cls."):
-            tensors[name] = tensor
-    return tensors

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from fastlora.errors import RunError
 from fastlora.files import atomic_folder
@@ -52,7 +53,12 @@ def save_checkpoint(
     with atomic_folder(path) as building:
         weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         save_file(weights, building / "model.safetensors")
-        save_file(_optimizer_state(parameters, optimizer), building / "optim.safetensors")
+        moments = {
+            f"{name}|{slot}": value.detach().cpu().contiguous()
+            for name, parameter in parameters.items()
+            for slot, value in optimizer.state.get(parameter, {}).items()
+        }
+        save_file(moments, building / "optim.safetensors")
         state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
         (building / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _digest(file) for file in sorted(building.iterdir())}
@@ -65,8 +71,10 @@ def save_checkpoint(
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are as its manifest says, or None."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if _is_whole(path):
-            return path
+        with suppress(OSError, ValueError):
+            manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
+            if all(_digest(path / name) == digest for name, digest in manifest.items()):
+                return path
     return None
 
 
@@ -78,44 +86,23 @@ def load_checkpoint(
 ) -> Progress:
     """Put a checkpoint into the model, optimizer and scaler; returns where the run was.
 
-    Raises:
-        RunError: when it holds other parameters than the model trains.
+    Raises RunError when it holds other parameters than the model trains.
     """
     weights = load_file(path / "model.safetensors")
     parameters = trainable(model)
-    shapes = {name: p.shape for name, p in parameters.items()}
-    if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+    if {k: p.shape for k, p in parameters.items()} != {k: w.shape for k, w in weights.items()}:
         raise RunError(f"{path}: holds other parameters than this run trains; use a new --out")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     for key, tensor in load_file(path / "optim.safetensors").items():
         name, _, slot = key.rpartition("|")
-        parameter = parameters[name]
-        optimizer.state[parameter][slot] = tensor.to(parameter.device)
+        optimizer.state[parameters[name]][slot] = tensor.to(parameters[name].device)
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return Progress(**state["progress"])
 
 
-def _optimizer_state(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    return {
-        f"{name}|{slot}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for slot, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
-        return all(_digest(path / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError):
-        return False

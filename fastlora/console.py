@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 LINE_EVERY = 10.0  # seconds between progress lines when there is no terminal
@@ -55,16 +55,9 @@ class Bar:
         self.last = time.monotonic()
         self.live = log.console.is_terminal and not log.console.quiet
         if self.live:
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
-                console=log.console,
-                transient=True,
-            )
+            columns = (BarColumn(), "{task.completed}/{task.total}")
+            times = (TimeElapsedColumn(), TimeRemainingColumn(), "{task.fields[status]}")
+            self.progress = Progress("step", *columns, *times, console=log.console, transient=True)
             self.task = self.progress.add_task("step", total=total, completed=done, status="")
             self.progress.start()
 

@@ -11,26 +11,21 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import tomlkit
 
 from fastlora.files import atomic_open
-from fastlora.tasks import BUILTIN, Task
-
-T = TypeVar("T")
+from fastlora.tasks import BUILTIN
 
 TRAIN, DEV = 1400, 350
 
 _TABLES = tomlkit.parse(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).unwrap()
-WORDS, COSTS, FORMS = _TABLES["words"], _TABLES["costs"], _TABLES["forms"]
-SIDES = {
-    1: {"strong": "great", "mild": "good", "unlike": "awful"},
-    -1: {"strong": "awful", "mild": "weak", "unlike": "great"},
-}
+COSTS, FORMS = _TABLES["costs"], _TABLES["forms"]
+SIDES = {1: _TABLES["for"], -1: _TABLES["against"]}
 
-Meaning = tuple[str, ...]
+Meaning = tuple[str, ...]  # synonyms
 Row = tuple[list[str], float]
 
 
@@ -39,7 +34,9 @@ def _meanings(text: str) -> list[Meaning]:
     return [tuple(word.split("/")) for word in words if word]
 
 
-LEXICON = {kind: [_meanings(part) for part in text.split("|")] for kind, text in WORDS.items()}
+LEXICON = {
+    kind: [_meanings(part) for part in text.split("|")] for kind, text in _TABLES["words"].items()
+}
 
 
 class Writer:
@@ -49,19 +46,15 @@ class Writer:
         self.rng = np.random.Generator(np.random.PCG64(seed))
         self.dev = dev
 
-    def one(self, items: Sequence[T]) -> T:
+    def one(self, items: Sequence) -> Any:
         """Draw one of the items."""
         return items[int(self.rng.random() * len(items))]
 
     def meaning(self, slot: str, unlike: Sequence[Meaning] = ()) -> Meaning:
-        """Draw what a slot means, as its synonyms, different from the meanings given."""
+        """Draw what a slot means, different from the meanings given."""
         shown, *held = LEXICON[slot.rstrip("12")]
         pool = held[0] if held and self.dev and self.rng.random() < 0.4 else shown
         return self.one([meaning for meaning in pool if meaning not in unlike])
-
-    def word(self, slot: str) -> str:
-        """Draw a word for a slot."""
-        return self.one(self.meaning(slot))
 
     def fill(self, forms: Sequence[str]) -> dict[str, Meaning]:
         """Draw a meaning for each slot of a question or caption."""
@@ -83,6 +76,13 @@ class Writer:
         words = {slot: self.one(meaning) for slot, meaning in slots.items()}
         return self.one(forms).format(**words)
 
+    def introduce(self, forms: Sequence[str], texts: list[str], differ: bool) -> list[str]:
+        """Begin both texts with what does not matter: often the same when the rest differs."""
+        begins = [self.say(forms, self.fill(forms)) for _ in texts]
+        if differ and self.rng.random() < 0.6:
+            begins[1] = begins[0]
+        return [_sentence(begin + text) for begin, text in zip(begins, texts, strict=True)]
+
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
@@ -93,12 +93,12 @@ def review(writer: Writer) -> Row:
     form, decides = writer.one(FORMS["reviews"])
     opening = writer.one(FORMS["openings"])
     side = writer.one((1, -1))
-    facts = {slot: writer.word(slot) for slot in ("hero", "deed", "city", "film", "topic")}
-    facts |= {kind: writer.word(kind) for kind in ("great", "awful")}
+    kinds = ("hero", "deed", "city", "film", "topic", "great", "awful")
+    facts = {kind: writer.one(writer.meaning(kind)) for kind in kinds}
     scores = {"neither": 0}
     for name, part in zip("ab", writer.fill(["{part1} {part2}"]).values(), strict=True):
         clause, strength = writer.one(FORMS["clauses"])
-        words = {slot: writer.word(kind) for slot, kind in SIDES[side].items()}
+        words = {slot: writer.one(writer.meaning(kind)) for slot, kind in SIDES[side].items()}
         facts[name] = clause.format(part=part[0], **words)
         scores[name] = side * strength
         side = -side
@@ -118,7 +118,7 @@ def question_pair(writer: Writer) -> Row:
         changed = writer.change(slots, among, 1)
     label = float(other is forms and changed == slots)
     texts = [_sentence(writer.say(forms, slots)), _sentence(writer.say(other, changed))]
-    return _introduce(writer, FORMS["remarks"], texts, label == 0), label
+    return writer.introduce(FORMS["remarks"], texts, label == 0), label
 
 
 def caption_pair(writer: Writer) -> Row:
@@ -133,15 +133,7 @@ def caption_pair(writer: Writer) -> Row:
         changed = writer.change(slots, list(slots), writer.one((1, 1, 2, 3)))
     cost = sum(COSTS[slot] for slot in slots if slots[slot] != changed.get(slot))
     texts = [writer.say(forms, slots), writer.say(other, changed)]
-    return _introduce(writer, FORMS["scenes"], texts, cost > 1), round(max(0.0, 5.0 - cost), 1)
-
-
-def _introduce(writer: Writer, forms: Sequence[str], texts: list[str], differ: bool) -> list[str]:
-    """Begin both texts with what does not matter: often the same when the rest differs."""
-    begins = [writer.say(forms, writer.fill(forms)) for _ in texts]
-    if differ and writer.rng.random() < 0.6:
-        begins[1] = begins[0]
-    return [_sentence(begin + text) for begin, text in zip(begins, texts, strict=True)]
+    return writer.introduce(FORMS["scenes"], texts, cost > 1), round(max(0.0, 5.0 - cost), 1)
 
 
 AUTHORS = {"sst": review, "quora": question_pair, "sts": caption_pair}
@@ -150,7 +142,7 @@ AUTHORS = {"sst": review, "quora": question_pair, "sts": caption_pair}
 def write_demo(folder: Path, seed: int = 0) -> None:
     """Write train and dev files of sst, quora and sts; the same seed gives the same bytes."""
     for number, (name, author) in enumerate(AUTHORS.items()):
-        seen: set[str] = set()
+        task, seen = BUILTIN[name], set[str]()
         for split, count in (("train", TRAIN), ("dev", DEV)):
             writer = Writer([seed, number, split == "dev"], split == "dev")
             rows: dict[tuple[str, ...], float] = {}
@@ -159,13 +151,9 @@ def write_demo(folder: Path, seed: int = 0) -> None:
                 if len(set(texts)) == len(texts) and seen.isdisjoint(texts):
                     rows[tuple(texts)] = label
             seen = {text for texts in rows for text in texts}
-            _write(Path(folder), BUILTIN[name], split, rows)
-
-
-def _write(folder: Path, task: Task, split: str, rows: dict[tuple[str, ...], float]) -> None:
-    with atomic_open(folder / task.files[split]) as file:
-        table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(["", "id", *task.columns, task.label])
-        for index, (texts, label) in enumerate(rows.items()):
-            name = hashlib.sha256(f"{task.name} {split} {index}".encode()).hexdigest()[:25]
-            table.writerow([index, name, *texts, label])
+            with atomic_open(Path(folder) / task.files[split]) as file:
+                table = csv.writer(file, delimiter="\t", lineterminator="\n")
+                table.writerow(["", "id", *task.columns, task.label])
+                for index, (row, label) in enumerate(rows.items()):
+                    identity = hashlib.sha256(f"{name} {split} {index}".encode()).hexdigest()[:25]
+                    table.writerow([index, identity, *row, label])

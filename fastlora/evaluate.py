@@ -70,9 +70,8 @@ def labels_of(task: Task, outputs: np.ndarray) -> np.ndarray:
 
 def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> float | None:
     """Accuracy, or Pearson's correlation; None ("n/a") where that is not defined."""
-    found = labels_of(task, outputs)
     if task.kind == "classification":
-        return float((found == labels).mean())
+        return float((labels_of(task, outputs) == labels).mean())
     found = outputs[:, 0].astype(np.float64)
     # Pearson's r is 0/0 when either side is constant.
     if len(found) < 2 or np.ptp(found) == 0 or np.ptp(labels) == 0:

@@ -29,12 +29,10 @@ class Inputs:
 
 
 def find_inputs(config: TrainConfig) -> Inputs:
-    """Resolve --data, --tasks and --model, and check the names of --targets.
-
-    Raises:
-        UserError: when one of them is not there.
-    """
-    check_targets(config)
+    """Resolve --data, --tasks and --model and check --targets; UserError when one is not there."""
+    for settings in vars(config).values():
+        for target in getattr(settings, "targets", None) or ():
+            _check_name("target", target, TARGETS)
     folder, why_data = find_data(config.data)
     tasks = find_tasks(config.tasks, config.task, folder)
     model, why_model = config.model, "as given"
@@ -45,29 +43,18 @@ def find_inputs(config: TrainConfig) -> Inputs:
     return Inputs(folder, why_data, tasks, model, why_model, find_model(model))
 
 
+@user_errors()
 def find_model(name: str) -> Source:
     """The files of a model; UserError when they cannot be had."""
-    with user_errors():
-        return resolve(name)
+    return resolve(name)
 
 
 def adapter_folder(path: Path) -> Path:
-    """The adapter folder of a run folder, or the folder itself.
-
-    Raises:
-        UserError: when neither holds heads.
-    """
+    """The adapter folder of a run folder, or the folder itself; UserError without heads in it."""
     for folder in (path / "adapter", path):
         if (folder / "heads.json").is_file():
             return folder
     raise UserError(f"{path}: holds no trained adapter and heads (expected a finished run folder)")
-
-
-def check_targets(config: TrainConfig) -> None:
-    """Refuse a target that minBERT does not have."""
-    for settings in vars(config).values():
-        for target in getattr(settings, "targets", None) or ():
-            _check_name("target", target, TARGETS)
 
 
 def find_data(given: Path | None) -> tuple[Path, str]:

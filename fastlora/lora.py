@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from zlib import crc32
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastlora.bert.model import SelfAttention
 from fastlora.config import TARGETS, LoraConfig
-from fastlora.kernels import Term, draw_seed, lora_grouped
+from fastlora.kernels import Term, lora_grouped
 
 DEFAULT = "default"
 
@@ -37,13 +37,8 @@ class Routing:
     own at each forward.
     """
 
-    segments: tuple[Segment, ...] | None = None
-    seed: Tensor | None = field(default=None)
-
-    def begin(self, segments: Sequence[Segment] | None, device: torch.device) -> None:
-        """Start a forward pass: set the rows and draw one seed for all layers."""
-        self.segments = None if segments is None else tuple(segments)
-        self.seed = draw_seed(device)
+    segments: Sequence[Segment] | None = None
+    seed: Tensor | None = None
 
 
 class LoRALinear(nn.Module):
@@ -51,10 +46,7 @@ class LoRALinear(nn.Module):
 
     A drop-in for `nn.Linear(in_features, out_features, bias)`: the base parameters keep the
     names `weight` and `bias`; adapter `name` has `lora_A[name]` [r, in] and `lora_B[name]`
-    [out, r], fp32 whatever the base is.
-
-    Raises:
-        fastlora.errors.UserError: when a setting is out of range.
+    [out, r], fp32 whatever the base is. Raises UserError when a setting is out of range.
     """
 
     def __init__(
@@ -67,9 +59,8 @@ class LoRALinear(nn.Module):
         rslora: bool = False,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        self._take(nn.Linear(in_features, out_features, bias))
-        self.add_adapter(DEFAULT, LoraConfig(r, alpha, dropout, rslora))
+        linear = nn.Linear(in_features, out_features, bias)
+        self._adopt(linear, {DEFAULT: LoraConfig(r, alpha, dropout, rslora)}, stream=0)
 
     @classmethod
     def from_linear(
@@ -77,34 +68,26 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """Adopt the parameters of `linear` (shared, frozen from now on), one adapter a setting."""
         layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._take(linear, stream)
-        for name, setting in settings.items():
-            layer.add_adapter(name, setting)
+        layer._adopt(linear, settings, stream)
         return layer
 
-    def _take(self, linear: nn.Linear, stream: int = 0) -> None:
+    def _adopt(self, linear: nn.Linear, settings: Mapping[str, LoraConfig], stream: int) -> None:
+        super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        linear.requires_grad_(False)
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.settings: dict[str, LoraConfig] = {}
+        self.settings = dict(settings)
+        for name, setting in settings.items():
+            A = self.weight.new_empty(setting.r, self.in_features, dtype=torch.float32)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            self.lora_A[name] = nn.Parameter(A)
+            self.lora_B[name] = nn.Parameter(A.new_zeros(self.out_features, setting.r))
         self.stream = stream
         self.routing = Routing()
         self.merged: str | None = None
-        self._unmerged: Tensor | None = None
+        self.unmerged: Tensor | None = None  # W0, while an adapter is merged
         self.train(linear.training)
-
-    def add_adapter(self, name: str, setting: LoraConfig) -> None:
-        """Add an adapter that changes nothing yet (B is zero)."""
-        device = self.weight.device
-        A = torch.empty(setting.r, self.in_features, device=device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(A)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, setting.r, device=device))
-        self.settings[name] = setting
 
     def terms(self, x: Tensor, column: int = 0) -> list[Term]:
         """The low-rank terms that the routing puts on input x [leading, ..., in]."""
@@ -115,7 +98,6 @@ class LoRALinear(nn.Module):
             segments = (Segment(DEFAULT, 0, x.shape[0]),)
         # A segment counts in the leading dimension; a term counts in flattened rows.
         rows = x[0].numel() // self.in_features if x.dim() > 1 and len(x) else 1
-        used = [s for s in segments if s.adapter in self.settings and s.start < s.stop]
         return [
             Term(
                 lora_A=self.lora_A[s.adapter],
@@ -128,35 +110,13 @@ class LoRALinear(nn.Module):
                 stop=s.stop * rows,
                 column=column,
             )
-            for s in used
+            for s in segments
+            if s.adapter in self.settings and s.start < s.stop
         ]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return lora_grouped(x, self.weight, self.bias, self.terms(x), self.routing.seed)
-
-    @torch.no_grad()
-    def merge(self, adapter: str = DEFAULT) -> None:
-        """Fold an adapter into the weight, in fp32; W0 is kept, so `unmerge` is exact.
-
-        Raises:
-            RuntimeError: when an adapter is merged already.
-            KeyError: when there is no such adapter.
-        """
-        if self.merged:
-            raise RuntimeError(f"adapter {self.merged!r} is merged already: unmerge it first")
-        A, B = self.lora_A[adapter].float(), self.lora_B[adapter].float()
-        self._unmerged = self.weight.clone()
-        self.weight.copy_(self.weight.float() + self.settings[adapter].scale * (B @ A))
-        self.merged = adapter
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put W0 back, bit for bit."""
-        if self._unmerged is None:
-            raise RuntimeError("no adapter is merged")
-        self.weight.copy_(self._unmerged)
-        self.merged = self._unmerged = None
 
 
 def lora_projection(attention: SelfAttention, x: Tensor) -> Tensor:
@@ -184,15 +144,9 @@ def inject(
 ) -> dict[str, LoRALinear]:
     """Freeze `model` and put LoRA on its target linear layers, in place.
 
-    Args:
-        model: any module with `nn.Linear` layers (minBERT, Hugging Face BERT, ...).
-        settings: one adapter's settings, or {adapter name: settings} for several.
-
-    Returns:
-        The new layers by module name; they share one `Routing`.
-
-    Raises:
-        ValueError: when a target matches no linear layer.
+    `model` is any module with `nn.Linear` layers (minBERT, Hugging Face BERT, ...); `settings` are
+    one adapter's, or {adapter name: settings}. Returns the new layers by module name, which share
+    one `Routing`. Raises ValueError when a target matches no linear layer.
     """
     adapters = {DEFAULT: settings} if isinstance(settings, LoraConfig) else dict(settings)
     model.requires_grad_(False)
@@ -209,16 +163,12 @@ def inject(
         if own:
             layers[name] = LoRALinear.from_linear(linear, own, stream=crc32(name.encode()))
             layers[name].routing = routing
-            _replace(model, name, layers[name])
+            path, _, attribute = name.rpartition(".")
+            parent = model.get_submodule(path)
+            setattr(parent, attribute, layers[name])
+            if isinstance(parent, SelfAttention):
+                parent.projection = lora_projection
     return layers
-
-
-def _replace(model: nn.Module, name: str, layer: LoRALinear) -> None:
-    path, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(path)
-    setattr(parent, attribute, layer)
-    if isinstance(parent, SelfAttention):
-        parent.projection = lora_projection
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -226,18 +176,26 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+@torch.no_grad()
 def merge(model: nn.Module, adapter: str = DEFAULT) -> None:
-    """Merge `adapter` into every LoRA layer that has it (see `LoRALinear.merge`)."""
+    """Fold `adapter` into every LoRA layer that has it, in fp32; RuntimeError if one is merged."""
     for layer in lora_layers(model).values():
         if adapter in layer.settings:
-            layer.merge(adapter)
+            if layer.merged:
+                raise RuntimeError(f"adapter {layer.merged!r} is merged already: unmerge it first")
+            A, B = layer.lora_A[adapter].float(), layer.lora_B[adapter].float()
+            layer.unmerged = layer.weight.clone()
+            layer.weight.copy_(layer.weight.float() + layer.settings[adapter].scale * (B @ A))
+            layer.merged = adapter
 
 
+@torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge` bit for bit."""
+    """Undo `merge`: put W0 back, bit for bit."""
     for layer in lora_layers(model).values():
-        if layer.merged:
-            layer.unmerge()
+        if layer.unmerged is not None:
+            layer.weight.copy_(layer.unmerged)
+            layer.merged = layer.unmerged = None
 
 
 def parameter_report(model: nn.Module) -> dict[str, int]:

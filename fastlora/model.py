@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.batches import Batch, Span
-from fastlora.bert.config import BertConfig
-from fastlora.bert.model import BertModel, Layout
+from fastlora.bert.model import BertModel
 from fastlora.config import LoraConfig
-from fastlora.kernels import Dropout
+from fastlora.kernels import Dropout, draw_seed
 from fastlora.lora import DEFAULT, Routing, Segment, inject
 from fastlora.tasks import Task
 
@@ -81,30 +80,24 @@ def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)
 
 
-def make_head(config: BertConfig, task: Task, pairs: str) -> nn.Module:
-    """The head a task gets; `pairs` is "separate" or "joint". It drops as the encoder does."""
-    kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
-    if not task.is_pair or pairs == "joint":
-        kind = SentenceHead
-    return kind(config.hidden_size, task, config.hidden_dropout_prob)
-
-
 class MultitaskBert(nn.Module):
     """An encoder with a head per task, and LoRA adapters that are shared or one per task.
 
-    Args:
-        encoder: minBERT, with dropout modules in place.
-        tasks: by name; their order is the order of rows in a batch.
-        pairs: "separate" or "joint" encoding of sentence pairs.
+    The order of `tasks` is that of the rows in a batch; `pairs` is "separate" or "joint" encoding.
     """
 
     def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
         super().__init__()
         self.encoder = encoder
         self.tasks = dict(tasks)
-        self.pairs = pairs
-        heads = {name: make_head(encoder.config, task, pairs) for name, task in tasks.items()}
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict()
+        for name, task in tasks.items():
+            kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
+            if not task.is_pair or pairs == "joint":
+                kind = SentenceHead
+            # A head drops as the encoder does.
+            config = encoder.config
+            self.heads[name] = kind(config.hidden_size, task, config.hidden_dropout_prob)
         self.routing: Routing | None = None
         self.per_task = False
 
@@ -116,19 +109,17 @@ class MultitaskBert(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Mean-pooled states of the batch's sentences: fp32 [B, H]."""
+        lengths = batch.attention_mask.sum(1)
         if self.routing is not None:
-            self.routing.begin(self._segments(batch), batch.input_ids.device)
+            segments = None
+            if self.per_task:  # each task's rows are a range of real tokens
+                ends = F.pad(lengths.cumsum(0), (1, 0)).tolist()
+                segments = [Segment(s.task, ends[s.start], ends[s.stop]) for s in batch.spans]
+            self.routing.segments, self.routing.seed = segments, draw_seed(lengths.device)
         states, layout = self.encoder.encode(
             batch.input_ids, batch.attention_mask, batch.token_type_ids
         )
-        return mean_pool(states[-1].float(), layout, batch.attention_mask)
-
-    def _segments(self, batch: Batch) -> list[Segment] | None:
-        """Each task's rows as a range of real tokens; None when one adapter serves all."""
-        if not self.per_task:
-            return None
-        ends = F.pad(batch.attention_mask.sum(1).cumsum(0), (1, 0)).tolist()
-        return [Segment(s.task, ends[s.start], ends[s.stop]) for s in batch.spans]
+        return layout.pad(states[-1].float()).sum(1) / lengths[:, None]
 
     def score(self, span: Span, rows: Tensor) -> Tensor:
         """A task's outputs [n, outputs] from its sentences' pooled states [n * width, H]."""
@@ -139,12 +130,6 @@ class MultitaskBert(nn.Module):
         """Each task's outputs [n, outputs] for its examples in the batch."""
         pooled = self.embed(batch)
         return {s.task: self.score(s, pooled[s.start : s.stop]) for s in batch.spans}
-
-
-def mean_pool(tokens: Tensor, layout: Layout, attention_mask: Tensor) -> Tensor:
-    """[T, H] -> [B, H], the mean over each sentence's real tokens."""
-    lengths = attention_mask.sum(1, keepdim=True)
-    return layout.pad(tokens).sum(1) / lengths
 
 
 def task_losses(

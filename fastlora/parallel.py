@@ -67,11 +67,7 @@ class Ranks:
 
 
 def local_device(name: str) -> torch.device:
-    """The device this process should use for "auto", "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        UserError: when the device is not there.
-    """
+    """This process's device for "auto", "cpu", "cuda" or "cuda:N"; UserError when not there."""
     available = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if available else "cpu"
@@ -79,10 +75,10 @@ def local_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)") from None
-    if device.type == "cuda" and not available:
-        raise UserError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
+        if not available:
+            raise UserError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device

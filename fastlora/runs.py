@@ -29,11 +29,7 @@ def default_folder(config: TrainConfig) -> Path:
 
 
 def open_run(folder: Path, config: TrainConfig) -> bool:
-    """Create a run folder, or check that the one there is this run's; returns whether it is new.
-
-    Raises:
-        UserError: when the folder holds something else, or a run of another configuration.
-    """
+    """Create a run folder, or check it is this run's (else UserError); returns if it is new."""
     file = folder / "run.toml"
     if file.exists():
         found = read_toml(file)
@@ -85,21 +81,15 @@ class Metrics:
         # Imported here: TensorBoard takes a second that only training should pay.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        self._cut(step)
-        self.file = self.path.open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        with atomic_open(path) as out:
+            for line in lines:
+                # A killed process can leave half a line, only ever the last one.
+                if line.endswith("}") and json.loads(line)["step"] <= step:
+                    out.write(line + "\n")
+        self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-
-    def _cut(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            # A killed process can leave half a line, only ever the last one.
-            if line.endswith("}") and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        with atomic_open(self.path) as out:
-            out.writelines(kept)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log values at a step; nested tables become TensorBoard groups."""

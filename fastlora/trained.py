@@ -6,18 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlora.adapters import (
-    BaseInfo,
-    adapter_place,
-    load_adapter,
-    load_heads,
-    read_heads,
-    read_settings,
-)
+from fastlora import adapters
 from fastlora.bert.source import Source
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
-from fastlora.data import Rows, TaskData, encode_rows
+from fastlora.data import Rows, encode_rows
 from fastlora.errors import UserError, user_errors
 from fastlora.evaluate import predict
 from fastlora.files import atomic_folder
@@ -51,47 +44,35 @@ class Trained:
 def load_trained(path: Path, device: str = "auto", model: str | None = None) -> Trained:
     """Load a finished run, or its adapter folder; logits are bit-equal to the trained model's.
 
-    Args:
-        path: the folder.
-        device: as --device.
-        model: where the encoder lies, if not where the run found it.
-
-    Raises:
-        UserError: when anything is missing or belongs to another encoder or tokenizer.
+    `model` says where the encoder lies, if not where the run found it. Raises UserError when
+    anything is missing or belongs to another encoder or tokenizer.
     """
     folder = adapter_folder(path)
-    tasks, extra = read_heads(folder)
+    tasks, extra = adapters.read_heads(folder)
     full = extra["mode"] == "full"
     source = find_model(str(folder / ENCODER) if full else model or extra["model"])
     tokenizer = read_tokenizer(source)
     with user_errors():
         encoder, _ = load_encoder(source, PARTS)
-    base = BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
+    base = adapters.BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])
     if extra["mode"] == "lora":
         names = tasks if extra["adapters"] == "per-task" else [DEFAULT]
-        folders = {name: adapter_place(folder, name) for name in names}
-        net.adapt({name: read_settings(place) for name, place in folders.items()})
+        folders = {name: adapters.adapter_place(folder, name) for name in names}
+        net.adapt({name: adapters.read_settings(place) for name, place in folders.items()})
         layers = lora_layers(net.encoder)
         for name, place in folders.items():
-            load_adapter(place, layers, name, base)
-    load_heads(folder, net.heads, tasks, base)
+            adapters.load_adapter(place, layers, name, base)
+    adapters.load_heads(folder, net.heads, tasks, base)
     return Trained(net.to(local_device(device)).eval(), tokenizer, source, tasks, extra)
 
 
 def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
     """Write the encoder with an adapter merged (in fp32) as a Hugging Face folder.
 
-    Args:
-        trained: the run.
-        task: whose adapter, for a run with one adapter a task.
-        out: a new folder.
-
-    Returns:
-        The largest absolute difference of logits between the merged and the adapted model.
-
-    Raises:
-        UserError: when there is nothing to merge, no such adapter, or `out` is not empty.
+    `task` says whose adapter, for a run with one adapter a task. Returns the largest absolute
+    difference of logits between the merged and the adapted model. Raises UserError when there is
+    nothing to merge, no such adapter, or `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; name a new folder or remove it")
@@ -102,7 +83,12 @@ def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
     adapter = task or DEFAULT
     if adapter not in names:
         raise UserError(f"--task is {task!r} (the run's adapters are {', '.join(names)})")
-    probe = _probe(trained, task)
+    probe = {}
+    for name, own in trained.tasks.items():
+        if adapter in (DEFAULT, name):
+            texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(own.columns)))
+            rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
+            probe[name] = encode_rows(rows, own, trained.tokenizer, extra["pairs"])
     before = predict(net, probe)
     merge(net.encoder, adapter)
     after = predict(net, probe)
@@ -110,14 +96,3 @@ def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
         save_encoder(net.encoder, building, trained.source.folder)
     unmerge(net.encoder)
     return max(float(abs(before[n] - after[n]).max()) for n in probe)
-
-
-def _probe(trained: Trained, task: str | None) -> dict[str, TaskData]:
-    """A few sentences for each task that uses the adapter."""
-    used = {task: trained.tasks[task]} if task else trained.tasks
-    probe = {}
-    for name, own in used.items():
-        texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(own.columns)))
-        rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
-        probe[name] = encode_rows(rows, own, trained.tokenizer, trained.extra["pairs"])
-    return probe

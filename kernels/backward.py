@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels import launcher
-from fastlora.kernels.forward import load_piece
+from fastlora.kernels import tuning
+from fastlora.kernels.forward import load_piece, load_tile
 from fastlora.kernels.grouped import Plan
 from fastlora.kernels.mask import keep_mask
-from fastlora.kernels.tuning import Blocks
 
 
 @triton.jit
@@ -48,26 +47,13 @@ def lora_outer(
                 column0, depth, scale = column, width, 1.0
             acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
             if HAS_DX:
-                a = tl.load(
-                    a_ptr + (offset + rank)[:, None] * stride_ar + k[None, :],
-                    mask=(rank < ranks)[:, None] & (k < K)[None, :],
-                    other=0.0,
-                )  # [BLOCK_R, BLOCK_K]
+                a = load_tile(a_ptr, offset + rank, stride_ar, k, 1, rank < ranks, k < K)
             for first in range(start, stop, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)
                 live = row < stop
                 row64 = row.to(tl.int64)
-                inside = live[:, None] & (k < depth)[None, :]
-                x = tl.load(
-                    x_ptr + row64[:, None] * stride_xm + (column0 + k)[None, :],
-                    mask=inside,
-                    other=0.0,
-                )  # [BLOCK_M, BLOCK_K]
-                v = tl.load(
-                    v_ptr + row64[:, None] * stride_vm + (offset + rank)[None, :],
-                    mask=live[:, None] & (rank < ranks)[None, :],
-                    other=0.0,
-                )  # [BLOCK_M, BLOCK_R]
+                x = load_tile(x_ptr, row64, stride_xm, column0 + k, 1, live, k < depth)
+                v = load_tile(v_ptr, row64, stride_vm, offset + rank, 1, live, rank < ranks)
                 if HAS_DROPOUT:
                     # One draw serves dA and dx.
                     keep = keep_mask(seed, stream, row - origin, k0, threshold, BLOCK_K, x.dtype)
@@ -78,6 +64,7 @@ def lora_outer(
                     if HAS_DROPOUT:
                         branch *= keep.to(tl.float32)
                     dx_ptrs = dx_ptr + row64[:, None] * stride_dm + k[None, :]
+                    inside = live[:, None] & (k < depth)[None, :]
                     if slot == 0:
                         base_ptrs = base_ptr + row64[:, None] * stride_bm + k[None, :]
                         branch += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -108,12 +95,7 @@ def lora_reduce(
         i = first + tl.arange(0, BLOCK_C)
         entry = chunks_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
         mine = tl.load(entry, mask=i < PARTIALS, other=-1) == piece
-        row = i.to(tl.int64) * BLOCK_R + rank
-        acc += tl.load(
-            partial_ptr + row[:, None] * K + k[None, :],
-            mask=mine[:, None] & (k < K)[None, :],
-            other=0.0,
-        )
+        acc += load_tile(partial_ptr, i.to(tl.int64) * BLOCK_R + rank, K, k, 1, mine, k < K)
     offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
     if rank < ranks:
         d_row = (offset + rank).to(tl.int64) * K
@@ -125,7 +107,7 @@ def outer(
     v: Tensor,
     plan: Plan,
     seed: Tensor | None,
-    blocks: Blocks,
+    blocks: tuning.Blocks,
     *,
     factor: Tensor | None = None,
     base: Tensor | None = None,
@@ -139,35 +121,32 @@ def outer(
 
     With `width`, the widest block: dB^T [R, width] from the output's gradient and u instead.
     """
-    chunks = plan.tiles(blocks.chunk)
-    K = x.shape[1] if width is None else width
-    partial = x.new_empty(len(chunks), plan.slots, plan.pieces.block_r, K, dtype=torch.float32)
-    tables = dict(chunks_ptr=chunks, pieces_ptr=plan.pieces.table)
-    constants = dict(SLOTS=plan.slots, BLOCK_K=blocks.k, BLOCK_R=plan.pieces.block_r)
-    launcher.launch(
+    chunks, slots = plan.tiles(blocks.chunk)
+    pieces, K = plan.pieces, x.shape[1] if width is None else width
+    partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
+    tables = dict(chunks_ptr=chunks, pieces_ptr=pieces.table)
+    constants = dict(SLOTS=slots, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r)
+    tuning.launch(
         lora_outer,
         (triton.cdiv(K, blocks.k), len(chunks)),
         dict(
-            x_ptr=x, v_ptr=v, a_ptr=x if factor is None else factor,
-            base_ptr=x if base is None else base, dx_ptr=x if base is None else dx,
-            partial_ptr=partial, seed_ptr=plan.pieces.scales if seed is None else seed,
-            scales_ptr=plan.pieces.scales, K=K, stride_xm=x.stride(0), stride_vm=v.stride(0),
-            stride_ar=0 if factor is None else factor.stride(0),
+            x_ptr=x, v_ptr=v, a_ptr=factor, base_ptr=base, dx_ptr=dx, partial_ptr=partial,
+            seed_ptr=seed, scales_ptr=pieces.scales, K=K, stride_xm=x.stride(0),
+            stride_vm=v.stride(0), stride_ar=0 if factor is None else factor.stride(0),
             stride_bm=0 if base is None else base.stride(0),
             stride_dm=0 if dx is None else dx.stride(0), **tables,
         ),
         dict(
-            BLOCK_M=blocks.m, HAS_DROPOUT=plan.has_dropout and width is None,
-            HAS_DX=base is not None, IN_BLOCK=width is not None, ALIGN=plan.pieces.align,
-            **constants,
+            BLOCK_M=blocks.m, HAS_DROPOUT=pieces.has_dropout and width is None,
+            HAS_DX=base is not None, IN_BLOCK=width is not None, ALIGN=pieces.align, **constants,
         ),
         blocks,
     )  # fmt: skip
-    d = x.new_empty(plan.pieces.ranks, K, dtype=torch.float32)
-    launcher.launch(
+    d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
+    tuning.launch(
         lora_reduce,
-        (triton.cdiv(K, blocks.k), len(plan.pieces.terms) * plan.pieces.block_r),
-        dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * plan.slots, K=K, **tables),
+        (triton.cdiv(K, blocks.k), len(pieces.terms) * pieces.block_r),
+        dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * slots, K=K, **tables),
         dict(BLOCK_C=32, **constants),
         blocks,
     )

@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels import launcher
+from fastlora.kernels import tuning
 from fastlora.kernels.grouped import Plan
 from fastlora.kernels.mask import keep_mask
-from fastlora.kernels.tuning import Blocks
 
 
 @triton.jit
@@ -31,6 +30,13 @@ def load_piece(pieces_ptr, piece, ALIGN: tl.constexpr):
         tl.load(base + 4),
         tl.load(base + 5),
     )
+
+
+@triton.jit
+def load_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_columns):
+    """The elements at [rows, columns], zeros where either is not live."""
+    ptrs = ptr + rows[:, None] * stride_rows + columns[None, :] * stride_columns
+    return tl.load(ptrs, mask=live_rows[:, None] & live_columns[None, :], other=0.0)
 
 
 @triton.jit
@@ -63,12 +69,10 @@ def lora_down(
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for k0 in range(0, depth, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            inside = live[:, None] & (k < depth)[None, :]
-            x = tl.load(
-                x_ptr + row64[:, None] * stride_xm + (first + k)[None, :], mask=inside, other=0.0
-            )  # [BLOCK_M, BLOCK_K]
+            x = load_tile(x_ptr, row64, stride_xm, first + k, 1, live, k < depth)
             # Slots of one tile run side by side, so x comes from DRAM once.
             if HAS_COPY and slot == 0:
+                inside = live[:, None] & (k < depth)[None, :]
                 tl.store(copy_ptr + row64[:, None] * stride_um + k[None, :], x, mask=inside)
             a = tl.load(
                 a_ptr + (offset + rank)[None, :] * stride_ar + (first + k)[:, None] * stride_ak,
@@ -94,7 +98,7 @@ def down(
     u: Tensor,
     plan: Plan,
     seed: Tensor | None,
-    blocks: Blocks,
+    blocks: tuning.Blocks,
     *,
     copy: Tensor | None = None,
     in_block: bool = False,
@@ -103,21 +107,21 @@ def down(
 
     `copy` is the left part [M, K] of the buffer whose right part u is.
     """
-    tiles = plan.tiles(blocks.m)
-    launcher.launch(
+    tiles, slots = plan.tiles(blocks.m)
+    pieces = plan.pieces
+    tuning.launch(
         lora_down,
-        (plan.slots, len(tiles)),
+        (slots, len(tiles)),
         dict(
-            x_ptr=x, a_ptr=factor, u_ptr=u, copy_ptr=x if copy is None else copy,
-            seed_ptr=plan.pieces.scales if seed is None else seed, tiles_ptr=tiles,
-            pieces_ptr=plan.pieces.table, scales_ptr=plan.pieces.scales, K=x.shape[1],
+            x_ptr=x, a_ptr=factor, u_ptr=u, copy_ptr=copy, seed_ptr=seed, tiles_ptr=tiles,
+            pieces_ptr=pieces.table, scales_ptr=pieces.scales, K=x.shape[1],
             stride_xm=x.stride(0), stride_ar=factor.stride(0), stride_ak=factor.stride(1),
             stride_um=u.stride(0),
         ),
         dict(
-            SLOTS=plan.slots, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=plan.pieces.block_r,
-            HAS_DROPOUT=plan.has_dropout and not in_block, HAS_COPY=copy is not None,
-            IN_BLOCK=in_block, ALIGN=plan.pieces.align,
+            SLOTS=slots, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r,
+            HAS_DROPOUT=pieces.has_dropout and not in_block, HAS_COPY=copy is not None,
+            IN_BLOCK=in_block, ALIGN=pieces.align,
         ),
         blocks,
     )  # fmt: skip
@@ -148,11 +152,7 @@ def lora_fused(
     if HAS_BASE:
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            x = tl.load(
-                x_ptr + row64[:, None] * stride_xm + k[None, :],
-                mask=live[:, None] & (k < K)[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_K]
+            x = load_tile(x_ptr, row64, stride_xm, k, 1, live, k < K)  # [BLOCK_M, BLOCK_K]
             w = tl.load(
                 w_ptr + n[None, :] * stride_wn + k[:, None] * stride_wk,
                 mask=(n < N)[None, :] & (k < K)[:, None],
@@ -172,16 +172,9 @@ def lora_fused(
             offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
             # Forward terms reach their own block of columns only.
             if BACKWARD or (column < n0 + BLOCK_N and column + width > n0):
-                u = tl.load(
-                    u_ptr + row64[:, None] * stride_um + (offset + rank)[None, :],
-                    mask=live[:, None] & (rank < ranks)[None, :],
-                    other=0.0,
-                )  # [BLOCK_M, BLOCK_R]
-                f = tl.load(
-                    f_ptr + (offset + rank)[:, None] * stride_fr + n[None, :] * stride_fn,
-                    mask=(rank < ranks)[:, None] & (n < N)[None, :],
-                    other=0.0,
-                )  # [BLOCK_R, BLOCK_N]
+                place, known = offset + rank, rank < ranks
+                u = load_tile(u_ptr, row64, stride_um, place, 1, live, known)
+                f = load_tile(f_ptr, place, stride_fr, n, stride_fn, known, n < N)
                 if BACKWARD:
                     term = tl.dot(u, f, input_precision="ieee") * tl.load(scales_ptr + piece)
                     if HAS_DROPOUT:
@@ -203,7 +196,7 @@ def fused(
     y: Tensor,
     plan: Plan,
     seed: Tensor | None,
-    blocks: Blocks,
+    blocks: tuning.Blocks,
     *,
     backward: bool = False,
 ) -> None:
@@ -212,24 +205,23 @@ def fused(
     x [M, K], weight [N, K], u [M, R], factor [R, N], y [M, N]; in backward the caller names g, W^T,
     v, A and dx by these.
     """
-    tiles = plan.tiles(blocks.m)
-    launcher.launch(
+    tiles, slots = plan.tiles(blocks.m)
+    pieces = plan.pieces
+    tuning.launch(
         lora_fused,
         (triton.cdiv(y.shape[1], blocks.n), len(tiles)),
         dict(
-            x_ptr=y if x is None else x, w_ptr=factor if weight is None else weight,
-            b_ptr=plan.pieces.scales if bias is None else bias, u_ptr=u, f_ptr=factor, y_ptr=y,
-            seed_ptr=plan.pieces.scales if seed is None else seed, tiles_ptr=tiles,
-            pieces_ptr=plan.pieces.table, scales_ptr=plan.pieces.scales, N=y.shape[1],
+            x_ptr=x, w_ptr=weight, b_ptr=bias, u_ptr=u, f_ptr=factor, y_ptr=y, seed_ptr=seed,
+            tiles_ptr=tiles, pieces_ptr=pieces.table, scales_ptr=pieces.scales, N=y.shape[1],
             K=0 if x is None else x.shape[1], stride_xm=0 if x is None else x.stride(0),
             stride_wn=0 if weight is None else weight.stride(0),
             stride_wk=0 if weight is None else weight.stride(1), stride_um=u.stride(0),
             stride_fr=factor.stride(0), stride_fn=factor.stride(1), stride_ym=y.stride(0),
         ),
         dict(
-            SLOTS=plan.slots, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k,
-            BLOCK_R=plan.pieces.block_r, HAS_BASE=x is not None, HAS_BIAS=bias is not None,
-            HAS_DROPOUT=plan.has_dropout and backward, BACKWARD=backward, ALIGN=plan.pieces.align,
+            SLOTS=slots, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k,
+            BLOCK_R=pieces.block_r, HAS_BASE=x is not None, HAS_BIAS=bias is not None,
+            HAS_DROPOUT=pieces.has_dropout and backward, BACKWARD=backward, ALIGN=pieces.align,
         ),
         blocks,
     )  # fmt: skip

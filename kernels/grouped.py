@@ -8,7 +8,6 @@ what a batch fixes (tiles of rows) are cached apart: layers share the one, batch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 RANK_BLOCK = 64  # a term of higher rank is several pieces, so that a tile stays in registers
+Ranges = tuple[tuple[int, int], ...]  # of rows, per term: first, end
 
 
 class Shape(NamedTuple):
@@ -30,27 +30,20 @@ class Shape(NamedTuple):
     stream: int
 
 
-class Piece(NamedTuple):
-    """Up to RANK_BLOCK ranks of a term: a row of the kernels' table, in this order."""
+def padded(rank: int) -> int:
+    """The columns of a term in u, v and the packed factors; those added hold zeros.
 
-    offset: int  # its first column in u, v and the packed factors
-    ranks: int
-    column: int
-    width: int
-    stream: int
-    threshold: int
+    Multiples of 8 keep rows aligned for tensor cores.
+    """
+    return (rank + 7) // 8 * 8
 
 
 def rank_offsets(shapes: Sequence[Shape]) -> list[int]:
-    """First column of each term in u, v and the packed factors, and their width R.
-
-    A rank is rounded up to a multiple of 8, which keeps rows aligned for tensor cores; the columns
-    added hold zeros.
-    """
-    return [0, *accumulate((shape.rank + 7) // 8 * 8 for shape in shapes)]
+    """First column of each term in u, v and the packed factors, and their width R."""
+    return [0, *accumulate(padded(shape.rank) for shape in shapes)]
 
 
-def is_uniform(shapes: Sequence[Shape], ranges: Sequence[tuple[int, int]], rows: int) -> bool:
+def is_uniform(shapes: Sequence[Shape], ranges: Ranges, rows: int) -> bool:
     """Whether every term covers all rows, and no two of them the same columns."""
     if any(start != 0 or stop != rows for start, stop in ranges):
         return False
@@ -59,106 +52,68 @@ def is_uniform(shapes: Sequence[Shape], ranges: Sequence[tuple[int, int]], rows:
 
 
 class Pieces:
-    """The terms of a layer in pieces, on a device.
+    """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device.
 
-    Attributes:
-        ranks: R, the width of u and v.
-        table: int32 [P, 6], a `Piece` a row.
-        scales: fp32 [P], the c of each piece.
-        terms: the term of each piece.
-        block_r: ranks of a kernel's tile, a power of two that tensor cores take.
-        align: 16 when it divides all blocks' columns and widths, else 1.
+    `table` is int32 [P, 6], a row a piece: its first column in u, v and the packed factors, its
+    ranks, the first column and the width of its block, its stream and threshold. `scales` is fp32
+    [P], the c of each piece.
     """
 
     def __init__(self, shapes: tuple[Shape, ...], device: torch.device) -> None:
-        *offsets, self.ranks = rank_offsets(shapes)
-        rows, scales, terms = [], [], []
+        *offsets, self.ranks = rank_offsets(shapes)  # R, the width of u and v
+        table, scales, terms = [], [], []
         for term, (shape, offset) in enumerate(zip(shapes, offsets, strict=True)):
-            ranks = (shape.rank + 7) // 8 * 8
             # Streams have 32 bits and no sign; the table has signed ones.
             stream = (shape.stream + 2**31) % 2**32 - 2**31
-            for first in range(0, ranks, RANK_BLOCK):
-                size = min(RANK_BLOCK, ranks - first)
+            for first in range(0, padded(shape.rank), RANK_BLOCK):
+                size = min(RANK_BLOCK, padded(shape.rank) - first)
                 block = (shape.column, shape.width, stream, shape.threshold)
-                rows.append(Piece(offset + first, size, *block))
+                table.append((offset + first, size, *block))
                 scales.append(shape.scale)
                 terms.append(term)
-        self.terms = tuple(terms)
-        odd = any(s.column % 16 or s.width % 16 for s in shapes)
-        self.align = 1 if odd else 16
-        self.table = torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 6)
+        self.terms = tuple(terms)  # the term of each piece
+        self.table = torch.tensor(table, dtype=torch.int32, device=device)
         self.scales = torch.tensor(scales, dtype=torch.float32, device=device)
-        self.block_r = max(
-            16, 1 << max((piece.ranks - 1 for piece in rows), default=0).bit_length()
-        )
+        self.has_dropout = any(shape.threshold for shape in shapes)
+        # What divides the columns and widths of all blocks.
+        self.align = 1 if any(s.column % 16 or s.width % 16 for s in shapes) else 16
+        # Ranks of a kernel's tile: a power of two that tensor cores take.
+        self.block_r = max(16, 1 << max(size - 1 for _, size, *_ in table).bit_length())
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What one call of the operation does: the layer's pieces on the batch's rows."""
 
     pieces: Pieces
-    ranges: tuple[tuple[int, int], ...]  # of each term: first row, end
+    ranges: Ranges
     rows: int
-    has_dropout: bool
-    uniform: bool
 
-    @property
-    def slots(self) -> int:
-        """The most pieces that apply to any row."""
-        return _slots(self.ranges, self.pieces.terms, self.rows)
-
-    def tiles(self, size: int) -> Tensor:
+    def tiles(self, size: int) -> tuple[Tensor, int]:
         """int32 [tiles, 2 + 2 * slots]: first row, end, then a piece and its first row a slot.
 
-        A tile has up to `size` rows of one segment; a slot without a piece holds -1.
+        A tile has up to `size` rows of one segment; a slot without a piece holds -1. Slots, the
+        second result, are the most pieces that apply to any row.
         """
         device = self.pieces.table.device
         return _tiles(self.ranges, self.pieces.terms, self.rows, size, device)
 
 
-def make_plan(
-    shapes: tuple[Shape, ...], ranges: tuple[tuple[int, int], ...], rows: int, device: torch.device
-) -> Plan:
-    """The plan of a call on `rows` rows; its tables are made once."""
-    has_dropout = any(shape.threshold for shape in shapes)
-    uniform = is_uniform(shapes, ranges, rows)
-    return Plan(_pieces(shapes, device), ranges, rows, has_dropout, uniform)
-
-
-@lru_cache(maxsize=1024)
-def _pieces(shapes: tuple[Shape, ...], device: torch.device) -> Pieces:
-    return Pieces(shapes, device)
-
-
-@lru_cache(maxsize=1024)
-def _segments(
-    ranges: tuple[tuple[int, int], ...], terms: tuple[int, ...], rows: int
-) -> list[tuple[int, int, list[int]]]:
-    """(first row, end, pieces that apply) of each stretch of rows with the same pieces."""
-    cuts = sorted({0, rows, *(row for ends in ranges for row in ends)})
-    return [
-        (a, b, [p for p, t in enumerate(terms) if ranges[t][0] <= a and b <= ranges[t][1]])
-        for a, b in pairwise(cuts)
-    ] or [(0, 0, [])]
-
-
-@lru_cache(maxsize=1024)
-def _slots(ranges: tuple[tuple[int, int], ...], terms: tuple[int, ...], rows: int) -> int:
-    return max(1, *(len(used) for *_, used in _segments(ranges, terms, rows)))
+make_pieces = lru_cache(maxsize=1024)(Pieces)
 
 
 @lru_cache(maxsize=1024)
 def _tiles(
-    ranges: tuple[tuple[int, int], ...],
-    terms: tuple[int, ...],
-    rows: int,
-    size: int,
-    device: torch.device,
-) -> Tensor:
-    slots, table = _slots(ranges, terms, rows), []
-    for start, stop, used in _segments(ranges, terms, rows):
+    ranges: Ranges, terms: tuple[int, ...], rows: int, size: int, device: torch.device
+) -> tuple[Tensor, int]:
+    cuts = sorted({0, rows, *(row for ends in ranges for row in ends)})
+    segments = [
+        (a, b, [p for p, t in enumerate(terms) if ranges[t][0] <= a and b <= ranges[t][1]])
+        for a, b in pairwise(cuts)
+    ]
+    slots, table = max([1, *(len(used) for *_, used in segments)]), []
+    for start, stop, used in segments:
         entries = [value for p in used for value in (p, ranges[terms[p]][0])]
         entries += [-1, 0] * (slots - len(used))
         table += [(a, min(stop, a + size), *entries) for a in range(start, stop, size)]
-    return torch.tensor(table, dtype=torch.int32, device=device).view(-1, 2 + 2 * slots)
+    tiles = torch.tensor(table, dtype=torch.int32, device=device).view(-1, 2 + 2 * slots)
+    return tiles, slots

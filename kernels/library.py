@@ -1,171 +1,155 @@
-"""The operation as a registered operator, for `torch.compile`, `opcheck` and tracing.
+"""The operation's autograd, and the operation as an operator for `torch.compile` and tracing.
 
-Operators take flat lists only: what a call fixes beside its tensors travels as `scales` and
-`places`, five integers a term.
+Saved for backward are x, u = c (m * x) A^T and the dropout mask's seed; neither the mask nor the
+dropped x. Operators take flat lists only, so a call's facts travel as `_FACTS` says: `factors` are
+all A, then all B; `scales` the c of each term; `places` five integers a term (first column,
+threshold, stream, first row, end).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastlora.kernels.grouped import Shape, rank_offsets
+from fastlora.kernels.grouped import Shape, padded
 from fastlora.kernels.routes import ROUTES, Call
 
 _NOTHING = nullcontext()
 
 
-class Facts(NamedTuple):
-    """What a call fixes beside its tensors."""
-
-    shapes: tuple[Shape, ...]
-    ranges: tuple[tuple[int, int], ...]
-    route: str
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A context in which PyTorch's operations take the types they are given."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
-def make_call(weight: Tensor, seed: Tensor | None, facts: Facts, factors: Sequence[Tensor]) -> Call:
-    """The routes' call; `factors` are all A, then all B."""
-    half = len(factors) // 2
-    return Call(weight, factors[:half], factors[half:], seed, facts.shapes, facts.ranges)
-
-
-def kept_input(x: Tensor, saved: Tensor, facts: Facts) -> Tensor | None:
-    """What to save of x: nothing where route "gemm" saved [x | u], which is wider than u."""
-    extended = saved.dim() == 2 and saved.shape[1] > rank_offsets(facts.shapes)[-1]
-    return None if extended else x
-
-
-def run_forward(x: Tensor, bias: Tensor | None, call: Call, route: str) -> tuple[Tensor, Tensor]:
-    """y [M, N], and what backward needs."""
-    with without_autocast(x):
-        return ROUTES[route].forward(x, bias, call)
-
-
-def run_backward(
-    grad: Tensor, x: Tensor | None, saved: Tensor, call: Call, route: str, need_dx: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dx [M, K] where needed, and the buffers of all dA and all dB."""
-    if grad.stride(-1) != 1 or grad.stride(0) == 0:
-        grad = grad.contiguous()
-    with without_autocast(grad):
-        return ROUTES[route].backward(grad, x, saved, call, need_dx)
-
-
-def split_gradients(dA: Tensor, dB: Tensor, call: Call, route: str, grad: Tensor) -> list[Tensor]:
-    """Each factor's gradient, in the factor's type."""
-    parts = ROUTES[route].split(dA, dB, call, len(grad))
-    return [part.to(f.dtype) for part, f in zip(parts, (*call.A, *call.B), strict=True)]
-
-
-def call(
-    x: Tensor,
+def _parse(
     weight: Tensor,
-    bias: Tensor | None,
-    factors: list[Tensor],
-    seed: Tensor | None,
-    facts: Facts,
-) -> Tensor:
-    """y [M, N] through the registered operator."""
-    pairs = zip(facts.shapes, facts.ranges, strict=True)
-    places = [n for s, ends in pairs for n in (s.column, s.threshold, s.stream, *ends)]
-    scales = [shape.scale for shape in facts.shapes]
-    return lora(x, weight, bias, factors, seed, scales, places, facts.route)[0]
-
-
-def _facts(
-    factors: Sequence[Tensor], scales: Sequence[float], places: Sequence[int], route: str
-) -> Facts:
-    shapes, ranges = [], []
-    for i, (scale, B) in enumerate(zip(scales, factors[len(scales) :], strict=True)):
-        column, drop, stream, *ends = places[5 * i : 5 * i + 5]
-        shapes.append(Shape(B.shape[1], B.shape[0], column, scale, drop, stream))
-        ranges.append((ends[0], ends[1]))
-    return Facts(tuple(shapes), tuple(ranges), route)
-
-
-@torch.library.custom_op("fastlora::lora", mutates_args=())
-def lora(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     factors: Sequence[Tensor],
     seed: Tensor | None,
     scales: Sequence[float],
     places: Sequence[int],
     route: str,
-) -> tuple[Tensor, Tensor]:
-    """See `routes.py`: y, and what backward needs."""
-    made = make_call(weight, seed, _facts(factors, scales, places, route), factors)
-    return run_forward(x, bias, made, route)
+) -> tuple[Any, Call]:
+    """A route, and what it is called with."""
+    half, shapes, ranges = len(scales), [], []
+    for i, (scale, B) in enumerate(zip(scales, factors[half:], strict=True)):
+        column, drop, stream, start, stop = places[5 * i : 5 * i + 5]
+        shapes.append(Shape(B.shape[1], B.shape[0], column, scale, drop, stream))
+        ranges.append((start, stop))
+    call = Call(weight, factors[:half], factors[half:], seed, tuple(shapes), tuple(ranges))
+    return ROUTES[route], call
+
+
+def _forward(x: Tensor, bias: Tensor | None, *facts: Any) -> tuple[Tensor, Tensor]:
+    """y [M, N], and what backward needs (see `routes.py`)."""
+    route, call = _parse(*facts)
+    with _without_autocast(x):
+        return route.forward(x, bias, call)
+
+
+def _backward(
+    grad: Tensor, x: Tensor | None, saved: Tensor, need_dx: bool, *facts: Any
+) -> list[Tensor]:
+    """Each factor's gradient, in the factor's type, and dx [M, K] where it is needed."""
+    if grad.stride(-1) != 1 or grad.stride(0) == 0:
+        grad = grad.contiguous()
+    route, call = _parse(*facts)
+    with _without_autocast(grad):
+        dx, parts = route.backward(grad, x, saved, call, need_dx)
+    found = [part.to(f.dtype) for part, f in zip(parts, (*call.A, *call.B), strict=True)]
+    return found if dx is None else [*found, dx]
+
+
+def _unshared_backward(*arguments: Any) -> list[Tensor]:
+    found, factors = _backward(*arguments), arguments[5]
+    # Gradients are parts of buffers, and an operator's results may share no memory.
+    return [part.clone() for part in found[: len(factors)]] + found[len(factors) :]
+
+
+_FACTS = "Tensor weight, Tensor[] factors, Tensor? seed, float[] scales, SymInt[] places, str route"
+lora = torch.library.custom_op(
+    "fastlora::lora",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? bias, {_FACTS}) -> (Tensor, Tensor)",
+)
+lora_backward = torch.library.custom_op(
+    "fastlora::lora_backward",
+    _unshared_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor? x, Tensor saved, bool need_dx, {_FACTS}) -> Tensor[]",
+)
 
 
 @lora.register_fake
-def _fake_lora(
-    x: Tensor, weight: Tensor, _bias: Any, factors: Any, seed: Any, *facts: Any
-) -> tuple[Tensor, Tensor]:
-    made = make_call(weight, seed, _facts(factors, *facts), factors)
-    saved = ROUTES[facts[-1]].shapes(made, x.shape[0]).saved
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(saved)
-
-
-@torch.library.custom_op("fastlora::lora_backward", mutates_args=())
-def lora_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    saved: Tensor,
-    weight: Tensor,
-    factors: Sequence[Tensor],
-    seed: Tensor | None,
-    scales: Sequence[float],
-    places: Sequence[int],
-    route: str,
-    need_dx: bool,
-) -> list[Tensor]:
-    """The buffers of all dA and all dB, and dx where it is needed."""
-    made = make_call(weight, seed, _facts(factors, scales, places, route), factors)
-    dx, dA, dB = run_backward(grad, x, saved, made, route, need_dx)
-    return [dA, dB] if dx is None else [dA, dB, dx]
+def _fake_lora(x: Tensor, _bias: Any, *facts: Any) -> tuple[Tensor, Tensor]:
+    (route, call), rows = _parse(*facts), x.shape[0]
+    return x.new_empty(rows, call.weight.shape[0]), x.new_empty(route.saved_shape(call, rows))
 
 
 @lora_backward.register_fake
 def _fake_backward(
-    grad: Tensor, _x: Any, _saved: Any, weight: Tensor, factors: Any, seed: Any, *facts: Any
+    grad: Tensor, _x: Any, _saved: Any, need_dx: bool, weight: Tensor, factors: Any, *_: Any
 ) -> list[Tensor]:
-    *flat, need_dx = facts
-    made = make_call(weight, seed, _facts(factors, *flat), factors)
-    shapes = ROUTES[flat[-1]].shapes(made, grad.shape[0])
-    dtype = grad.dtype if flat[-1] == "reference" else torch.float32
-    gradients = [grad.new_empty(shape, dtype=dtype) for shape in (shapes.dA, shapes.dB)]
+    gradients = [factor.new_empty(factor.shape) for factor in factors]
     return gradients + ([grad.new_empty(grad.shape[0], weight.shape[1])] if need_dx else [])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, factors, seed, *ctx.flat = inputs
-    ctx.mark_non_differentiable(output[1])
+    x, _, weight, factors, seed, *ctx.fixed = inputs
+    saved = output[1]
+    ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    kept = kept_input(x, output[1], _facts(factors, *ctx.flat))
-    ctx.save_for_backward(kept, output[1], weight, seed, *factors)
+    # Route "gemm" saves [x | u] where it can, which is wider than u.
+    width = sum(padded(A.shape[0]) for A in factors[: len(factors) // 2])
+    has_x = saved.dim() == 2 and saved.shape[1] > width
+    ctx.save_for_backward(None if has_x else x, saved, weight, seed, *factors)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
-    kept, saved, weight, seed, *factors = ctx.saved_tensors
+def _gradients(ctx: Any, grad: Tensor | None, run: Callable[..., list]) -> tuple[Any, list]:
+    """dx or None, and each factor's gradient."""
+    x, saved, weight, seed, *factors = ctx.saved_tensors
     if grad is None:
-        return None, None, None, [None] * len(factors), None, None, None, None
+        return None, [None] * len(factors)
     need_dx = ctx.needs_input_grad[0]
-    dA, dB, *dx = lora_backward(grad, kept, saved, weight, factors, seed, *ctx.flat, need_dx)
-    made = make_call(weight, seed, _facts(factors, *ctx.flat), factors)
-    gradients = split_gradients(dA, dB, made, ctx.flat[-1], grad)
-    return dx[0] if need_dx else None, None, None, gradients, None, None, None, None
+    found = run(grad, x, saved, need_dx, weight, factors, seed, *ctx.fixed)
+    return found.pop() if need_dx else None, found
 
 
-lora.register_autograd(_backward, setup_context=_setup_context)
+def _traced_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+    dx, gradients = _gradients(ctx, grad, lora_backward)
+    return dx, None, None, gradients, None, None, None, None
+
+
+lora.register_autograd(_traced_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the operator, which would add half a millisecond.
+
+    `apply(x, bias, weight, seed, (scales, places, route), *factors)`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Any, weight: Tensor, seed: Any, fixed: tuple, *factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        inputs = x, bias, weight, factors, seed, *fixed
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+        dx, gradients = _gradients(ctx, grad, _backward)
+        return dx, None, None, None, None, *gradients
+
+
+lora_eager = _Eager.apply

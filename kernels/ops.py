@@ -1,8 +1,4 @@
-"""The LoRA operation: the public functions, the autograd function under them, and the route.
-
-Saved for backward are x, u = c (m * x) A^T and the dropout mask's seed; neither the mask nor the
-dropped x, and never a gradient of W0 or b.
-"""
+"""The LoRA operation: the public functions and the route that they take."""
 
 from __future__ import annotations
 
@@ -11,17 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastlora.kernels import library, tuning
+from fastlora.kernels import tuning
 from fastlora.kernels.dropout import draw_seed, threshold
 from fastlora.kernels.frozen import linear
-from fastlora.kernels.grouped import Shape
-from fastlora.kernels.library import Facts
+from fastlora.kernels.library import lora, lora_eager
 from fastlora.kernels.reference import Term
 from fastlora.kernels.routes import ROUTES
 
@@ -62,10 +56,8 @@ def route(
 ) -> Route:
     """The route that `lora_grouped` takes on a device, for many rows or few, and why.
 
-    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one.
-
-    Raises:
-        ValueError: when FASTLORA_ROUTE names no route, or one that cannot run here.
+    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one; ValueError when
+    it names no route, or one that cannot run here.
     """
     name = _forced[-1] if _forced else os.environ.get("FASTLORA_ROUTE", "")
     found = _detect(torch.device(device), dtype, large)  # on a T4, also installs the hook
@@ -89,34 +81,6 @@ def forced_route(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-class _LoRA(torch.autograd.Function):
-    """The operation in eager mode, where the registered operator would add half a millisecond."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        weight: Tensor,
-        seed: Tensor | None,
-        facts: Facts,
-        *factors: Tensor,
-    ) -> Tensor:
-        call = library.make_call(weight, seed, facts, factors)
-        y, saved = library.run_forward(x, bias, call, facts.route)
-        ctx.facts = facts
-        ctx.save_for_backward(library.kept_input(x, saved, facts), saved, weight, seed, *factors)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, saved, weight, seed, *factors = ctx.saved_tensors
-        call, route = library.make_call(weight, seed, ctx.facts, factors), ctx.facts.route
-        dx, dA, dB = library.run_backward(grad, kept, saved, call, route, ctx.needs_input_grad[0])
-        return dx, None, None, None, None, *library.split_gradients(dA, dB, call, route, grad)
-
-
 def lora_grouped(
     x: Tensor,
     weight: Tensor,
@@ -135,10 +99,8 @@ def lora_grouped(
         seed: int64 scalar tensor of all masks, drawn from torch's generator where it is None.
 
     Returns:
-        [..., N] in x's dtype. Gradients flow to x and to every lora_A and lora_B.
-
-    Raises:
-        ValueError: when a shape does not fit.
+        [..., N] in x's dtype. Gradients flow to x and to every lora_A and lora_B. ValueError when a
+        shape does not fit.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -153,14 +115,19 @@ def lora_grouped(
         return linear(x, weight, bias)
     if seed is None and any(term.dropout_p > 0 for term in terms):
         seed = draw_seed(x.device)
-    large = torch.compiler.is_compiling() or len(rows) >= tuning.SMALL
-    facts = _facts(terms, len(rows), route(x.device, x.dtype, large).name)
     factors = [*(term.lora_A for term in terms), *(term.lora_B for term in terms)]
+    places: list[int] = []
+    for term in terms:
+        start, stop, _ = slice(term.start, term.stop).indices(len(rows))
+        drop = threshold(term.dropout_p)
+        places += (term.column, drop, term.stream, start, max(start, stop))
+    scales = [term.c for term in terms]
+    large = torch.compiler.is_compiling() or len(rows) >= tuning.SMALL
+    fixed = scales, places, route(x.device, x.dtype, large).name
     if torch.compiler.is_compiling():
-        y = library.call(rows, weight, bias, factors, seed, facts)
+        y, _ = lora(rows, bias, weight, factors, seed, *fixed)
     else:
-        with library.without_autocast(x):
-            y = _LoRA.apply(rows, bias, weight, seed, facts, *factors)
+        y, _ = lora_eager(rows, bias, weight, seed, fixed, *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -200,36 +167,21 @@ def lora_qkv(
     if unknown := adapters.keys() - blocks.keys():
         raise ValueError(f"adapters has {min(unknown)!r} (expected some of {', '.join(blocks)})")
     terms = [
-        Term(A, B, scale, dropout_p, stream=column, column=column)
+        Term(*adapters[name], scale, dropout_p, stream=column, column=column)
         for name, column in blocks.items()
         if name in adapters
-        for A, B in [adapters[name]]
     ]
     return lora_grouped(x, weight, bias, terms, seed)
 
 
-def _facts(terms: Sequence[Term], rows: int, route: str) -> Facts:
-    shapes, ranges = [], []
-    for t in terms:
-        start, stop, _ = slice(t.start, t.stop).indices(rows)
-        width, rank = t.lora_B.shape
-        shapes.append(Shape(rank, width, t.column, t.c, threshold(t.dropout_p), t.stream))
-        ranges.append((start, max(start, stop)))
-    return Facts(tuple(shapes), tuple(ranges), route)
-
-
 def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} features (expected {weight.shape[1]}, weight's)")
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        raise ValueError(f"x has {x.shape[-1]} features (expected {K}, weight's)")
     for term in terms:
         A, B = term.lora_A, term.lora_B
-        if A.shape[1] != weight.shape[1] or A.shape[0] != B.shape[1]:
-            raise ValueError(
-                f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)} "
-                f"(expected [r, {weight.shape[1]}] and [N, r])"
-            )
-        if term.column + B.shape[0] > weight.shape[0]:
-            raise ValueError(
-                f"lora_B's rows reach column {term.column + B.shape[0]} of the output "
-                f"(expected at most {weight.shape[0]})"
-            )
+        if A.shape[1] != K or A.shape[0] != B.shape[1]:
+            found = f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}"
+            raise ValueError(f"{found} (expected [r, {K}] and [N, r])")
+        if (end := term.column + B.shape[0]) > N:
+            raise ValueError(f"lora_B's rows reach column {end} of y (expected at most {N})")

@@ -25,20 +25,13 @@ class Term:
     It reads rows [start, stop) of x (leading dimensions flattened) and adds to those rows of y,
     columns [column, column + N). The mask's rows count from `start`, so that an adapter trains
     the same alone or in company.
-
-    Attributes:
-        lora_A: [r, K].
-        lora_B: [N, r].
-        scale: alpha / r (or alpha / sqrt(r), rsLoRA).
-        dropout_p: probability to drop an element of the branch's input.
-        stream: 32 bits that separate the masks of terms that share a seed.
     """
 
-    lora_A: Tensor
-    lora_B: Tensor
-    scale: float
-    dropout_p: float = 0.0
-    stream: int = 0
+    lora_A: Tensor  # [r, K]
+    lora_B: Tensor  # [N, r]
+    scale: float  # alpha / r (or alpha / sqrt(r), rsLoRA)
+    dropout_p: float = 0.0  # probability to drop an element of the branch's input
+    stream: int = 0  # 32 bits that separate the masks of terms that share a seed
     start: int = 0
     stop: int | None = None
     column: int = 0

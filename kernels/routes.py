@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fastlora.kernels import tuning
 from fastlora.kernels.dropout import LANES, keep_mask
 from fastlora.kernels.frozen import frozen_dx, frozen_linear
-from fastlora.kernels.grouped import Plan, Shape, is_uniform, make_plan, rank_offsets
+from fastlora.kernels.grouped import Plan, Ranges, Shape, is_uniform, make_pieces, rank_offsets
 
 
 class Call(NamedTuple):
@@ -32,52 +32,25 @@ class Call(NamedTuple):
     B: Sequence[Tensor]
     seed: Tensor | None
     shapes: tuple[Shape, ...]
-    ranges: tuple[tuple[int, int], ...]  # of rows, per term
-
-
-class Buffers(NamedTuple):
-    """Shapes of what a route saves for backward, and of the buffers its gradients lie in."""
-
-    saved: tuple[int, ...]
-    dA: tuple[int, ...]
-    dB: tuple[int, ...]
-
-
-class Factors(NamedTuple):
-    """All terms' factors in the compute type; see `Pieces` for which columns are whose."""
-
-    A: Tensor  # [R, K]
-    B: Tensor  # [N, R], each term's rows its block of the output
-    extended: Tensor  # [N, K + R] = [W0 | B]; only B without the extension
+    ranges: Ranges
 
 
 class Reference:
-    """Route "reference"; the terms' u, dA and dB lie one after the other in flat buffers."""
+    """Route "reference"."""
 
     @staticmethod
-    def shapes(call: Call, rows: int) -> Buffers:
-        """The sizes of its buffers."""
-        K, spans = call.weight.shape[1], zip(call.shapes, call.ranges, strict=True)
-        return Buffers(
-            (sum(s.rank * (stop - start) for s, (start, stop) in spans),),
-            (sum(s.rank for s in call.shapes) * K,),
-            (sum(s.rank * s.width for s in call.shapes),),
-        )
-
-    @staticmethod
-    def split(dA: Tensor, dB: Tensor, call: Call, rows: int) -> list[Tensor]:
-        """The gradient of each A, then of each B."""
-        return [*_cut(dA, [t.shape for t in call.A]), *_cut(dB, [t.shape for t in call.B])]
+    def saved_shape(call: Call, rows: int) -> tuple[int, ...]:
+        """All terms' u, one after the other."""
+        terms = zip(call.shapes, call.ranges, strict=True)
+        return (sum((stop - start) * s.rank for s, (start, stop) in terms),)
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """y [M, N], and the terms' u."""
         y = frozen_linear(x, call.weight, bias)
-        saved = x.new_empty(Reference.shapes(call, len(x)).saved)
-        us = _us(call, saved)
-        for s, (start, stop), A, B, u in zip(
-            call.shapes, call.ranges, call.A, call.B, us, strict=True
-        ):
+        saved = x.new_empty(Reference.saved_shape(call, len(x)))
+        terms = zip(call.shapes, call.ranges, call.A, call.B, _us(call, saved), strict=True)
+        for s, (start, stop), A, B, u in terms:
             branch = x[start:stop]
             keep = _keep(branch, s, call.seed)
             branch = branch if keep is None else keep.mul_(branch)
@@ -88,29 +61,25 @@ class Reference:
     @staticmethod
     def backward(
         grad: Tensor, x: Tensor, saved: Tensor, call: Call, need_dx: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """dx [M, K] where needed, and the buffers of all dA and all dB."""
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """dx [M, K] where needed, and each dA, then each dB."""
         dx = frozen_dx(grad, call.weight) if need_dx else None
-        buffers = Reference.shapes(call, len(x))
-        flat_A, flat_B = x.new_empty(buffers.dA), x.new_empty(buffers.dB)
-        gradients = Reference.split(flat_A, flat_B, call, len(x))
-        us = _us(call, saved)
-        for i, (s, (start, stop)) in enumerate(zip(call.shapes, call.ranges, strict=True)):
+        dA, dB = [], []
+        terms = zip(call.shapes, call.ranges, call.A, call.B, _us(call, saved), strict=True)
+        for s, (start, stop), A, B, u in terms:
             g = grad[start:stop, s.column : s.column + s.width]
-            v = (g @ call.B[i].to(x.dtype)).mul_(s.scale)  # [M_t, r]
+            v = (g @ B.to(x.dtype)).mul_(s.scale)  # [M_t, r]
             branch = x[start:stop]
             keep = _keep(branch, s, call.seed)
-            branch = branch if keep is None else branch * keep
-            torch.mm(v.T, branch, out=gradients[i])
-            torch.mm(g.T, us[i], out=gradients[len(us) + i])
+            dA.append(v.T @ (branch if keep is None else branch * keep))
+            dB.append(g.T @ u)
             if dx is None:
                 continue
-            A = call.A[i].to(x.dtype)
             if keep is None:
-                dx[start:stop].addmm_(v, A)
+                dx[start:stop].addmm_(v, A.to(x.dtype))
             else:
-                dx[start:stop].addcmul_(v @ A, keep)
-        return dx, flat_A, flat_B
+                dx[start:stop].addcmul_(v @ A.to(x.dtype), keep)
+        return dx, dA + dB
 
 
 class Kernels:
@@ -123,73 +92,64 @@ class Kernels:
     def __init__(self, vendor: bool) -> None:
         self.vendor = vendor
 
-    def shapes(self, call: Call, rows: int) -> Buffers:
-        """The sizes of its buffers."""
-        (N, K), R = call.weight.shape, rank_offsets(call.shapes)[-1]
-        if is_uniform(call.shapes, call.ranges, rows):
-            return Buffers((rows, R + K * self.vendor), (R, K), (N, R))
-        return Buffers((rows, R), (R, K), (R, max(s.width for s in call.shapes)))
-
-    def split(self, dA: Tensor, dB: Tensor, call: Call, rows: int) -> list[Tensor]:
-        """The gradient of each A, then of each B."""
-        uniform = is_uniform(call.shapes, call.ranges, rows)
-        As, Bs = [], []
-        for shape, first in zip(call.shapes, rank_offsets(call.shapes), strict=False):
-            ranks = slice(first, first + shape.rank)
-            block = slice(shape.column, shape.column + shape.width)
-            As.append(dA[ranks])
-            Bs.append(dB[block, ranks] if uniform else dB[ranks, : shape.width].T)
-        return As + Bs
+    def saved_shape(self, call: Call, rows: int) -> tuple[int, ...]:
+        """u, or [x | u]."""
+        extend = self.vendor and is_uniform(call.shapes, call.ranges, rows)
+        return rows, rank_offsets(call.shapes)[-1] + call.weight.shape[1] * extend
 
     def forward(self, x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """y [M, N], and u or [x | u]."""
         from fastlora.kernels.forward import down, fused
 
-        M, K = x.shape
-        plan, blocks = _plan(call, M), _blocks(x)
-        extend = self.vendor and plan.uniform
-        factors = _factors(call, plan, x.dtype, extend)
-        saved = x.new_empty(self.shapes(call, M).saved)
+        (M, K), seed = x.shape, call.seed
+        plan, blocks = _plan(call, x)
+        saved = x.new_empty(self.saved_shape(call, M))
+        extend = saved.shape[1] > plan.pieces.ranks
+        A, packed, B = _factors(call, plan, x.dtype, extend)
         if extend:
-            kept, u = saved[:, :K], saved[:, K:]
-            down(x, factors.A, u, plan, call.seed, blocks.down, copy=kept)
-            return F.linear(saved, factors.extended, bias), saved
-        down(x, factors.A, saved, plan, call.seed, blocks.down)
-        last = (saved, factors.B.T)
+            down(x, A, saved[:, K:], plan, seed, blocks.down, copy=saved[:, :K])
+            return F.linear(saved, packed, bias), saved
+        down(x, A, saved, plan, seed, blocks.down)
         if self.vendor:
             y = F.linear(x, call.weight, bias)
-            fused(None, None, None, *last, y, plan, call.seed, blocks.fused)
+            fused(None, None, None, saved, B.T, y, plan, seed, blocks.fused)
         else:
             y = x.new_empty(M, call.weight.shape[0])
-            fused(x, call.weight, bias, *last, y, plan, call.seed, blocks.fused)
+            fused(x, call.weight, bias, saved, B.T, y, plan, seed, blocks.fused)
         return y, saved
 
     def backward(
         self, grad: Tensor, x: Any, saved: Tensor, call: Call, need_dx: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """dx [M, K] where needed, and the buffers of all dA and all dB."""
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """dx [M, K] where needed, and each dA, then each dB."""
         from fastlora.kernels.backward import outer
         from fastlora.kernels.forward import down, fused
 
         M, K = grad.shape[0], call.weight.shape[1]
-        plan, blocks = _plan(call, M), _blocks(grad)
-        extend = self.vendor and plan.uniform
-        factors = _factors(call, plan, grad.dtype, extend)
+        (plan, blocks), seed = _plan(call, grad), call.seed
+        R, shapes = plan.pieces.ranks, call.shapes
+        uniform = is_uniform(shapes, call.ranges, M)
+        extend = self.vendor and uniform
+        A, packed, B = _factors(call, plan, grad.dtype, extend)
         x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved)
         dx = grad.new_empty(M, K) if need_dx else None
         base = None  # where there is one, `outer` adds the terms to it
         if extend and need_dx:
-            base, v = (grad @ factors.extended).split([K, plan.pieces.ranks], 1)
+            base, v = (grad @ packed).split([K, R], 1)
         else:
-            v = grad.new_empty(M, plan.pieces.ranks)
-            down(grad, factors.B.T, v, plan, None, blocks.down, in_block=True)
+            v = grad.new_empty(M, R)
+            down(grad, B.T, v, plan, None, blocks.down, in_block=True)
             if need_dx and self.vendor:
                 base = dx = grad @ call.weight
             elif dx is not None:
-                last = (v, factors.A, dx, plan, call.seed, blocks.fused)
-                fused(grad, call.weight.T, None, *last, backward=True)
-        d = outer(x, v, plan, call.seed, blocks.outer, factor=factors.A, base=base, dx=dx)
-        return dx, d, _dB(grad, u, call, plan, blocks.outer)
+                w = call.weight.T
+                fused(grad, w, None, v, A, dx, plan, seed, blocks.fused, backward=True)
+        dA = outer(x, v, plan, seed, blocks.outer, factor=A, base=base, dx=dx)
+        if uniform:
+            return dx, _parts(dA, _mm_fp32(grad.T, u), shapes)
+        widest = max(s.width for s in shapes)
+        dB = outer(grad, u, plan, None, blocks.outer, width=widest).T
+        return dx, _parts(dA, dB, [s._replace(column=0) for s in shapes])
 
 
 ROUTES: dict[str, Any] = {
@@ -201,38 +161,33 @@ ROUTES: dict[str, Any] = {
 
 def _us(call: Call, saved: Tensor) -> list[Tensor]:
     """Each term's u [M_t, r] in the flat buffer of route "reference"."""
-    spans = zip(call.shapes, call.ranges, strict=True)
-    return _cut(saved, [(stop - start, s.rank) for s, (start, stop) in spans])
+    terms = zip(call.shapes, call.ranges, strict=True)
+    sizes = [(stop - start, s.rank) for s, (start, stop) in terms]
+    parts = saved.split([m * r for m, r in sizes])
+    return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _keep(x: Tensor, shape: Shape, seed: Any) -> Tensor | None:
     """The term's mask of its rows of x, as numbers; None without dropout."""
     if not shape.threshold:
         return None
-    return keep_mask(seed, shape.stream, *x.shape, shape.threshold / LANES, x.dtype)
+    rows, columns = x.shape
+    return keep_mask(seed, shape.stream, rows, columns, shape.threshold / LANES, x.dtype)
 
 
-def _cut(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Matrices [a, b] that lie one after the other in a flat buffer."""
-    parts = flat.split([a * b for a, b in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _parts(A: Tensor, B: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """Each term's part of A [R, K], then each term's of B [N, R]."""
+    As, Bs = [], []
+    for s, first in zip(shapes, rank_offsets(shapes), strict=False):
+        ranks = slice(first, first + s.rank)
+        As.append(A[ranks])
+        Bs.append(B[s.column : s.column + s.width, ranks])
+    return As + Bs
 
 
-def _plan(call: Call, rows: int) -> Plan:
-    return make_plan(call.shapes, call.ranges, rows, call.weight.device)
-
-
-def _blocks(x: Tensor) -> tuning.Config:
-    return tuning.config(tuning.capability(x.device), x.dtype, x.shape[0])
-
-
-def _dB(grad: Tensor, u: Tensor, call: Call, plan: Plan, blocks: tuning.Blocks) -> Tensor:
-    """dB = g^T u: one skinny GEMM [N, R], or dB^T [R, widest] by a kernel where rows differ."""
-    if plan.uniform:
-        return _mm_fp32(grad.T, u)
-    from fastlora.kernels.backward import outer
-
-    return outer(grad, u, plan, None, blocks, width=max(s.width for s in call.shapes))
+def _plan(call: Call, x: Tensor) -> tuple[Plan, tuning.Config]:
+    plan = Plan(make_pieces(call.shapes, x.device), call.ranges, x.shape[0])
+    return plan, tuning.config(tuning.capability(x.device), x.dtype, x.shape[0])
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -248,43 +203,33 @@ def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
 _packed: dict[tuple, list] = {}
 
 
-def _factors(call: Call, plan: Plan, dtype: torch.dtype, extend: bool) -> Factors:
-    """The packed factors, refreshed when a factor changed (after a step of the optimiser)."""
-    sources = [*call.A, *call.B]
-    owners = [StorageWeakRef(t.untyped_storage()) for t in (call.weight, *sources)]
-    places = (
-        (o.cdata, t.storage_offset()) for o, t in zip(owners, (call.weight, *sources), strict=True)
-    )
-    key = (*places, call.shapes, dtype, extend)
+def _factors(
+    call: Call, plan: Plan, dtype: torch.dtype, extend: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All terms' A [R, K], [W0 | B] [N, K + R] and B [N, R] in the compute type.
+
+    They are refreshed when a factor changed (after a step of the optimiser). Without `extend`,
+    the second is only B. See `_parts` for which rows and columns are whose.
+    """
+    tensors = (call.weight, *call.A, *call.B)
+    owners = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+    offsets = (t.storage_offset() for t in tensors)
+    key = (*(owner.cdata for owner in owners), *offsets, call.shapes, dtype, extend)
     entry = _packed.get(key)
-    base, versions = call.weight._version, [t._version for t in sources]
+    base, *versions = (t._version for t in tensors)
     if entry is None or entry[1] != base:
         for old in [k for k, e in _packed.items() if any(owner.expired() for owner in e[0])]:
             del _packed[old]
-        entry = _packed[key] = [owners, base, None, _empty_factors(call, plan, dtype, extend)]
+        (N, K), R = call.weight.shape, plan.pieces.ranks
+        packed = call.weight.new_zeros(N, K * extend + R, dtype=dtype)
+        if extend:
+            packed[:, :K] = call.weight
+        factors = packed.new_zeros(R, K), packed, packed[:, K * extend :]
+        entry = _packed[key] = [owners, base, None, factors]
+    A, packed, B = entry[3]
     # A replayed graph must refresh: its optimiser steps leave versions as they are.
     capturing = call.weight.is_cuda and torch.cuda.is_current_stream_capturing()
     if entry[2] != versions or capturing:
-        torch._foreach_copy_(_views(entry[3], call), sources)
+        torch._foreach_copy_(_parts(A, B, call.shapes), tensors[1:])
         entry[2] = versions
-    return entry[3]
-
-
-def _empty_factors(call: Call, plan: Plan, dtype: torch.dtype, extend: bool) -> Factors:
-    N, K = call.weight.shape
-    K = K if extend else 0
-    extended = call.weight.new_zeros(N, K + plan.pieces.ranks, dtype=dtype)
-    if extend:
-        extended[:, :K] = call.weight
-    A = extended.new_zeros(plan.pieces.ranks, call.weight.shape[1])
-    return Factors(A, extended[:, K:], extended)
-
-
-def _views(factors: Factors, call: Call) -> list[Tensor]:
-    """Where each A and then each B lies in the packed factors."""
-    A, B = [], []
-    for shape, first in zip(call.shapes, rank_offsets(call.shapes), strict=False):
-        ranks = slice(first, first + shape.rank)
-        A.append(factors.A[ranks])
-        B.append(factors.B[shape.column : shape.column + shape.width, ranks])
-    return A + B
+    return A, packed, B

@@ -15,9 +15,9 @@ compiled without it there.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,10 @@ import triton
 
 TESTED = ((3, 6), (3, 9))  # the versions that the tests compile with, first and last
 KERNELS = {"lora_down", "lora_fused", "lora_outer", "lora_reduce"}
-_FUNCTION = re.compile(r"tt\.func public @(\w+)")
 
 
 def install() -> str:
-    """Put the hook in Triton, after any hook that is there already.
-
-    Returns:
-        Why it could not be done, or an empty string.
-    """
+    """Put the hook in Triton, after one that is there already; returns why not, or ""."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if not TESTED[0] <= version <= TESTED[1]:
         return f"Triton {triton.__version__} is not one of {TESTED[0]} to {TESTED[1]}"
@@ -51,45 +46,29 @@ class Hook:
         self.earlier = earlier
         self.key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
-    def __call__(
-        self,
-        backend: Any = None,
-        stages: dict | None = None,
-        options: Any = None,
-        language: Any = None,
-        capability: int | None = None,
-    ) -> Any:
+    def __call__(self, *stage: Any) -> Any:
         """Replace the stage; without arguments (Triton 3.7 and later), answer the cache key."""
-        if backend is None:
-            before = self.earlier() if self.earlier else ("", "")
+        before = self.earlier(*stage) if self.earlier else ("", "")
+        if not stage:
             return before[0] + self.key, before[1] + self.key
-        if self.earlier:
-            self.earlier(backend, stages, options, language, capability)
-        if capability == 75 and options.num_stages == 1 and stages and "ttgir" in stages:
-            stages["ttgir"] = _turing_stage(backend, stages["ttgir"], options)
+        backend, stages, options, _, capability = stage
+        if capability == 75 and options.num_stages == 1 and "ttgir" in stages:
+            stages["ttgir"] = partial(_ttgir, backend, stages["ttgir"], options)
         return None
 
 
-def _turing_stage(backend: Any, stock: Any, options: Any) -> Any:
+def _ttgir(backend: Any, stock: Any, options: Any, module: Any, metadata: dict) -> Any:
+    if not KERNELS.issuperset(re.findall(r"tt\.func public @(\w+)", str(module))):
+        return stock(module, metadata)
     from triton._C.libtriton import ir
 
-    def ttgir(module: Any, metadata: dict) -> Any:
-        names = _FUNCTION.findall(str(module))
-        if not KERNELS.issuperset(names):
-            return stock(module, metadata)
-        module = backend.make_ttgir(module, metadata, options, 80)
-        text = str(module).replace("cuda:80", "cuda:75")
-        text = text.replace(
-            "versionMajor = 2, versionMinor = 0", "versionMajor = 2, versionMinor = 1"
-        )
-        # The parser reads files only.
-        with tempfile.NamedTemporaryFile("w", suffix=".ttgir", delete=False) as file:
-            file.write(text)
-        try:
-            relabelled = ir.parse_mlir_module(file.name, module.context)
-        finally:
-            os.unlink(file.name)
-        relabelled.context = module.context
-        return relabelled
-
-    return ttgir
+    module = backend.make_ttgir(module, metadata, options, 80)
+    text = str(module).replace("cuda:80", "cuda:75")
+    text = text.replace("versionMajor = 2, versionMinor = 0", "versionMajor = 2, versionMinor = 1")
+    # The parser reads files only.
+    with tempfile.NamedTemporaryFile("w", suffix=".ttgir") as file:
+        file.write(text)
+        file.flush()
+        relabelled = ir.parse_mlir_module(file.name, module.context)
+    relabelled.context = module.context
+    return relabelled

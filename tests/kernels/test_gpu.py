@@ -97,11 +97,7 @@ def test_the_code_path_of_a_t4(route):
     def execute(kernel, grid, arguments, constants, blocks):
         compiled = aot.compile_launch(75, kernel, arguments, constants, blocks)
         names.append(kernel.__name__)
-        passed = [
-            arguments[n]
-            for n in kernel.arg_names
-            if n in arguments and not (isinstance(arguments[n], int) and arguments[n] == 1)
-        ]
+        passed = aot.passed(kernel, arguments)
         if all(grid):
             launch(compiled.asm["ptx"], kernel.__name__, grid, passed, compiled.metadata.shared)
 

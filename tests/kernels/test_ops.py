@@ -221,7 +221,7 @@ def test_opcheck(route):
     x = torch.randn(9, 8, requires_grad=True)
     (A, B), (C, D) = _factors(8, 4, 3, torch.float32), _factors(8, 4, 2, torch.float32)
     arguments = (
-        x, torch.randn(8, 8), torch.randn(8), [A, C, B, D], SEED, [1.0, 2.0],
+        x, torch.randn(8), torch.randn(8, 8), [A, C, B, D], SEED, [1.0, 2.0],
         [0, 6554, 1, 0, 9, 4, 0, 2, 0, 9], route,
     )  # fmt: skip
     torch.library.opcheck(lora, arguments)

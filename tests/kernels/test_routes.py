@@ -10,7 +10,7 @@ import torch
 from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastlora.kernels import Term, forced_route, launcher, lora_grouped, lora_linear, lora_qkv
+from fastlora.kernels import Term, forced_route, lora_grouped, lora_linear, lora_qkv, tuning
 from fastlora.kernels.grouped import Shape
 from fastlora.kernels.routes import ROUTES, Call
 
@@ -151,14 +151,14 @@ class CountLaunches(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.names = []
-        inner = launcher.launch
+        inner = tuning.launch
 
         def launch(kernel, grid, *rest):
             self.names.append(getattr(kernel, "__name__", "kernel"))
             with _disable_current_modes():  # the interpreter computes with PyTorch, too
                 return inner(kernel, grid, *rest)
 
-        monkeypatch.setattr(launcher, "launch", launch)
+        monkeypatch.setattr(tuning, "launch", launch)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name().partition(".")[0] not in self.FREE:

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlora.kernels import launcher, tuning, turing
+from fastlora.kernels import tuning, turing
 from fastlora.kernels.grouped import Shape
 from fastlora.kernels.routes import ROUTES, Call
 
@@ -30,15 +30,15 @@ FAMILIES = ("MMA", "LDG", "LDS", "STS", "BAR")
 @contextmanager
 def launches_to(function, capability, row=None):
     """Launches of a GPU of that capability, in the block sizes of a row, go to `function`."""
-    launch, find, config = launcher.launch, tuning.capability, tuning.config
-    launcher.launch = function
+    launch, find, config = tuning.launch, tuning.capability, tuning.config
+    tuning.launch = function
     tuning.capability = lambda _device: capability
     if row is not None:
         tuning.config = lambda *_: row
     try:
         yield
     finally:
-        launcher.launch, tuning.capability, tuning.config = launch, find, config
+        tuning.launch, tuning.capability, tuning.config = launch, find, config
 
 
 @cache
@@ -64,7 +64,7 @@ def compile_launch(capability, kernel, arguments, constants, blocks):
             offset = value.storage_offset() * value.element_size()
             if offset % 16 == 0:
                 aligned.append(name)
-        elif name in constants or value == 1:
+        elif name in constants or is_constant(value):
             constants.setdefault(name, value)
             signature[name] = "constexpr"
         else:
@@ -73,6 +73,17 @@ def compile_launch(capability, kernel, arguments, constants, blocks):
                 aligned.append(name)
     items = [tuple(d.items()) for d in (signature, constants)]
     return _compile(kernel, capability, *items, tuple(aligned), blocks.warps, blocks.stages)
+
+
+def is_constant(value):
+    """Whether Triton makes this argument a constant."""
+    return value is None or (isinstance(value, int) and value == 1)
+
+
+def passed(kernel, arguments):
+    """What a launch passes to the compiled kernel, in its order."""
+    values = (arguments[name] for name in kernel.arg_names if name in arguments)
+    return [value for value in values if not is_constant(value)]
 
 
 def sample(dtype, M=8, H=768, r=32, p=0.1):

@@ -25,18 +25,11 @@ def executed():
         names.append(kernel.__name__)
         if not all(grid):
             return
-        passed = [
-            arguments[n] for n in kernel.arg_names if n in arguments and not is_one(arguments[n])
-        ]
+        passed = aot.passed(kernel, arguments)
         ptx_cpu.run(compiled.asm["ptx"], grid, passed, compiled.metadata.shared)
 
     with aot.launches_to(execute, 75, ROW):
         yield names
-
-
-def is_one(value):
-    """Whether Triton makes this argument a constant."""
-    return isinstance(value, int) and value == 1
 
 
 @pytest.mark.parametrize("route", ["gemm", "triton"])
