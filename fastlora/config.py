@@ -175,6 +175,9 @@ class TrainConfig:
     ] = "auto"
     device: Annotated[str, _option(_speed, "auto, cpu, cuda or cuda:N.")] = "auto"
     compile: Annotated[bool, _option(_speed, "Compile the encoder with torch.compile.")] = False
+    grad_checkpoint: Annotated[
+        bool, _option(_speed, "Less memory, 1.6x the time: backward computes layers again.")
+    ] = False
 
     task: Annotated[dict[str, Any], Parameter(parse=False)] = field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from fastlora.files import atomic_open, read_toml
 
 PACKAGES = ("fastlora-bert", "torch", "triton", "numpy", "scipy", "tokenizers", "safetensors")
 # A run may go on elsewhere, or save more often, and still be the same run.
-FREE_KEYS = ("device", "save_every")
+FREE_KEYS = ("device", "save_every", "grad_checkpoint")
 
 
 def default_folder(config: TrainConfig) -> Path:
