@@ -18,7 +18,7 @@ from fastlora.files import atomic_folder, atomic_open
 from fastlora.inputs import Inputs, find_inputs
 from fastlora.lora import lora_layers, parameter_report
 from fastlora.model import MultitaskBert
-from fastlora.parallel import Ranks
+from fastlora.parallel import Ranks, out_of_memory
 from fastlora.runs import default_folder, describe_gpu, open_run
 from fastlora.setup import (
     Setup,
@@ -54,10 +54,14 @@ def run_training(
     ranks = Ranks(setup.device)
     try:
         return _run(setup, ranks, Log(quiet, shown=ranks.first), dry_run)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
         raise RunError(
-            f"out of memory on {setup.device} ({error}); lower --tokens-per-batch (it is "
-            f"{config.tokens_per_batch}) or raise --accumulate (it is {config.accumulate})"
+            f"out of memory on {setup.device} ({' '.join(str(error).split())}); {ask}lower "
+            f"--tokens-per-batch (it is {config.tokens_per_batch}) or raise --accumulate (it is "
+            f"{config.accumulate})"
         ) from error
     finally:
         ranks.close()
