@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlora.bert.attention import cpu_attention
 from fastlora.bert.config import BertConfig
@@ -55,20 +56,13 @@ class BertOutput:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the T real tokens of a padded batch lie.
+    """Where the T real tokens of a padded batch lie; tensors are None when nothing is padded."""
 
-    Attributes:
-        batch, length: B and S.
-        index: int64 [T], positions in the flattened [B * S]; None when nothing is padded.
-        source: int64 [B * S], the token at each position, any at padding; None as above.
-        mask: bool [B, 1, 1, S], True at real keys; None when nothing is padded.
-    """
-
-    batch: int
-    length: int
-    index: Tensor | None = None
-    source: Tensor | None = None
-    mask: Tensor | None = None
+    batch: int  # B
+    length: int  # S
+    index: Tensor | None = None  # int64 [T], their positions in the flattened [B * S]
+    source: Tensor | None = None  # int64 [B * S], the token at each position, any at padding
+    mask: Tensor | None = None  # bool [B, 1, 1, S], True at real keys
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, shape: torch.Size) -> Layout:
@@ -168,17 +162,15 @@ class SelfAttention(nn.Module):
         qkv = self.projection(self, x)  # [T, 3H]
         p = self.dropout.p if self.training else 0.0
         if qkv.device.type == "cpu":
-            keep = self._keep_mask(qkv, layout) if p else None
+            keep = None
+            if p:  # the dropout of ones is its own scaled mask: [B, h, S, S]
+                ones = qkv.new_ones(layout.batch, self.heads * layout.length**2)
+                keep = self.dropout(ones).view(layout.batch, self.heads, layout.length, -1)
             return cpu_attention(qkv, keep, layout, self.heads)
         qkv = layout.pad(qkv).view(layout.batch, layout.length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, h, S, d]
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, dropout_p=p)
         return layout.unpad(context.transpose(1, 2).flatten(2))
-
-    def _keep_mask(self, like: Tensor, layout: Layout) -> Tensor:
-        """The dropout of ones is its own scaled mask: [B, h, S, S]."""
-        ones = like.new_ones(layout.batch, self.heads * layout.length**2)
-        return self.dropout(ones).view(layout.batch, self.heads, layout.length, layout.length)
 
 
 def packed_projection(attention: SelfAttention, x: Tensor) -> Tensor:
@@ -271,7 +263,13 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers."""
+    """The stack of layers.
+
+    With `recompute`, only each layer's input is kept for backward, which computes the layer again
+    (Chen et al. 2016) with the same random numbers; what it reads must not change in between.
+    """
+
+    recompute = False
 
     def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
@@ -281,7 +279,10 @@ class Encoder(nn.Module):
         """[T, H] -> the input and every layer's output, each [T, H]."""
         states = [x]
         for layer in self.layer:
-            states.append(layer(states[-1], layout))
+            if self.recompute:
+                states.append(checkpoint(layer, states[-1], layout, use_reentrant=False))
+            else:
+                states.append(layer(states[-1], layout))
         return states
 
 
@@ -298,12 +299,7 @@ class Pooler(nn.Module):
 
 
 class BertModel(nn.Module):
-    """The encoder, with the names and numbers of `transformers.BertModel`.
-
-    Args:
-        config: its shape.
-        parts: the kinds of modules to build it of.
-    """
+    """The encoder, with the names and numbers of `transformers.BertModel`, built of `parts`."""
 
     def __init__(self, config: BertConfig, parts: Parts = Parts()) -> None:
         super().__init__()
@@ -318,15 +314,14 @@ class BertModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> tuple[list[Tensor], Layout]:
-        """The real tokens' states after the embeddings and each layer, and where they lie.
+        """The real tokens' states after the embeddings and each layer: layers + 1 of [T, H].
+
+        Returns them and the layout, which pads them back to [B, S, H].
 
         Args:
             input_ids: int64 [B, S].
             attention_mask: [B, S], 1 at real tokens; None means all.
             token_type_ids: int64 [B, S]; None means zeros.
-
-        Returns:
-            layers + 1 tensors [T, H], and the layout that pads them back to [B, S, H].
 
         Raises:
             ValueError: when S exceeds the position embeddings.
@@ -337,9 +332,8 @@ class BertModel(nn.Module):
         layout = Layout.of(attention_mask, input_ids.shape)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        flat = [t.flatten() for t in (input_ids, types, positions)]
-        if layout.index is not None:
-            flat = [t[layout.index] for t in flat]
+        real = slice(None) if layout.index is None else layout.index
+        flat = [t.flatten()[real] for t in (input_ids, types, positions)]
         return self.encoder(self.embeddings(*flat), layout), layout
 
     def forward(

@@ -148,7 +148,8 @@ class TrainConfig:
     epochs: Annotated[int, _option(_optim, "Passes over the training examples.")] = 1
     max_steps: Annotated[int | None, _option(_optim, "Stop after this many steps.")] = None
     tokens_per_batch: Annotated[
-        int, _option(_optim, "Real tokens of one step, over all ranks; padding is not counted.")
+        int | Literal["auto"],
+        _option(_optim, "Real tokens of a step over all ranks, 1 or more; auto: measured here."),
     ] = 1024
     accumulate: Annotated[
         int, _option(_optim, "Split each step in this many parts, to save memory.")
@@ -175,6 +176,9 @@ class TrainConfig:
     ] = "auto"
     device: Annotated[str, _option(_speed, "auto, cpu, cuda or cuda:N.")] = "auto"
     compile: Annotated[bool, _option(_speed, "Compile the encoder with torch.compile.")] = False
+    grad_checkpoint: Annotated[
+        bool, _option(_speed, "Less memory, 1.6x the time: backward computes layers again.")
+    ] = False
 
     task: Annotated[dict[str, Any], Parameter(parse=False)] = field(default_factory=dict)
 
@@ -186,10 +190,13 @@ class TrainConfig:
     ] = 200
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "max_steps", "tokens_per_batch", "accumulate", "limit", "save_every")
-        for name in positive:
+        for name in ("epochs", "max_steps", "accumulate", "limit", "save_every"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "1 or more")
+        if (tokens := self.tokens_per_batch) != "auto":
+            _check(tokens >= 1, "tokens_per_batch", tokens, "1 or more, or auto")
+        elif self.mode == "frozen":
+            raise UserError("tokens_per_batch is 'auto' (expected a number with --mode frozen)")
         for name in ("lr", "head_lr", "clip"):
             value = getattr(self, name)
             _check(value is None or 0 < value < math.inf, name, value, "a positive number")

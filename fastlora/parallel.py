@@ -66,6 +66,12 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a GPU's or the machine's memory ran out."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "allocate memory" in str(error)  # a RuntimeError of PyTorch's on a CPU
+
+
 def local_device(name: str) -> torch.device:
     """This process's device for "auto", "cpu", "cuda" or "cuda:N"; UserError when not there."""
     available = torch.cuda.is_available()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastlora.files import atomic_open, read_toml
 
 PACKAGES = ("fastlora-bert", "torch", "triton", "numpy", "scipy", "tokenizers", "safetensors")
 # A run may go on elsewhere, or save more often, and still be the same run.
-FREE_KEYS = ("device", "save_every")
+FREE_KEYS = ("device", "save_every", "grad_checkpoint")
 
 
 def default_folder(config: TrainConfig) -> Path:
@@ -28,27 +29,37 @@ def default_folder(config: TrainConfig) -> Path:
     return Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
 
 
-def open_run(folder: Path, config: TrainConfig) -> bool:
-    """Create a run folder, or check it is this run's (else UserError); returns if it is new."""
+def open_run(folder: Path, config: TrainConfig) -> TrainConfig:
+    """Create a run folder, or check that it is this run's (else UserError).
+
+    Returns the configuration; an existing run's --tokens-per-batch is what "auto" means.
+    """
     file = folder / "run.toml"
     if file.exists():
         found = read_toml(file)
+        if config.tokens_per_batch == "auto":
+            config = replace(config, tokens_per_batch=found.get("tokens_per_batch", "auto"))
         wanted = config.to_table()
         keys = [k for k in {**found, **wanted} if k not in FREE_KEYS]
         differing = [k for k in keys if found.get(k) != wanted.get(k)]
         if differing:
             what = ", ".join(f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in differing)
             raise UserError(f"{folder}: holds a run with other settings ({what}); use a new --out")
-        return False
+        return config
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is no run folder (no run.toml); use a new --out")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_open(folder / "env.json") as out:
         json.dump(environment(), out, indent=1)
-    with atomic_open(file) as out:
+    write_config(folder, config)
+    return config
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write run.toml, the settings that run it again."""
+    with atomic_open(folder / "run.toml") as out:
         out.write("# Run it again: fastlora-train --config run.toml\n")
         out.write(tomlkit.dumps(config.to_table()))
-    return True
 
 
 def environment() -> dict[str, Any]:

@@ -18,8 +18,8 @@ from fastlora.files import atomic_folder, atomic_open
 from fastlora.inputs import Inputs, find_inputs
 from fastlora.lora import lora_layers, parameter_report
 from fastlora.model import MultitaskBert
-from fastlora.parallel import Ranks
-from fastlora.runs import default_folder, describe_gpu, open_run
+from fastlora.parallel import Ranks, out_of_memory
+from fastlora.runs import default_folder, describe_gpu, open_run, write_config
 from fastlora.setup import (
     Setup,
     adapter_settings,
@@ -29,7 +29,7 @@ from fastlora.setup import (
     prepare,
     to_compute,
 )
-from fastlora.train import Interrupted, Result, Trainer
+from fastlora.train import Interrupted, Result, Trainer, find_tokens
 
 ENCODER = "encoder"
 
@@ -54,10 +54,14 @@ def run_training(
     ranks = Ranks(setup.device)
     try:
         return _run(setup, ranks, Log(quiet, shown=ranks.first), dry_run)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
         raise RunError(
-            f"out of memory on {setup.device} ({error}); lower --tokens-per-batch (it is "
-            f"{config.tokens_per_batch}) or raise --accumulate (it is {config.accumulate})"
+            f"out of memory on {setup.device} ({' '.join(str(error).split())}); {ask}lower "
+            f"--tokens-per-batch (it is {config.tokens_per_batch}) or raise --accumulate (it is "
+            f"{config.accumulate})"
         ) from error
     finally:
         ranks.close()
@@ -68,17 +72,18 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
     model, base_sha, notes = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
     check_vocabulary(model.encoder, setup.tokenizer)
     if ranks.first and not dry_run:
-        open_run(folder, setup.config)
+        setup = replace(setup, config=open_run(folder, setup.config))
         log.file = folder / "train.log"
     ranks.barrier()
     _banner(setup, model, folder, notes, ranks, log)
     if dry_run:
         return None
-    trainer = Trainer(setup, to_compute(model, setup.config, setup.device), folder, ranks, log)
-    if trainer.resume():
-        log.line(f"continuing after step {trainer.progress.step}")
+    to_compute(model, setup.config, setup.device)
     if setup.config.compile:
         model.encoder.encoder.compile(dynamic=True)
+    trainer = Trainer(_with_tokens(setup, model, folder, ranks, log), model, folder, ranks, log)
+    if trainer.resume():
+        log.line(f"continuing after step {trainer.progress.step}")
     try:
         result = trainer.run()
     except Interrupted:
@@ -90,6 +95,18 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
         result = _finish(setup, model, trainer, folder, base, log)
     ranks.barrier()
     return result
+
+
+def _with_tokens(setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks, log: Log) -> Setup:
+    """The setup with the first rank's tokens per batch, measured now if that is still "auto"."""
+    tokens = setup.config.tokens_per_batch if ranks.first else 0
+    if measure := tokens == "auto":
+        tokens = find_tokens(setup, model, ranks, log)
+    tokens = int(ranks.sum(torch.tensor(tokens, device=setup.device)))
+    config = replace(setup.config, tokens_per_batch=tokens)
+    if measure:
+        write_config(folder, config)
+    return replace(setup, config=config)
 
 
 def _banner(

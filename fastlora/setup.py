@@ -96,6 +96,7 @@ def build_model(
     with user_errors():
         encoder, notes = load_encoder(source, PARTS)
     base = fingerprint(encoder)
+    encoder.encoder.recompute = config.grad_checkpoint
     model = MultitaskBert(encoder, tasks, config.pairs)
     if config.mode == "frozen":
         encoder.requires_grad_(False)
