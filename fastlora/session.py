@@ -158,7 +158,8 @@ def _finish(
 ) -> Result:
     """Write adapter, heads, predictions and scores; print the table."""
     save_trained(setup, model, folder / "adapter", base)
-    outputs = predict(model, setup.dev, trainer.dev_features)
+    # A finished run that is started again has evaluated nothing yet.
+    outputs = trainer.outputs or predict(model, setup.dev, trainer.dev_features)
     scores = scores_of(setup.dev, outputs)
     for name, data in setup.dev.items():
         write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])

@@ -104,6 +104,7 @@ class Trainer:
         self.frozen = self.config.mode == "frozen"
         self.train_features: Features | None = None
         self.dev_features: Features | None = None
+        self.outputs: dict[str, np.ndarray] = {}  # of the dev data, after the last epoch
         lengths = [len(self.plan(epoch)) for epoch in range(self.config.epochs)]
         self.total = min(sum(lengths), self.config.max_steps or sum(lengths))
 
@@ -249,9 +250,8 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Score the dev data; every rank computes it, so that none waits."""
-        outputs = predict(self.model, self.setup.dev, self.dev_features)
-        scores = scores_of(self.setup.dev, outputs)
-        self.outputs = outputs
+        self.outputs = predict(self.model, self.setup.dev, self.dev_features)
+        scores = scores_of(self.setup.dev, self.outputs)
         progress = self.progress
         progress.scores.append({"epoch": progress.epoch, "step": progress.step, "scores": scores})
         if self.metrics:

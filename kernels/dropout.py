@@ -65,11 +65,13 @@ def keep_mask(
         return philox_keep(seed, stream, rows, columns, p).to(dtype)
     lanes = _lanes(int(seed), stream, rows * columns).view(rows, columns)
     start = int(seed) % _PERIOD
-    limits = _limits(threshold(p), rows + _PERIOD)[start : start + rows]
+    most = 1 << (rows + _PERIOD).bit_length()  # so that few tables serve all batches
+    limits = _limits(threshold(p), most)[start : start + rows]
     # Written in its final type at once: a product with booleans costs ten times one with floats.
     return torch.ge(lanes, limits, out=torch.empty(rows, columns, dtype=dtype))
 
 
+@torch.compiler.disable
 def _lanes(seed: int, stream: int, count: int) -> Tensor:
     """Random uint8 [count]; SFC64 started as its authors do, with 16 outputs thrown away."""
     # Setting a generator's state takes a fifth of making a new one.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,17 @@ def test_half_precision_trains_fp32_masters(tiny_config, precision, mode):
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     for tensors in final(config.out).values():
         assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
+def test_compiled_run_trains(tiny_config, tmp_path):
+    plain = run(tiny_config(max_steps=4, lr=1e-3))
+    compiled = run(tiny_config(max_steps=4, lr=1e-3, compile=True, out=tmp_path / "compiled"))
+    assert compiled.steps == plain.steps == 4
+    logs = [logged(tmp_path / name) for name in ("run", "compiled")]
+    for task, loss in logs[0][0]["loss"].items():
+        assert logs[1][0]["loss"][task] == pytest.approx(loss, rel=0.2)  # other dropout masks
 
 
 def test_divergence_is_a_run_error(tiny_config):
