@@ -87,7 +87,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not groups:
         return
     write = terminalreporter.write_line
-    terminalreporter.section("ratio to the unfused reference: median [quartiles] of paired rounds")
+    terminalreporter.section("ratios [quartiles of paired rounds]; layers: to the unfused form")
     means = defaultdict(list)
     for group, entries in groups.items():
         write(group)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.bert.attention import cpu_attention
+from fastlora.bert.attention import LONG, cpu_attention
 from fastlora.bert.config import BertConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -161,7 +161,7 @@ class SelfAttention(nn.Module):
         """[T, H] -> [T, H]."""
         qkv = self.projection(self, x)  # [T, 3H]
         p = self.dropout.p if self.training else 0.0
-        if qkv.device.type == "cpu":
+        if qkv.device.type == "cpu" and (p or layout.length < LONG):
             keep = None
             if p:  # the dropout of ones is its own scaled mask: [B, h, S, S]
                 ones = qkv.new_ones(layout.batch, self.heads * layout.length**2)

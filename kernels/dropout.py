@@ -64,9 +64,7 @@ def keep_mask(
     if seed.device.type != "cpu":
         return philox_keep(seed, stream, rows, columns, p).to(dtype)
     lanes = _lanes(int(seed), stream, rows * columns).view(rows, columns)
-    start = int(seed) % _PERIOD
-    most = 1 << (rows + _PERIOD).bit_length()  # so that few tables serve all batches
-    limits = _limits(threshold(p), most)[start : start + rows]
+    limits = _limits(threshold(p), (rows + _PERIOD).bit_length())[int(seed) % _PERIOD :][:rows]
     # Written in its final type at once: a product with booleans costs ten times one with floats.
     return torch.ge(lanes, limits, out=torch.empty(rows, columns, dtype=dtype))
 
@@ -75,18 +73,19 @@ def keep_mask(
 def _lanes(seed: int, stream: int, count: int) -> Tensor:
     """Random uint8 [count]; SFC64 started as its authors do, with 16 outputs thrown away."""
     # Setting a generator's state takes a fifth of making a new one.
-    generator = vars(_own).setdefault("generator", np.random.SFC64(0))
-    words = np.array([seed, stream, _W0, 1], np.uint64)
-    generator.state = {**_FRESH, "state": {"state": words}}
-    return torch.from_numpy(generator.random_raw(count // 8 + 17)[16:].view(np.uint8)[:count])
+    if not hasattr(_own, "generator"):
+        _own.generator = np.random.SFC64(0)
+    state = {"state": np.array([seed, stream, _W0, 1], np.uint64)}
+    _own.generator.state = {**_FRESH, "state": state}
+    return torch.from_numpy(_own.generator.random_raw(count // 8 + 17)[16:].view(np.uint8)[:count])
 
 
 @lru_cache(maxsize=64)
-def _limits(drop: int, rows: int) -> Tensor:
-    """uint8 [rows, 1]: `drop` / 256 rounded down or up, right on average over any 256 rows."""
+def _limits(drop: int, bits: int) -> Tensor:
+    """uint8 [2^bits, 1]: `drop` / 256 rounded down or up, right on average over any 256 rows."""
     high, low = divmod(drop, 256)
     # An odd step spreads the rows that are rounded up.
-    up = torch.arange(rows) * 159 % _PERIOD < low
+    up = torch.arange(1 << bits) * 159 % _PERIOD < low
     return (up + high).to(torch.uint8).unsqueeze(1)
 
 
