@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -67,14 +68,18 @@ def plan_epoch(
     seed: int,
     epoch: int,
     sampling: str = "proportional",
+    copies: int = 1,
 ) -> list[np.ndarray]:
     """Plan the batches of one epoch: int64 [n, 2] each, rows (task index, example).
 
     A pure function of its arguments, so (epoch, position) is all a resumed run has to know. A
     batch mixes tasks, is of similar lengths and holds at most `tokens_per_batch` real tokens, or
     one longer example. `sampling` shares the epoch's N examples out "proportional" to the tasks'
-    sizes, to their square roots ("sqrt") or equally ("uniform"), where small tasks repeat.
+    sizes, to their square roots ("sqrt") or equally ("uniform"), where small tasks repeat. With
+    `copies`, `datasets` holds the same tasks so many times, and a batch the same examples of each.
     """
+    tasks = len(datasets) // copies
+    datasets = dict(islice(datasets.items(), tasks))
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     sizes = np.array([len(data) for data in datasets.values()])
     picks = []
@@ -87,7 +92,10 @@ def plan_epoch(
     # Up in one window and down in the next: a batch across their border is of one length too.
     order = np.lexsort((np.where(window % 2, -longest, longest), window))
     plan = list(_cut(pool[order], tokens_per_batch))
-    return [plan[i] for i in rng.permutation(len(plan))]
+    return [
+        np.concatenate([plan[i] + (copy * tasks, 0) for copy in range(copies)])
+        for i in rng.permutation(len(plan))
+    ]
 
 
 def eval_batches(datasets: Mapping[str, TaskData], tokens_per_batch: int) -> Iterator[Batch]:

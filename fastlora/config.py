@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from fastlora.errors import UserError
+from fastlora.tasks import BUILTIN
 
 # Short names of BERT's matrices, and the ends of their modules' names.
 TARGETS = {
@@ -27,7 +28,7 @@ DEFAULT_LR = {"lora": 2e-3, "full": 5e-5, "frozen": 2e-3}
 DEFAULT_HEAD_LR = 1e-3
 
 _lora = Group("LoRA", sort_key=1)
-_task_lora = Group("LoRA of one task's adapter, with --adapters per-task", sort_key=6)
+_task_lora = Group("One task's adapter, with --adapters per-task or shared+per-task", sort_key=6)
 _data = Group("Tasks and data", sort_key=2)
 _optim = Group("Optimisation", sort_key=3)
 _speed = Group("Precision and speed", sort_key=4)
@@ -79,7 +80,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TaskLoraConfig:
-    """What one task's adapter sets differently from the common LoRA settings."""
+    """What one task's adapter sets differently from the common settings."""
 
     r: int | None = None
     alpha: float | None = None
@@ -88,10 +89,15 @@ class TaskLoraConfig:
     targets: Annotated[
         tuple[str, ...] | None, Parameter(negative="", converter=_split, n_tokens=1)
     ] = None
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.lr is None or 0 < self.lr < math.inf, "lr", self.lr, "a positive number")
 
     def over(self, base: LoraConfig) -> LoraConfig:
         """`base` with this task's own settings in place."""
-        return replace(base, **{k: v for k, v in asdict(self).items() if v is not None})
+        own = {k: v for k, v in asdict(self).items() if v is not None and k != "lr"}
+        return replace(base, **own)
 
 
 def _task(name: str) -> Any:
@@ -107,7 +113,8 @@ class TrainConfig:
 
     lora: Annotated[LoraConfig, Parameter(name="*")] = field(default_factory=LoraConfig)
     adapters: Annotated[
-        Literal["shared", "per-task"], _option(_lora, "One adapter for all tasks, or one each.")
+        Literal["shared", "per-task", "shared+per-task"],
+        _option(_lora, "One adapter for all tasks, one each, or both together."),
     ] = "shared"
     mode: Annotated[
         Literal["lora", "frozen", "full"],
@@ -200,17 +207,20 @@ class TrainConfig:
         for name in ("lr", "head_lr", "clip"):
             value = getattr(self, name)
             _check(value is None or 0 < value < math.inf, name, value, "a positive number")
+        own = [name for name in BUILTIN if getattr(self, name) != TaskLoraConfig()]
+        if own and self.adapters == "shared":
+            raise UserError(f"{own[0]} has settings of its own, which need --adapters per-task")
         _check(0 <= self.warmup <= 1, "warmup", self.warmup, "a share between 0 and 1")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
-    def task_lora(self, task: str) -> LoraConfig:
-        """The LoRA settings of a task's adapter."""
-        if task in self.task:
-            own = self.task[task].get("lora", {})
-            if unknown := set(own) - {f.name for f in fields(TaskLoraConfig)}:
-                raise UserError(f"task {task!r}: unknown key lora.{min(unknown)}")
-            return TaskLoraConfig(**own).over(self.lora)
-        return getattr(self, task).over(self.lora)
+    def task_settings(self, task: str) -> TaskLoraConfig:
+        """What a task's adapter sets differently."""
+        if task not in self.task:
+            return getattr(self, task)
+        own = self.task[task].get("lora", {})
+        if unknown := set(own) - {f.name for f in fields(TaskLoraConfig)}:
+            raise UserError(f"task {task!r}: unknown key lora.{min(unknown)}")
+        return TaskLoraConfig(**own)
 
     @property
     def peak_lr(self) -> float:

@@ -70,6 +70,8 @@ def labels_of(task: Task, outputs: np.ndarray) -> np.ndarray:
 
 def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> float | None:
     """Accuracy, or Pearson's correlation; None ("n/a") where that is not defined."""
+    if not np.isfinite(outputs).all():
+        return None
     if task.kind == "classification":
         return float((labels_of(task, outputs) == labels).mean())
     found = outputs[:, 0].astype(np.float64)

@@ -18,6 +18,12 @@ from fastlora.config import TARGETS, LoraConfig
 from fastlora.kernels import Term, lora_grouped
 
 DEFAULT = "default"
+VARIANT = "@"
+
+
+def plain(name: str) -> str:
+    """The adapter or task that `name` is a variant of: "sts@2" has the random numbers of "sts"."""
+    return name.partition(VARIANT)[0]
 
 
 @dataclass(frozen=True)
@@ -64,28 +70,45 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, settings: Mapping[str, LoraConfig], stream: int = 0
+        cls,
+        linear: nn.Linear,
+        settings: Mapping[str, LoraConfig],
+        stream: int = 0,
+        seed: int | None = None,
     ) -> LoRALinear:
-        """Adopt the parameters of `linear` (shared, frozen from now on), one adapter a setting."""
+        """Adopt the parameters of `linear` (shared, frozen from now on), one adapter a setting.
+
+        An adapter's start is a function of (seed, stream, its name); by default PyTorch's
+        generator gives the seed.
+        """
         layer = cls.__new__(cls)
-        layer._adopt(linear, settings, stream)
+        layer._adopt(linear, settings, stream, seed)
         return layer
 
-    def _adopt(self, linear: nn.Linear, settings: Mapping[str, LoraConfig], stream: int) -> None:
+    def _adopt(
+        self,
+        linear: nn.Linear,
+        settings: Mapping[str, LoraConfig],
+        stream: int,
+        seed: int | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         linear.requires_grad_(False)
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.settings = dict(settings)
+        seed = draw_number() if seed is None else seed
         for name, setting in settings.items():
-            A = self.weight.new_empty(setting.r, self.in_features, dtype=torch.float32)
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            own = torch.Generator().manual_seed(seed ^ crc32(plain(name).encode(), stream))
+            A = torch.empty(setting.r, self.in_features)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=own)
+            A = A.to(self.weight.device)
             self.lora_A[name] = nn.Parameter(A)
             self.lora_B[name] = nn.Parameter(A.new_zeros(self.out_features, setting.r))
         self.stream = stream
         self.routing = Routing()
-        self.merged: str | None = None
+        self.merged: tuple[str, ...] = ()
         self.unmerged: Tensor | None = None  # W0, while an adapter is merged
         self.train(linear.training)
 
@@ -105,7 +128,7 @@ class LoRALinear(nn.Module):
                 scale=self.settings[s.adapter].scale,
                 dropout_p=self.settings[s.adapter].dropout if self.training else 0.0,
                 # Each layer and adapter has its own masks, whoever is in company.
-                stream=crc32(s.adapter.encode(), self.stream),
+                stream=crc32(plain(s.adapter).encode(), self.stream),
                 start=s.start * rows,
                 stop=s.stop * rows,
                 column=column,
@@ -129,6 +152,11 @@ def lora_projection(attention: SelfAttention, x: Tensor) -> Tensor:
             seed = layer.routing.seed
         column += layer.weight.shape[0]
     return lora_grouped(x, weight, bias, terms, seed)
+
+
+def draw_number() -> int:
+    """A number from PyTorch's generator, for seeds of generators that more depends on."""
+    return int(torch.randint(2**62, ()))
 
 
 def is_target(name: str, target: str) -> bool:
@@ -157,11 +185,11 @@ def inject(
                 f"LoRA target {target!r} matches no linear layer of {type(model).__name__} "
                 f"(expected one of {', '.join(TARGETS)}, or the end of a module's name)"
             )
-    routing, layers = Routing(), {}
+    routing, layers, seed = Routing(), {}, draw_number()
     for name, linear in linears.items():
         own = {a: s for a, s in adapters.items() if any(is_target(name, t) for t in s.targets)}
         if own:
-            layers[name] = LoRALinear.from_linear(linear, own, stream=crc32(name.encode()))
+            layers[name] = LoRALinear.from_linear(linear, own, crc32(name.encode()), seed)
             layers[name].routing = routing
             path, _, attribute = name.rpartition(".")
             parent = model.get_submodule(path)
@@ -177,16 +205,21 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, adapter: str = DEFAULT) -> None:
-    """Fold `adapter` into every LoRA layer that has it, in fp32; RuntimeError if one is merged."""
+def merge(model: nn.Module, *adapters: str) -> None:
+    """Fold adapters (by default the shared one) into the LoRA layers that have them, in fp32.
+
+    Raises RuntimeError when a layer has something merged already.
+    """
     for layer in lora_layers(model).values():
-        if adapter in layer.settings:
-            if layer.merged:
-                raise RuntimeError(f"adapter {layer.merged!r} is merged already: unmerge it first")
-            A, B = layer.lora_A[adapter].float(), layer.lora_B[adapter].float()
+        own = tuple(name for name in adapters or (DEFAULT,) if name in layer.settings)
+        if own and layer.merged:
+            names = " and ".join(layer.merged)
+            raise RuntimeError(f"adapter {names} is merged already: unmerge it first")
+        if own:
+            terms = [layer.settings[n].scale * layer.lora_B[n] @ layer.lora_A[n] for n in own]
             layer.unmerged = layer.weight.clone()
-            layer.weight.copy_(layer.weight.float() + layer.settings[adapter].scale * (B @ A))
-            layer.merged = adapter
+            layer.weight.copy_(layer.weight.float() + sum(terms))
+            layer.merged = own
 
 
 @torch.no_grad()
@@ -195,7 +228,7 @@ def unmerge(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         if layer.unmerged is not None:
             layer.weight.copy_(layer.unmerged)
-            layer.merged = layer.unmerged = None
+            layer.merged, layer.unmerged = (), None
 
 
 def parameter_report(model: nn.Module) -> dict[str, int]:

@@ -6,7 +6,8 @@ n examples of one task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from fastlora.batches import Batch, Span
 from fastlora.bert.model import BertModel
 from fastlora.config import LoraConfig
 from fastlora.kernels import Dropout, draw_seed
-from fastlora.lora import DEFAULT, Routing, Segment, inject
+from fastlora.lora import DEFAULT, Routing, Segment, draw_number, inject, plain
 from fastlora.tasks import Task
 
 
@@ -81,9 +82,11 @@ def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MultitaskBert(nn.Module):
-    """An encoder with a head per task, and LoRA adapters that are shared or one per task.
+    """An encoder with a head per task, and LoRA adapters: one for all tasks, one each, or both.
 
     The order of `tasks` is that of the rows in a batch; `pairs` is "separate" or "joint" encoding.
+    Tasks named "sts@0", "sts@1" are variants of one: each has its own adapters and head, and the
+    random numbers that "sts" alone would have.
     """
 
     def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
@@ -91,35 +94,56 @@ class MultitaskBert(nn.Module):
         self.encoder = encoder
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict()
+        self.settings: dict[str, LoraConfig] = {}  # of the adapters
+        self.routing: Routing | None = None
+        seed = draw_number()
         for name, task in tasks.items():
             kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
             if not task.is_pair or pairs == "joint":
                 kind = SentenceHead
-            # A head drops as the encoder does.
+            # A head drops as the encoder does, and starts alike in any company.
             config = encoder.config
-            self.heads[name] = kind(config.hidden_size, task, config.hidden_dropout_prob)
-        self.routing: Routing | None = None
-        self.per_task = False
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(seed ^ crc32(plain(name).encode()))
+                self.heads[name] = kind(config.hidden_size, task, config.hidden_dropout_prob)
 
-    def adapt(self, adapters: Mapping[str, LoraConfig]) -> None:
-        """Freeze the encoder and put LoRA on it: {"default": ...}, or an adapter for each task."""
-        layers = inject(self.encoder, adapters)
+    def adapt(self, settings: Mapping[str, LoraConfig]) -> None:
+        """Freeze the encoder and put LoRA on it: "default" for all tasks, others for theirs."""
+        layers = inject(self.encoder, settings)
+        self.settings = dict(settings)
         self.routing = next(iter(layers.values())).routing
-        self.per_task = DEFAULT not in adapters
+
+    def adapters(self, task: str) -> tuple[str, ...]:
+        """The adapters on a task's rows: the shared one, the task's own, or both."""
+        shared = DEFAULT + task[len(plain(task)) :]
+        return tuple(name for name in (shared, task) if name in self.settings)
+
+    def unit(self, task: str) -> str:
+        """What trains a task: tasks of different units share no trainable parameter."""
+        return next(iter(self.adapters(task)), "")
 
     def embed(self, batch: Batch) -> Tensor:
         """Mean-pooled states of the batch's sentences: fp32 [B, H]."""
         lengths = batch.attention_mask.sum(1)
         if self.routing is not None:
-            segments = None
-            if self.per_task:  # each task's rows are a range of real tokens
-                ends = F.pad(lengths.cumsum(0), (1, 0)).tolist()
-                segments = [Segment(s.task, ends[s.start], ends[s.stop]) for s in batch.spans]
-            self.routing.segments, self.routing.seed = segments, draw_seed(lengths.device)
+            self.routing.segments = self._segments(batch.spans, lengths)
+            self.routing.seed = draw_seed(lengths.device)
         states, layout = self.encoder.encode(
             batch.input_ids, batch.attention_mask, batch.token_type_ids
         )
         return layout.pad(states[-1].float()).sum(1) / lengths[:, None]
+
+    def _segments(self, spans: Sequence[Span], lengths: Tensor) -> list[Segment] | None:
+        """The range of real tokens that each adapter is for; None when one is for all."""
+        if self.settings.keys() == {DEFAULT}:
+            return None
+        ends = F.pad(lengths.cumsum(0), (1, 0)).tolist()
+        segments = []
+        for name in self.settings:
+            # One range: what shares an adapter stands together.
+            if own := [s for s in spans if name in self.adapters(s.task)]:
+                segments.append(Segment(name, ends[own[0].start], ends[own[-1].stop]))
+        return segments
 
     def score(self, span: Span, rows: Tensor) -> Tensor:
         """A task's outputs [n, outputs] from its sentences' pooled states [n * width, H]."""

@@ -38,6 +38,7 @@ class Setup:
     train: dict[str, TaskData]
     dev: dict[str, TaskData]
     device: torch.device
+    variants: tuple[TrainConfig, ...] = ()  # trained side by side, see variants.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +76,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         head_lr=config.peak_head_lr,
         precision=find_precision(config.precision, device),
     )
-    return Setup(resolved, inputs, tokenizer, device=device, **splits)
+    return Setup(resolved, inputs, tokenizer, splits["train"], splits["dev"], device)
 
 
 def read_tokenizer(source: Source) -> Tokenizer:
@@ -92,10 +93,10 @@ def build_model(
     Returns:
         The model, the fingerprint of the encoder as loaded, and notes on the checkpoint.
     """
-    torch.manual_seed(config.seed)
     with user_errors():
         encoder, notes = load_encoder(source, PARTS)
     base = fingerprint(encoder)
+    torch.manual_seed(config.seed)  # here, so that adapters and heads start alike on any encoder
     encoder.encoder.recompute = config.grad_checkpoint
     model = MultitaskBert(encoder, tasks, config.pairs)
     if config.mode == "frozen":
@@ -111,9 +112,10 @@ def build_model(
 
 def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, LoraConfig]:
     """The run's adapters: the shared one is named "default", others after their tasks."""
-    if config.adapters == "shared":
-        return {DEFAULT: config.lora}
-    return {name: config.task_lora(name) for name in tasks}
+    settings = {} if config.adapters == "per-task" else {DEFAULT: config.lora}
+    if config.adapters != "shared":
+        settings |= {name: config.task_settings(name).over(config.lora) for name in tasks}
+    return settings
 
 
 def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> MultitaskBert:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from fastlora.config import TrainConfig
 from fastlora.console import Bar, Log, losses_text, number
 from fastlora.errors import RunError
 from fastlora.evaluate import Features, predict, scores_of
+from fastlora.lora import DEFAULT, VARIANT
 from fastlora.model import MultitaskBert, task_losses
 from fastlora.parallel import Ranks, out_of_memory
 from fastlora.runs import Metrics
@@ -54,17 +56,30 @@ class Result:
     seconds: float
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what trains: heads at their own rate, decay on matrices only."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+def owner(parameter: str) -> str:
+    """The task or adapter that a parameter's name names; for an encoder's own, something else."""
+    parts = parameter.split(".")
+    return parts[1] if parts[0] == "heads" else parts[-1]
+
+
+def make_optimizer(model: MultitaskBert, configs: Sequence[TrainConfig]) -> torch.optim.AdamW:
+    """AdamW over what trains: heads at their own rate, decay on matrices only.
+
+    `configs` are those of the model's variants, or the only one.
+    """
+    groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
+        whose, _, variant = owner(name).partition(VARIANT)
+        config = configs[int(variant or 0)]
         lr = config.peak_head_lr if name.startswith("heads.") else config.peak_lr
+        if ".lora_" in name and whose != DEFAULT:
+            lr = config.task_settings(whose).lr or lr
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((lr, decay), []).append(parameter)
+        groups.setdefault((lr, decay, int(variant or 0)), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
-            for (lr, decay), params in groups.items()
+            {"params": params, "lr": lr, "peak": lr, "weight_decay": decay, "config": configs[i]}
+            for (lr, decay, i), params in groups.items()
         ],
         eps=1e-6,  # BERT's own; a smaller one turns rounding of tiny gradients into steps
         fused=True,
@@ -88,19 +103,25 @@ class Trainer:
     """One run: its model, optimiser and progress through the plan of batches."""
 
     def __init__(
-        self, setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks, log: Log
+        self, setup: Setup, model: MultitaskBert, folder: Path | None, ranks: Ranks, log: Log
     ) -> None:
         self.setup, self.config, self.model = setup, setup.config, model
-        self.folder, self.ranks, self.log = folder, ranks, log
+        self.folder, self.ranks, self.log = folder, ranks, log  # no folder: nothing is written
         self.device = setup.device
-        self.optimizer = make_optimizer(model, self.config)
+        self.optimizer = make_optimizer(model, setup.variants or (self.config,))
         self.parameters = list(trainable(model).values())
+        # What trains together is averaged and clipped together, and apart from the rest.
+        unit = {n: model.unit(t) for t in model.tasks for n in (t, *model.adapters(t))}
+        self.units: dict[str, list[nn.Parameter]] = {name: [] for name in unit.values()}
+        for name, parameter in trainable(model).items():
+            self.units[unit.get(owner(name), "")].append(parameter)
+        self.unit_of = np.array([list(self.units).index(unit[task]) for task in setup.train])
         fp16 = self.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.progress = Progress()
         self.stop = False
         # Per task, on the device until logged: [summed loss, examples].
-        self.sums = torch.zeros(len(model.tasks), 2, device=self.device)
+        self.sums = torch.zeros(len(setup.train), 2, device=self.device)
         self.frozen = self.config.mode == "frozen"
         self.train_features: Features | None = None
         self.dev_features: Features | None = None
@@ -110,7 +131,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest valid checkpoint; returns whether there was one."""
-        path = latest_checkpoint(self.folder / "checkpoints")
+        path = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
         if path is None:
             return False
         self.progress = load_checkpoint(path, self.model, self.optimizer, self.scaler)
@@ -127,7 +148,9 @@ class Trainer:
         if self.frozen:
             self.train_features = Features(self.model, self.setup.train)
             self.dev_features = Features(self.model, self.setup.dev)
-        self.metrics = Metrics(self.folder, progress.step) if self.ranks.first else None
+        self.metrics = None
+        if self.folder is not None and self.ranks.first:
+            self.metrics = Metrics(self.folder, progress.step)
         self.bar = Bar(self.log, self.total, progress.step)
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -146,7 +169,8 @@ class Trainer:
         """The batches of an epoch."""
         config = self.config
         tokens = int(config.tokens_per_batch)  # "auto" has become a number by now
-        return plan_epoch(self.setup.train, tokens, config.seed, epoch, config.sampling)
+        copies = len(self.setup.variants) or 1
+        return plan_epoch(self.setup.train, tokens, config.seed, epoch, config.sampling, copies)
 
     def epoch(self) -> None:
         """The rest of the current epoch, its scores on the dev data, and a checkpoint."""
@@ -177,20 +201,18 @@ class Trainer:
         self.model.train()
         if self.frozen:
             self.model.encoder.eval()
-        factor = schedule(self.config, self.progress.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = group["peak"] * schedule(group["config"], self.progress.step, self.total)
         parts = self.ranks.world * self.config.accumulate
         first = self.ranks.rank * self.config.accumulate
         for part in range(first, first + self.config.accumulate):
-            share = batch_plan[part::parts]
-            if len(share):
+            if part < len(batch_plan):
                 self.seed_part(part, parts)
-                loss = self.loss(share) / len(batch_plan)
-                self.scaler.scale(loss).backward()
+                self.scaler.scale(self.loss(batch_plan, part, parts)).backward()
         stop = self.ranks.sum_gradients(self.parameters, self.stop)
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        for parameters in self.units.values():
+            nn.utils.clip_grad_norm_(parameters, self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -205,19 +227,25 @@ class Trainer:
         index = self.progress.step * parts + part + 1
         torch.manual_seed((self.config.seed + index * _STEP_SEED) % 2**63)
 
-    def loss(self, share: np.ndarray) -> Tensor:
-        """The summed loss [] of a share of a batch; each task's is added to the running sums."""
-        batch = collate(self.setup.train, share).to(self.device)
+    def loss(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> Tensor:
+        """A part's share of a batch's loss [], each unit's averaged over its examples in the batch.
+
+        Each task's summed loss is added to the running sums.
+        """
+        batch = collate(self.setup.train, batch_plan[part::parts]).to(self.device)
+        counts = np.bincount(self.unit_of[batch_plan[:, 0]])
         features = self.train_features
         with self.autocast():
             pooled = self.model.embed(batch) if features is None else features(batch)
             outputs = {s.task: self.model.score(s, pooled[s.start : s.stop]) for s in batch.spans}
         losses = task_losses(self.model.tasks, outputs, batch.labels)
-        for i, name in enumerate(self.model.tasks):
+        means = []
+        for i, name in enumerate(self.setup.train):
             if name in losses:
                 self.sums[i, 0] += losses[name].detach()
                 self.sums[i, 1] += len(batch.labels[name])
-        return torch.stack(list(losses.values())).sum()
+                means.append(losses[name] / float(counts[self.unit_of[i]]))
+        return torch.stack(means).sum()
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision for full fine-tuning, whose weights stay fp32 masters."""
@@ -233,10 +261,11 @@ class Trainer:
         """
         sums = self.ranks.sum(self.sums).tolist()
         self.sums.zero_()
-        pairs = zip(self.model.tasks, sums, strict=True)
+        pairs = zip(self.setup.train, sums, strict=True)
         losses = {name: total / count for name, (total, count) in pairs if count}
         progress = self.progress
-        if not all(math.isfinite(value) for value in losses.values()):
+        finite = all(math.isfinite(value) for value in losses.values())
+        if not finite and not self.setup.variants:  # a variant's end is not the others'
             raise RunError(
                 f"the loss diverged by step {progress.step} ({losses_text(losses)}); lower --lr "
                 f"(it is {self.config.lr:g}) or raise --warmup"
@@ -261,7 +290,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint (the first rank only) and wait for it."""
-        if self.ranks.first:
+        if self.folder is not None and self.ranks.first:
             folder = self.folder / "checkpoints"
             save_checkpoint(folder, self.model, self.optimizer, self.scaler, self.progress)
         self.ranks.barrier()
@@ -282,7 +311,7 @@ def find_tokens(setup: Setup, model: MultitaskBert, ranks: Ranks, log: Log) -> i
     measured: list[str] = []
     for tokens in (FIRST_TOKENS * 2**i for i in count()):
         config = replace(setup.config, tokens_per_batch=max(1, tokens // ranks.world))
-        trainer = Trainer(replace(setup, config=config), model, Path(), alone, log)
+        trainer = Trainer(replace(setup, config=config), model, None, alone, log)
         plan = trainer.plan(0)
         if measured and len(plan) < LEAST_STEPS * ranks.world:
             break

@@ -57,7 +57,8 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     base = adapters.BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])
     if extra["mode"] == "lora":
-        names = tasks if extra["adapters"] == "per-task" else [DEFAULT]
+        names = [DEFAULT] * (extra["adapters"] != "per-task")
+        names += list(tasks) if extra["adapters"] != "shared" else []
         folders = {name: adapters.adapter_place(folder, name) for name in names}
         net.adapt({name: adapters.read_settings(place) for name, place in folders.items()})
         layers = lora_layers(net.encoder)
@@ -68,9 +69,9 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
 
 
 def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
-    """Write the encoder with an adapter merged (in fp32) as a Hugging Face folder.
+    """Write the encoder with a task's adapters merged (in fp32) as a Hugging Face folder.
 
-    `task` says whose adapter, for a run with one adapter a task. Returns the largest absolute
+    `task` may be None where all tasks share one adapter. Returns the largest absolute
     difference of logits between the merged and the adapted model. Raises UserError when there is
     nothing to merge, no such adapter, or `out` is not empty.
     """
@@ -79,18 +80,17 @@ def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
     extra, net = trained.extra, trained.model
     if extra["mode"] != "lora":
         raise UserError(f"the run was trained with --mode {extra['mode']}: no adapter to merge")
-    names = trained.tasks if extra["adapters"] == "per-task" else [DEFAULT]
-    adapter = task or DEFAULT
-    if adapter not in names:
-        raise UserError(f"--task is {task!r} (the run's adapters are {', '.join(names)})")
+    shared = extra["adapters"] == "shared"
+    if task not in trained.tasks and not (shared and task is None):
+        raise UserError(f"--task is {task!r} (the run's tasks are {', '.join(trained.tasks)})")
     probe = {}
     for name, own in trained.tasks.items():
-        if adapter in (DEFAULT, name):
+        if shared or name == task:
             texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(own.columns)))
             rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
             probe[name] = encode_rows(rows, own, trained.tokenizer, extra["pairs"])
     before = predict(net, probe)
-    merge(net.encoder, adapter)
+    merge(net.encoder, *net.adapters(task or next(iter(trained.tasks))))
     after = predict(net, probe)
     with atomic_folder(out) as building:
         save_encoder(net.encoder, building, trained.source.folder)

@@ -57,7 +57,7 @@ def forward_and_backward(config):
     return gradients, sum(kept.values())
 
 
-@pytest.mark.parametrize("adapters", ["shared", "per-task"])
+@pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
 @pytest.mark.parametrize(
     ("mode", "precision"), [("lora", "fp32"), ("lora", "bf16"), ("full", "bf16")]
 )
@@ -183,7 +183,7 @@ def no_memory_on_a_gpu():
     "allocate", [no_memory_on_a_gpu, lambda: torch.empty(2**55), lambda: np.empty(2**55)]
 )
 def test_out_of_memory_is_one_line_and_exit_code_1(tiny_config, monkeypatch, capsys, allocate):
-    monkeypatch.setattr(train.Trainer, "loss", lambda self, share: allocate())
+    monkeypatch.setattr(train.Trainer, "loss", lambda self, *share: allocate())
     config = tiny_config()
     given = ["--model", config.model, "--data", config.data, "--out", config.out, "--quiet"]
     with pytest.raises(SystemExit) as stop:
@@ -195,7 +195,7 @@ def test_out_of_memory_is_one_line_and_exit_code_1(tiny_config, monkeypatch, cap
 
 
 def test_another_runtime_error_is_not_taken_for_memory(tiny_config, monkeypatch):
-    monkeypatch.setattr(train.Trainer, "loss", lambda self, share: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(train.Trainer, "loss", lambda self, *share: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         run(tiny_config())
 
@@ -207,5 +207,5 @@ def test_a_batch_that_does_not_fit_has_no_rate(tiny_config, monkeypatch):
     trainer = train.Trainer(setup, model, config.out, Ranks(setup.device), Log(quiet=True))
     assert 0 < train.trial_rate(trainer, trainer.plan(0)) < math.inf
     assert all(p.grad is None for p in model.parameters())
-    monkeypatch.setattr(train.Trainer, "loss", lambda self, share: torch.empty(2**55))
+    monkeypatch.setattr(train.Trainer, "loss", lambda self, *share: torch.empty(2**55))
     assert train.trial_rate(trainer, trainer.plan(0)) == 0

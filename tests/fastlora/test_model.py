@@ -54,7 +54,7 @@ def test_task_losses():
     assert losses["sts"].item() == pytest.approx(12.0)
 
 
-@pytest.mark.parametrize("adapters", ["shared", "per-task"])
+@pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
 def test_an_example_scores_the_same_alone_and_in_a_mixed_batch(built, adapters):
     setup, model = built(adapters=adapters)
     mixed = predict(model, setup.dev)

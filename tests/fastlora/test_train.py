@@ -89,7 +89,7 @@ def test_lora_leaves_the_encoder_bit_identical(tiny_config):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("adapters", ["shared", "per-task"])
+@pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
 @pytest.mark.parametrize("mode", ["lora", "frozen", "full"])
 def test_reloading_gives_the_same_predictions(tiny_config, mode, adapters):
     config = tiny_config(mode=mode, adapters=adapters, lr=5e-3)
@@ -283,11 +283,12 @@ def test_merged_encoder_loads_in_transformers(tiny_config, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_merge_asks_which_adapter(tiny_config, tmp_path):
-    config = tiny_config(adapters="per-task")
+@pytest.mark.parametrize("adapters", ["per-task", "shared+per-task"])
+def test_merge_asks_which_adapter(tiny_config, tmp_path, adapters):
+    config = tiny_config(adapters=adapters, lr=2e-2)
     run(config)
     trained = load_trained(config.out, "cpu")
-    with pytest.raises(UserError, match="adapters are sst, quora, sts"):
+    with pytest.raises(UserError, match="tasks are sst, quora, sts"):
         merge_encoder(trained, None, tmp_path / "merged")
     assert merge_encoder(trained, "sts", tmp_path / "merged") < 1e-4
 

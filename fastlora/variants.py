@@ -1,0 +1,57 @@
+"""Several configurations trained side by side: one encoder pass a step serves all of them.
+
+Each has its own adapters and heads, named NAME@i, its own learning rates, warmup and decay; model,
+data, their order, sizes of steps and seed are those of the first. A variant ends as its
+configuration alone would, to rounding (and to the encoder's own dropout, where that is on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+
+from fastlora.bert.model import BertModel
+from fastlora.config import TrainConfig
+from fastlora.console import Log
+from fastlora.errors import user_errors
+from fastlora.lora import VARIANT
+from fastlora.model import MultitaskBert
+from fastlora.parallel import Ranks
+from fastlora.setup import Setup, adapter_settings, to_compute
+from fastlora.train import Trainer
+
+
+def side_by_side(
+    setup: Setup, encoder: BertModel, configs: Sequence[TrainConfig], log: Log
+) -> Trainer:
+    """A trainer of all configurations at once, with nothing written; `encoder` stays as it is.
+
+    The score of a task under configuration i is the trainer's for task "NAME@i".
+    """
+    indices = range(len(configs))
+    tasks = {_name(n, i): task for i in indices for n, task in setup.inputs.tasks.items()}
+    settings = {
+        _name(name, i): lora
+        for i, config in enumerate(configs)
+        for name, lora in adapter_settings(config, setup.inputs.tasks).items()
+    }
+    torch.manual_seed(configs[0].seed)
+    model = MultitaskBert(deepcopy(encoder), tasks, configs[0].pairs)
+    with user_errors():
+        model.adapt(settings)
+    to_compute(model, setup.config, setup.device)
+    together = replace(
+        setup,
+        config=configs[0],
+        variants=tuple(configs),
+        train={_name(n, i): data for i in indices for n, data in setup.train.items()},
+        dev={_name(n, i): data for i in indices for n, data in setup.dev.items()},
+    )
+    return Trainer(together, model, None, Ranks(setup.device), log)
+
+
+def _name(name: str, variant: int) -> str:
+    return f"{name}{VARIANT}{variant}"

@@ -1,0 +1,118 @@
+"""Per-task adapters, both kinds at once, and configurations trained side by side."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fastlora.bert.weights import load_encoder
+from fastlora.checkpoint import trainable
+from fastlora.config import LoraConfig, TaskLoraConfig
+from fastlora.console import Log
+from fastlora.errors import UserError
+from fastlora.inputs import find_inputs
+from fastlora.parallel import Ranks
+from fastlora.setup import PARTS, build_model, prepare
+from fastlora.train import Trainer
+from fastlora.variants import side_by_side
+
+VARIANTS = [
+    {"lora": LoraConfig(r=4, dropout=0.1), "lr": 2e-3},
+    {"lora": LoraConfig(r=2, dropout=0.4, targets=("value",)), "lr": 8e-3, "warmup": 0.3},
+    {"lora": LoraConfig(r=8, alpha=32, dropout=0.0, targets=("query", "ffn_output")), "lr": 5e-4},
+    {"lora": LoraConfig(r=4, dropout=0.1), "lr": 2e-3, "head_lr": 1e-2, "schedule": "constant"},
+]
+
+
+@pytest.fixture
+def still(tiny_config, tiny_model, tmp_path):
+    """A maker of setups whose encoder (and heads, which follow it) drops nothing itself."""
+    folder = shutil.copytree(tiny_model, tmp_path / "still")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+    def make(**changes):
+        config = tiny_config(model=str(folder), **changes)
+        return prepare(config, find_inputs(config))
+
+    return make
+
+
+def alone(setup, config):
+    model, *_ = build_model(setup.inputs.source, setup.inputs.tasks, config)
+    return Trainer(replace(setup, config=config), model, None, Ranks(setup.device), Log(quiet=True))
+
+
+@pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
+def test_side_by_side_is_each_alone(still, adapters):
+    setup = still(adapters=adapters, epochs=2)
+    encoder, _ = load_encoder(setup.inputs.source, PARTS)
+    configs = [replace(setup.config, **variant) for variant in VARIANTS]
+    together = side_by_side(setup, encoder, configs, Log(quiet=True))
+    scores = together.run().scores
+    found = trainable(together.model)
+    for i, config in enumerate(configs):
+        single = alone(setup, config)
+        started = {name: p.detach().clone() for name, p in trainable(single.model).items()}
+        expected = single.run().scores
+        for task, value in expected.items():
+            assert scores[f"{task}@{i}"] == pytest.approx(value, abs=1e-4)
+        for name, parameter in trainable(single.model).items():
+            parts = name.split(".")
+            parts[1 if parts[0] == "heads" else -1] += f"@{i}"
+            torch.testing.assert_close(found[".".join(parts)], parameter, rtol=0, atol=1e-4)
+            assert not torch.equal(parameter, started[name])
+
+
+@pytest.mark.parametrize("others", [("quora", "sts"), ("sts",)])
+def test_a_tasks_gradients_do_not_change_in_company(still, others):
+    """Mask, mean and clipping are the task's own: LoRA dropout is on."""
+    setup = still(adapters="per-task", dropout=0.3)
+    trainer = alone(setup, setup.config)
+    names = list(setup.train)
+    sst = np.array([[names.index("sst"), i] for i in range(9)])
+    rest = np.array([[names.index(name), i] for name in others for i in range(5)])
+
+    def gradients(plan):
+        trainer.model.zero_grad()
+        trainer.seed_part(0, 1)
+        trainer.loss(plan).backward()
+        found = {n: p.grad for n, p in trainable(trainer.model).items() if ".sst" in n}
+        return {name: gradient.clone() for name, gradient in found.items()}
+
+    for parameter in trainer.parameters:  # B = 0 would leave A without a gradient
+        torch.nn.init.normal_(parameter, std=0.1)
+    by_itself, in_company = gradients(sst), gradients(np.concatenate([rest, sst]))
+    assert len(by_itself) == 2 * 2 * 2 + 2
+    for name, gradient in by_itself.items():
+        torch.testing.assert_close(in_company[name], gradient, rtol=1e-4, atol=1e-6)
+        assert gradient.abs().max() > 0
+
+
+def test_a_tasks_own_learning_rate(still):
+    setup = still(adapters="shared+per-task", lr=1e-3, sts=TaskLoraConfig(lr=5e-3))
+    trainer = alone(setup, setup.config)
+    of = {id(p): group["peak"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainable(trainer.model).items():
+        expected = 5e-3 if name.endswith("lora_A.sts") or name.endswith("lora_B.sts") else 1e-3
+        assert of[id(parameter)] == expected
+
+
+def test_a_tasks_own_settings_need_its_own_adapter(tiny_config):
+    with pytest.raises(UserError, match="sts has settings of its own"):
+        tiny_config(sts=TaskLoraConfig(r=2))
+
+
+def test_a_variant_that_diverges_leaves_the_others(still):
+    setup = still(tasks=("sts",), epochs=2)
+    encoder, _ = load_encoder(setup.inputs.source, PARTS)
+    good = setup.config
+    bad = replace(good, lr=1e30, head_lr=1e30)
+    together = side_by_side(setup, encoder, [bad, good], Log(quiet=True))
+    scores = together.run().scores
+    assert scores["sts@0"] is None
+    assert scores["sts@1"] == pytest.approx(alone(setup, good).run().scores["sts"], abs=1e-4)
