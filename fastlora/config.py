@@ -90,14 +90,16 @@ class TaskLoraConfig:
         tuple[str, ...] | None, Parameter(negative="", converter=_split, n_tokens=1)
     ] = None
     lr: float | None = None
+    warmup: float | None = None
 
     def __post_init__(self) -> None:
         _check(self.lr is None or 0 < self.lr < math.inf, "lr", self.lr, "a positive number")
+        _check(self.warmup is None or 0 <= self.warmup <= 1, "warmup", self.warmup, "0 to 1")
 
     def over(self, base: LoraConfig) -> LoraConfig:
         """`base` with this task's own settings in place."""
-        own = {k: v for k, v in asdict(self).items() if v is not None and k != "lr"}
-        return replace(base, **own)
+        own = {f.name: getattr(self, f.name) for f in fields(base)}
+        return replace(base, **{k: v for k, v in own.items() if v is not None})
 
 
 def _task(name: str) -> Any:

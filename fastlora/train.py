@@ -25,11 +25,11 @@ from fastlora.checkpoint import (
     save_checkpoint,
     trainable,
 )
-from fastlora.config import TrainConfig
+from fastlora.config import TaskLoraConfig, TrainConfig
 from fastlora.console import Bar, Log, losses_text, number
 from fastlora.errors import RunError
 from fastlora.evaluate import Features, predict, scores_of
-from fastlora.lora import DEFAULT, VARIANT
+from fastlora.lora import VARIANT
 from fastlora.model import MultitaskBert, task_losses
 from fastlora.parallel import Ranks, out_of_memory
 from fastlora.runs import Metrics
@@ -67,19 +67,25 @@ def make_optimizer(model: MultitaskBert, configs: Sequence[TrainConfig]) -> torc
 
     `configs` are those of the model's variants, or the only one.
     """
-    groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, float, float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
         whose, _, variant = owner(name).partition(VARIANT)
         config = configs[int(variant or 0)]
-        lr = config.peak_head_lr if name.startswith("heads.") else config.peak_lr
-        if ".lora_" in name and whose != DEFAULT:
-            lr = config.task_settings(whose).lr or lr
+        own = config.task_settings(whose) if whose in (config.tasks or ()) else TaskLoraConfig()
+        lr = config.peak_head_lr if name.startswith("heads.") else own.lr or config.peak_lr
+        warmup = config.warmup if own.warmup is None else own.warmup
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((lr, decay, int(variant or 0)), []).append(parameter)
+        groups.setdefault((int(variant or 0), warmup, lr, decay), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": params, "lr": lr, "peak": lr, "weight_decay": decay, "config": configs[i]}
-            for (lr, decay, i), params in groups.items()
+            {
+                "params": params,
+                "lr": lr,
+                "peak": lr,
+                "weight_decay": decay,
+                "config": replace(configs[variant], warmup=warmup),
+            }
+            for (variant, warmup, lr, decay), params in groups.items()
         ],
         eps=1e-6,  # BERT's own; a smaller one turns rounding of tiny gradients into steps
         fused=True,

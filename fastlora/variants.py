@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from fastlora.bert.model import BertModel
+from fastlora.checkpoint import trainable
 from fastlora.config import TrainConfig
 from fastlora.console import Log
 from fastlora.errors import user_errors
@@ -21,7 +22,7 @@ from fastlora.lora import VARIANT
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
 from fastlora.setup import Setup, adapter_settings, to_compute
-from fastlora.train import Trainer
+from fastlora.train import Trainer, owner
 
 
 def side_by_side(
@@ -32,9 +33,9 @@ def side_by_side(
     The score of a task under configuration i is the trainer's for task "NAME@i".
     """
     indices = range(len(configs))
-    tasks = {_name(n, i): task for i in indices for n, task in setup.inputs.tasks.items()}
+    tasks = {variant_name(n, i): task for i in indices for n, task in setup.inputs.tasks.items()}
     settings = {
-        _name(name, i): lora
+        variant_name(name, i): lora
         for i, config in enumerate(configs)
         for name, lora in adapter_settings(config, setup.inputs.tasks).items()
     }
@@ -47,11 +48,20 @@ def side_by_side(
         setup,
         config=configs[0],
         variants=tuple(configs),
-        train={_name(n, i): data for i in indices for n, data in setup.train.items()},
-        dev={_name(n, i): data for i in indices for n, data in setup.dev.items()},
+        train={variant_name(n, i): data for i in indices for n, data in setup.train.items()},
+        dev={variant_name(n, i): data for i in indices for n, data in setup.dev.items()},
     )
     return Trainer(together, model, None, Ranks(setup.device), log)
 
 
-def _name(name: str, variant: int) -> str:
+def variant_parameters(trainer: Trainer, variant: int) -> int:
+    """How many parameters a variant trains."""
+    parameters = trainable(trainer.model).items()
+    return sum(
+        p.numel() for name, p in parameters if owner(name).endswith(variant_name("", variant))
+    )
+
+
+def variant_name(name: str, variant: int) -> str:
+    """What a task or adapter of a variant is called."""
     return f"{name}{VARIANT}{variant}"
