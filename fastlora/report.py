@@ -170,9 +170,10 @@ def _draw_confusion(axes: Axes, task: Task, answers: list[tuple[str, str]]) -> N
         for x, b in enumerate(task.labels):
             colour = "white" if shares[y][x] > 0.6 else "black"
             axes.text(x, y, f"{counts[a, b]}", ha="center", va="center", color=colour, size="small")
-    places, turn = range(len(task.labels)), 90 if max(map(len, task.labels)) > 3 else 0
-    axes.set_xticks(places, task.labels, rotation=turn)
-    axes.set_yticks(places, task.labels)
+    names = [a if len(a) < 10 else f"{a[:8]}\u2026" for a in task.labels]
+    places, size = range(len(names)), min(10, 90 / len(names))
+    axes.set_xticks(places, names, size=size, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.set_yticks(places, names, size=size)
     axes.set(xlabel="prediction", ylabel="label")
 
 
@@ -193,7 +194,6 @@ def _ranks(run: _Run, adapter: str) -> Iterator[str]:
     def draw(figure: Figure, panels: list[Axes]) -> None:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
-        from matplotlib.ticker import MaxNLocator
 
         colours = ScalarMappable(Normalize(layers[0], layers[-1]), "viridis")
         top = max(float(values[0]) for values in spectra.values())
@@ -201,10 +201,10 @@ def _ranks(run: _Run, adapter: str) -> Iterator[str]:
             axes = panels[settings.targets.index(target)]
             colour = colours.to_rgba(np.array(layer))
             axes.plot(range(1, len(values) + 1), values, ".-", color=colour)
-            axes.set(
-                title=target, xlabel="index", ylabel="singular value", ylim=(0, 1.05 * top or 1)
-            )
-        figure.colorbar(colours, ax=panels, label="layer", ticks=MaxNLocator(integer=True))
+            axes.set(title=target, xlabel="index", ylabel="singular value")
+            axes.set_ylim(0, 1.05 * top or 1)
+            axes.locator_params("x", integer=True, min_n_ticks=1)
+        figure.colorbar(colours, ax=panels, label="layer", ticks=layers[:: 1 + len(layers) // 13])
 
     yield "## Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}")
     yield (

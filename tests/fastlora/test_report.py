@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastlora import report
 from fastlora.config import LoraConfig, TaskLoraConfig
@@ -199,6 +199,24 @@ def test_undefined_score_is_reported(tiny_config):
     (folder / "result.json").write_text(json.dumps(result))
     report.write_report(folder)
     assert "| sts | pearson | n/a | n/a | 24 |" in read(folder / "report.md")
+
+
+@pytest.mark.filterwarnings("error")
+def test_untrained_adapter_and_many_long_labels(tiny_config):
+    folder = run(tiny_config(tasks=("sst", "quora"), max_steps=1))
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    save_file({k: v * ("lora_A" in k) for k, v in load_file(weights).items()}, weights)
+    names = [f"class ${i}" for i in range(7)]
+    heads = json.loads(read(folder / "adapter" / "heads.json"))
+    heads["tasks"]["sst"]["labels"] = names
+    (folder / "adapter" / "heads.json").write_text(json.dumps(heads))
+    rows = [f"x,{found},{label}" for found in names for label in names]
+    (folder / "predictions" / "sst-dev.csv").write_text("\n".join(["id,prediction,class", *rows]))
+    report.write_report(folder)
+    text = read(folder / "report.md")
+    assert "| 0 | 0 | 0 |\n| 1 | 0 | 0 |" in text
+    assert "| sst | accuracy |" in text and "| 0.143 | 49 |" in text
+    assert "sst: label" not in text and "quora: label" in text
 
 
 def test_without_matplotlib_the_report_says_so(tiny_config, without_matplotlib):
