@@ -7,7 +7,7 @@ encoder and tokenizer that their weights belong to.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -57,6 +57,11 @@ class BaseInfo:
     def facts(self) -> dict[str, str]:
         """What a file says about its base."""
         return {"fastlora_version": version("fastlora-bert"), **asdict(self)}
+
+
+def adapter_names(kind: str, tasks: Iterable[str]) -> list[str]:
+    """A run's adapters: the shared one is named "default", others after their tasks."""
+    return [DEFAULT] * (kind != "per-task") + (list(tasks) if kind != "shared" else [])
 
 
 def adapter_place(folder: Path, adapter: str) -> Path:

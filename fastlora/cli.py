@@ -5,6 +5,7 @@ torch is imported inside the commands, so that --help and mistakes are answered 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from fastlora.files import read_toml
 from fastlora.inputs import adapter_folder, find_data, find_inputs
 
 _output = Group("Output", sort_key=5)
+_search = Group("Search", sort_key=0)
 RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder with heads.")]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.")]
 Encoder = Annotated[
@@ -30,6 +32,17 @@ TRAIN_HELP = """Train LoRA adapters and task heads on a BERT-sized encoder.
     fastlora-train --r 32
     fastlora-train --r 32 --data data/ --model bert-base-uncased --epochs 3
     fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
+"""
+
+SEARCH_HELP = """Search LoRA settings at a fraction of the cost of full runs.
+
+    fastlora search --tasks sts --data data/ --budget 30m
+    fastlora search --adapters per-task --data data/ --out searches/mine
+    fastlora search --adapters per-task --data data/ --out searches/mine --join
+
+Trial 0 has the settings given here; then learning rate and warmup, every rank from one run, dropout
+and targets, and in the end the best against trial 0 over three seeds. The same command goes on
+where it was interrupted; best.toml in its folder is for fastlora-train --config.
 """
 
 app = App(
@@ -58,13 +71,59 @@ def train(
     """Train; see TRAIN_HELP."""
     if resume is not None:
         settings, config = replace(settings, out=resume), resume / "run.toml"
-    if config is not None:
-        # Its other keys became flags before the command line was parsed (`_sources`).
-        settings = replace(settings, task=read_toml(config).get("task", {}))
+    settings = _with_tasks(settings, config)
     inputs = find_inputs(settings)
     from fastlora.session import run_training
 
     run_training(settings, inputs, quiet=quiet, dry_run=dry_run)
+
+
+@app.command(help=SEARCH_HELP)
+def search(
+    *,
+    settings: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008
+    config: Annotated[
+        Path | None,
+        Parameter(group=_output, help="TOML file of these options; flags given here win."),
+    ] = None,
+    budget: Annotated[
+        str | None, Parameter(group=_search, help="Time for all of it, as 90s, 30m or 2h.")
+    ] = None,
+    trials: Annotated[
+        int, Parameter(group=_search, help="Short runs of learning rate and warmup, 1 or more.")
+    ] = 10,
+    together: Annotated[
+        int, Parameter(group=_search, help="Trials that train side by side, 1 or more.")
+    ] = 4,
+    join: Annotated[
+        bool,
+        Parameter(group=_search, negative="", help="Help the search that another process leads."),
+    ] = False,
+    quiet: Annotated[
+        bool, Parameter(group=_output, negative="", help="Print nothing but errors.")
+    ] = False,
+) -> None:
+    """Search; see SEARCH_HELP."""
+    seconds = _seconds(budget)
+    for name, value in (("trials", trials), ("together", together)):
+        if value < 1:
+            raise UserError(f"{name} is {value} (expected 1 or more)")
+    settings = _with_tasks(settings, config)
+    inputs = find_inputs(settings)
+    try:
+        from fastlora.search import run_search
+    except ModuleNotFoundError as error:
+        raise UserError(f'no {error.name}: pip install "fastlora-bert[search]"') from None
+
+    run_search(
+        settings,
+        inputs,
+        budget=seconds,
+        trials=trials,
+        together=together,
+        helper=join,
+        quiet=quiet,
+    )
 
 
 @app.command(name="eval")
@@ -180,6 +239,20 @@ def tune(
     rows = tuner.tune(where, dtype, print)
     tuning.save(tuned_file(), rows)
     print(f"measured block sizes in {tuned_file()}; runs on this machine use them")
+
+
+def _with_tasks(settings: TrainConfig, config: Path | None) -> TrainConfig:
+    """With the user's own tasks; the file's other keys became flags before (`_sources`)."""
+    return replace(settings, task=read_toml(config).get("task", {})) if config else settings
+
+
+def _seconds(budget: str | None) -> float | None:
+    if budget is None:
+        return None
+    match = re.fullmatch(r"(\d+)([smh])", budget)
+    if not match:
+        raise UserError(f"budget is {budget!r} (expected seconds, minutes or hours: 90s, 30m, 2h)")
+    return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
 
 
 def _sources(arguments: list[str]) -> list[cyclopts.config.Dict]:

@@ -16,7 +16,7 @@ import tomlkit
 import torch
 from torch import Tensor
 
-from fastlora.adapters import adapter_place, read_heads, read_settings
+from fastlora.adapters import adapter_names, adapter_place, read_heads, read_settings
 from fastlora.bert.source import read_json
 from fastlora.bert.weights import read_tensors
 from fastlora.config import LoraConfig
@@ -49,7 +49,7 @@ class _Run:
         self.result = read_json(folder / "result.json")
         self.base = read_json(self.adapter / "heads.json")["base_model"]
         self.tasks, extra = read_heads(self.adapter)
-        names = list(self.tasks) if extra["adapters"] == "per-task" else [DEFAULT]
+        names = adapter_names(extra["adapters"], self.tasks)
         places = {n: adapter_place(self.adapter, n) for n in names if extra["mode"] == "lora"}
         self.adapters = {name: read_settings(place) for name, place in places.items()}
         self.answers = {}

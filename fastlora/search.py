@@ -1,313 +1,253 @@
-"""Low-cost search of LoRA settings: short runs side by side, and every smaller rank from one run.
+"""`fastlora search`: LoRA settings found at a fraction of full runs' cost, and what it leaves.
 
-Stages, each an Optuna study in one journal file, which several processes may work on:
-    defaults   the settings as given: what the search must beat
-    rates      learning rate and warmup, by successive halving on growing numbers of examples
-    ranks      one run at the largest rank; smaller ones are truncations of what it learned
-    shapes     dropout and targets, by successive halving
-    final-N    the best and the defaults, in full, one study a seed
+search.json, best.toml, and the tables and plots of its report; how it searches is in stages.py.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+import tomlkit
+from optuna.trial import FrozenTrial
 
-from fastlora.batches import subset
-from fastlora.bert.model import BertModel
-from fastlora.config import TARGETS, TrainConfig
+from fastlora.bert.weights import load_encoder
+from fastlora.config import TaskLoraConfig, TrainConfig
 from fastlora.console import Log
-from fastlora.errors import RunError
-from fastlora.ranks import RANKS, smallest_within_error, sweep
-from fastlora.setup import Setup
-from fastlora.variants import side_by_side, variant_name, variant_parameters
+from fastlora.errors import UserError, user_errors
+from fastlora.files import atomic_open
+from fastlora.inputs import Inputs
+from fastlora.pages import figures, plot, table, write_pages
+from fastlora.report import NO_PLOTS
+from fastlora.runs import default_folder, open_run
+from fastlora.setup import PARTS, prepare
+from fastlora.stages import RANK_STAGE, Found, Search
+from fastlora.tasks import BUILTIN
 
-SEEDS = 3
-DROPOUTS = (0.0, 0.05, 0.1, 0.2)
-SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
-RATES, WARMUPS = (0.25, 0.5, 1.0, 2.0, 4.0), (0.06, 0.2)  # rates as factors of the one given
-# The examples of a short run, rung by rung, as shares of the search's own; and the least and the
-# most of all examples that the search takes as its own.
-RUNGS, LEAST, MOST = (0.125, 0.25), 0.1, 0.5
-RANK_STAGE = "ranks"
-SCORING = 1.6  # what a short run costs more than its share: scoring, wider targets
-REDUCTION = 3  # one in three goes on to the next rung
-SHORT_DEV = 500  # dev examples a task that score a short run
-Params = dict[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-
-@dataclass(frozen=True)
-class Found:
-    """What a search ends with: the best settings, and whether they beat the defaults."""
-
-    params: Params
-    config: TrainConfig
-    defaults: list[float]  # scores by seed
-    best: list[float]
-    p_value: float | None  # of a paired t test; None where the best are the defaults
+COLUMNS = ["stage", "lr", "warmup", "r", "dropout", "targets", "seed"]
+COST = """\
+The cost of the search is {spent:.0f} s: {share:.0%} of the {all:.0f} s that training each of its
+{count} candidates once in full, and the same comparison over seeds, would take ({full:.0f} s a
+run, that of the defaults)."""
 
 
-class Search:
-    """A search in a folder, going on where the journal there ends."""
+def run_search(
+    config: TrainConfig,
+    inputs: Inputs,
+    *,
+    budget: float | None,
+    trials: int,
+    together: int,
+    helper: bool,
+    quiet: bool,
+) -> None:
+    """Search in `config.out`, for all tasks jointly or for each task's adapter in turn.
 
-    def __init__(
-        self,
-        setup: Setup,
-        encoder: BertModel,
-        folder: Path,
-        log: Log,
-        *,
-        budget: float | None,
-        trials: int,
-        together: int,
-        helper: bool,
-    ) -> None:
-        """`budget` in seconds, `trials` of learning rate and warmup, `together` side by side.
-
-        A `helper` works on the stages that another process leads.
-        """
-        self.setup, self.encoder, self.log = setup, encoder, log
-        self.budget, self.trials, self.together, self.helper = budget, trials, together, helper
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-        self.short_dev = {name: subset(data, SHORT_DEV) for name, data in setup.dev.items()}
-        if not helper:
-            for study in self.studies():
-                _again(study, older_than=0.0)
-
-    def run(self) -> Found:
-        """All stages.
-
-        Raises:
-            RunError: when every run of a stage diverges, or the budget is too small.
-            Interrupted: after a signal; the next call goes on.
-        """
-        config = self.setup.config
-        defaults = {
-            "lr": config.peak_lr,
-            "warmup": config.warmup,
-            "r": config.lora.r,
-            "dropout": config.lora.dropout,
-            "targets": ",".join(config.lora.targets),
-            "seed": config.seed,
-        }
-        full = best_of(self.stage("defaults", [defaults])).user_attrs["seconds"]
-        rates = [
-            {**defaults, "lr": defaults["lr"] * rate, "warmup": warmup}
-            for warmup, rate in product(dict.fromkeys((defaults["warmup"], *WARMUPS)), RATES)
-        ]
-        rates.sort(key=lambda params: params != defaults)
-        shapes = list(product(SHAPES, DROPOUTS))
-        last_runs = 2 * SEEDS - 1
-        rungs = self.rungs(full, self.trials + len(shapes), 1 + last_runs)
-        rates_study = self.stage("rates", rates[: self.trials], rungs, self.trials)
-        best = dict(best_of(rates_study).params)
-        largest = best_of(self.stage(RANK_STAGE, [{**best, "r": max(RANKS)}]))
-        best["r"] = smallest_within_error(dict(largest.user_attrs["sweep"]))
-        rungs = self.rungs(full, len(shapes), last_runs)
-        shaped = [{**best, "dropout": dropout, "targets": targets} for targets, dropout in shapes]
-        best = dict(best_of(self.stage("shapes", shaped, rungs)).params)
-        return self.compare(defaults, best)
-
-    def compare(self, defaults: Params, best: Params) -> Found:
-        """Best and defaults in full over the seeds; the defaults stay where they are not beaten."""
-        theirs = [value_of(self.study("defaults"), defaults)]
-        if best == defaults:
-            return Found(best, self.configure(best), theirs, theirs, None)
-        ours = []
-        for seed in range(defaults["seed"], defaults["seed"] + SEEDS):
-            pair = {**best, "seed": seed}, {**defaults, "seed": seed}
-            new = seed > defaults["seed"]  # the first stage ran the defaults with the first seed
-            study = self.stage(f"final-{seed}", pair if new else pair[:1])
-            ours.append(value_of(study, pair[0]))
-            theirs += [value_of(study, pair[1])] if new else []
-        # Imported here: it takes most of a second.
-        from scipy.stats import ttest_rel
-
-        p_value = float(ttest_rel(ours, theirs).pvalue)
-        chosen = best if np.mean(ours) > np.mean(theirs) else defaults
-        return Found(chosen, self.configure(chosen), theirs, ours, p_value)
-
-    def rungs(self, full: float, short: int, later: int) -> list[float]:
-        """The share of all examples that each rung of a short run gets.
-
-        A run on all takes `full` seconds; the budget must pay for `later` ones of them, and what
-        is left of it is for `short` short runs. Raises RunError where that is too little.
-        """
-        share = MOST
-        if self.budget is not None:
-            cost = full * SCORING * sum(short * rung / REDUCTION**i for i, rung in enumerate(RUNGS))
-            left = self.budget - self.spent() - full * later
-            if left < LEAST * cost:
-                needed = self.budget - left + LEAST * cost
-                raise RunError(
-                    f"--budget is {self.budget:.0f} s, but a full run takes {full:.0f} s, so that "
-                    f"{needed:.0f} s are needed; raise --budget, or lower --limit or --epochs"
-                )
-            share = min(MOST, left / cost)
-        return [share * rung for rung in RUNGS]
-
-    def spent(self) -> float:
-        """Seconds of all trials so far, by all processes."""
-        trials = [trial for study in self.studies() for trial in study.get_trials(deepcopy=False)]
-        return sum(trial.user_attrs.get("seconds", 0.0) for trial in trials)
-
-    def configure(self, params: Params) -> TrainConfig:
-        """The configuration of a trial; the scale of B A stays that of the settings as given."""
-        base, r = self.setup.config, params["r"]
-        lora = replace(
-            base.lora,
-            r=r,
-            alpha=base.lora.scale * (math.sqrt(r) if base.lora.rslora else r),
-            dropout=params["dropout"],
-            targets=tuple(params["targets"].split(",")),
-        )
-        return replace(
-            base, lora=lora, lr=params["lr"], warmup=params["warmup"], seed=params["seed"]
-        )
-
-    def study(self, name: str) -> optuna.Study:
-        """A stage's study."""
-        return optuna.create_study(
-            storage=self.storage,
-            study_name=name,
-            direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=0),
-            pruner=optuna.pruners.SuccessiveHalvingPruner(1, REDUCTION),
-            load_if_exists=True,
-        )
-
-    def studies(self) -> list[optuna.Study]:
-        """The stages begun so far, in their order."""
-        return [self.study(name) for name in optuna.get_all_study_names(self.storage)]
-
-    def stage(
-        self,
-        name: str,
-        candidates: Sequence[Params],
-        rungs: Sequence[float] = (1.0,),
-        trials: int = 0,
-    ) -> optuna.Study:
-        """Train the candidates, and more that Optuna draws up to `trials`, as far as they get."""
-        study, wanted = self.study(name), max(trials, len(candidates))
-        while self.helper and len(study.get_trials(deepcopy=False)) < len(candidates):
-            time.sleep(1)  # the leader has not written them yet
-        if "rungs" not in study.user_attrs:
-            study.set_user_attr("rungs", list(rungs))
-        for params in candidates[len(study.get_trials(deepcopy=False)) :]:
-            study.enqueue_trial(params)
-        space = _space(candidates)
-        while True:
-            group: list[Trial] = []
-            while len(group) < self.together and _left(study, wanted):
-                group.append(study.ask(space))
-            if group:
-                self.train(study, group)
-            elif _in_state(study, TrialState.RUNNING):
-                time.sleep(1)  # another process is at it, or has died
-                _again(study, older_than=_patience(study))
-            else:
-                return study
-
-    def train(self, study: optuna.Study, group: list[Trial]) -> None:
-        """Train a group of trials side by side, rung by rung, dropping those that fall behind."""
-        name, rungs = study.study_name, study.user_attrs["rungs"]
-        for rung, share in enumerate(rungs):
-            start = time.perf_counter()
-            setup = self.setup if share == 1 else replace(self.setup, dev=self.short_dev)
-            configs = [self.configure(trial.params) for trial in group]
-            trainer = side_by_side(setup, self.encoder, configs, Log(quiet=True))
-            trainer.total = max(1, round(share * trainer.total))
-            scores = trainer.run().scores
-            if name == RANK_STAGE:
-                found = sweep(trainer.model, trainer.setup.dev)
-                group[0].set_user_attr("sweep", list(found.items()))
-            seconds = time.perf_counter() - start
-            values = {}
-            for i, trial in enumerate(group):
-                own = {task: scores[variant_name(task, i)] for task in self.setup.train}
-                diverged = any(score is None for score in own.values())
-                values[trial.number] = -1.0 if diverged else float(np.mean(list(own.values())))
-                trial.report(values[trial.number], REDUCTION**rung)
-                before = trial.user_attrs.get("seconds", 0.0)
-                trial.set_user_attr("seconds", before + seconds / len(group))
-                trial.set_user_attr("scores", own)
-                trial.set_user_attr("parameters", variant_parameters(trainer, i))
-            self.log.line(
-                f"{name:<9} {len(group)} runs on {share:.0%} of the examples: best "
-                f"{max(values.values()):.4f}, {seconds:.0f} s"
-            )
-            # Best first: the pruner compares with those that it was asked about before.
-            group.sort(key=lambda trial: -values[trial.number])
-            last = rung == len(rungs) - 1
-            stay = [trial for trial in group if last or not trial.should_prune()]
-            for trial in group:
-                if last:
-                    study.tell(trial, values[trial.number])
-                elif trial not in stay:
-                    study.tell(trial, state=TrialState.PRUNED)
-            group = stay
-            if not group:
-                return
+    `budget` is in seconds, for all of it. Raises as `Search.run`, and UserError before it begins.
+    """
+    if config.mode != "lora" or config.adapters == "shared+per-task":
+        raise UserError("search finds LoRA settings of shared or of per-task adapters, only")
+    setup, log = prepare(config, inputs), Log(quiet)
+    folder = config.out or default_folder(config)
+    if helper and not (folder / "run.toml").is_file():
+        raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
+    base = open_run(folder, setup.config)
+    with user_errors():
+        encoder, _ = load_encoder(inputs.source, PARTS)
+    shared = base.adapters == "shared"
+    done, best = {}, base
+    for part in ("all tasks",) if shared else tuple(setup.train):
+        own = setup.narrow(base if shared else _alone(base, part))
+        place = folder if shared else folder / part
+        place.mkdir(exist_ok=True)
+        share = budget / len(setup.train) if budget and not shared else budget
+        search = Search(own, encoder, place, log, share, trials, together, helper)
+        found = search.run()
+        done[part] = search, found
+        best = found.config if shared else _with_own(best, part, found.config)
+    if not helper:
+        write_search(folder, best, done, log)
 
 
-def value_of(study: optuna.Study, params: Params) -> float:
-    """The value of the finished trial with these settings."""
-    return next(t.value or 0.0 for t in _in_state(study, TrialState.COMPLETE) if t.params == params)
+def _alone(config: TrainConfig, task: str) -> TrainConfig:
+    """The configuration of a task's adapter as the only one of a run."""
+    own = config.task_settings(task)
+    plain = {name: TaskLoraConfig() for name in BUILTIN}
+    return replace(
+        config,
+        adapters="shared",
+        tasks=(task,),
+        lora=own.over(config.lora),
+        lr=own.lr or config.lr,
+        warmup=config.warmup if own.warmup is None else own.warmup,
+        **plain,
+    )
 
 
-def best_of(study: optuna.Study) -> FrozenTrial:
-    """The best trial that went all the way; RunError when all diverged."""
-    best = study.best_trial
-    if best.value is None or best.value < 0:
-        raise RunError(f"every run of the stage {study.study_name!r} diverged; lower --lr")
-    return best
+def _with_own(config: TrainConfig, task: str, found: TrainConfig) -> TrainConfig:
+    """The configuration with what was found for one task's adapter as its own settings."""
+    own = TaskLoraConfig(**vars(found.lora), lr=found.lr, warmup=found.warmup)
+    if task not in config.task:
+        return replace(config, **{task: own})
+    tables = {**config.task, task: {**config.task[task], "lora": asdict(own)}}
+    return replace(config, task=tables)
 
 
-def _space(candidates: Sequence[Params]) -> dict[str, Any]:
-    """What Optuna may draw from: learning rates between the candidates', and their other values."""
-    space: dict[str, Any] = {}
-    for key in candidates[0]:
-        values = sorted({params[key] for params in candidates})
-        space[key] = CategoricalDistribution(values)
-        if key == "lr":
-            space[key] = FloatDistribution(values[0], values[-1], log=True)
-    return space
+def write_search(
+    folder: Path, config: TrainConfig, done: Mapping[str, tuple[Search, Found]], log: Log
+) -> None:
+    """Write and print what was found; `done` has one search, or one for each task's adapter.
+
+    `config` is the configuration with all that was found in it.
+    """
+    with atomic_open(folder / "best.toml") as file:
+        file.write("# Train with it: fastlora-train --config best.toml\n")
+        file.write(tomlkit.dumps(config.to_table()))
+    facts = {name: _facts(search, found) for name, (search, found) in done.items()}
+    with atomic_open(folder / "search.json") as file:
+        json.dump(facts, file, indent=1)
+    parts = ["# Search of LoRA settings", f"Tasks: {', '.join(config.tasks or ())}."]
+    if figures() is None:
+        parts.append(NO_PLOTS)
+    for name, (search, found) in done.items():
+        parts += [f"## {name}", *_sections(folder, name, search, found, facts[name])]
+        for line in _verdict(found, facts[name]):
+            log.line(line)
+    parts += ["## The best configuration", f"```toml\n{tomlkit.dumps(config.to_table())}```"]
+    write_pages(folder, "\n\n".join(part for part in parts if part))
+    log.line(f"train with it: fastlora-train --config {folder / 'best.toml'}")
+    log.line(f"report in {folder / 'report.html'}")
 
 
-def _in_state(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(state,))
+def _facts(search: Search, found: Found) -> dict[str, Any]:
+    """All trials and what came of them, as plain types."""
+    trials = [(study, trial) for study in search.studies() for trial in study.get_trials()]
+    full = search.study("defaults").best_trial.user_attrs["seconds"]
+    seedless = [{**trial.params, "seed": None} for _, trial in trials]
+    ranks = _ranks(search)
+    count = len({tuple(params.items()) for params in seedless}) + len(ranks) - 1
+    runs = count + 2 * len(found.searched) - 2
+    return {
+        "best": found.params,
+        "scores": {"defaults": found.defaults, "best": found.searched},
+        "p_value": found.p_value,
+        "ranks": ranks,
+        "cost": {
+            "spent": (spent := search.spent()),
+            "full": full,
+            "count": count,
+            "all": runs * full,
+            "share": spent / (runs * full),
+        },
+        "trials": [_trial_facts(study, trial) for study, trial in trials],
+    }
 
 
-def _left(study: optuna.Study, wanted: int) -> bool:
-    waiting = _in_state(study, TrialState.WAITING)
-    failed = _in_state(study, TrialState.FAIL)
-    return bool(waiting) or len(study.get_trials(deepcopy=False)) - len(failed) < wanted
+def _trial_facts(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    rungs = zip(study.user_attrs["rungs"], trial.intermediate_values.values(), strict=False)
+    return {
+        "stage": study.study_name,
+        **trial.params,
+        "state": trial.state.name.lower(),
+        "rungs": [{"share": share, "score": value} for share, value in rungs],
+        **{key: trial.user_attrs.get(key) for key in ("scores", "parameters", "seconds")},
+    }
 
 
-def _patience(study: optuna.Study) -> float:
-    """Seconds after which a running trial's process counts as dead."""
-    done = [t.duration.total_seconds() for t in study.get_trials(deepcopy=False) if t.duration]
-    return 3 * max(done) if done else 3600.0
+def _ranks(search: Search) -> list[tuple[int, tuple[float, float]]]:
+    """Of each rank: its score without training, and the standard error."""
+    return search.study(RANK_STAGE).best_trial.user_attrs["sweep"]
 
 
-def _again(study: optuna.Study, older_than: float) -> None:
-    """Queue the trials anew that have been running for so many seconds: their process is gone."""
-    now = time.time()
-    for trial in _in_state(study, TrialState.RUNNING):
-        started = trial.datetime_start
-        if started is None or now - started.timestamp() >= older_than:
-            study.enqueue_trial(trial.params)
-            study.tell(trial.number, state=TrialState.FAIL)
+def _verdict(found: Found, facts: Mapping[str, Any]) -> Iterator[str]:
+    lora = found.config.lora
+    yield (
+        f"best       r {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets "
+        f"{','.join(lora.targets)}, lr {found.config.peak_lr:g}, warmup {found.config.warmup:g}"
+    )
+    yield f"score      {_against(found)}"
+    yield "cost       " + " ".join(COST.format(**facts["cost"]).split())
+
+
+def _against(found: Found) -> str:
+    """The comparison with the defaults, in words."""
+    if found.p_value is None:
+        return f"{found.defaults[0]:.4f}: the defaults are the best that was found"
+    ours, theirs = (
+        f"{mean(scores):.4f} ± {stdev(scores):.4f}" for scores in (found.searched, found.defaults)
+    )
+    sure = "a significant" if found.p_value < 0.05 else "no significant"
+    kept = "" if mean(found.searched) > mean(found.defaults) else "; the defaults are kept"
+    return (
+        f"{ours} over {len(found.defaults)} seeds, the defaults {theirs}: {sure} difference "
+        f"(paired t test, p = {found.p_value:.2f}){kept}"
+    )
+
+
+def _sections(
+    folder: Path, name: str, search: Search, found: Found, facts: Mapping[str, Any]
+) -> Iterator[str]:
+    yield f"{_against(found)}."
+    yield COST.format(**facts["cost"])
+    done = [trial for trial in facts["trials"] if trial["rungs"]]
+    done.sort(key=lambda trial: (len(trial["rungs"]), trial["rungs"][-1]["score"]), reverse=True)
+    yield plot(folder / "plots" / f"search-{name}.png", 4, partial(_draw, search, facts))
+    yield "### Ranks, from one run"
+    rows = [[str(rank), f"{score:.4f}", f"{error:.4f}"] for rank, (score, error) in facts["ranks"]]
+    yield table(["rank", "score", "standard error"], rows)
+    yield "### Trials"
+    header = [*COLUMNS, "examples", "score", "parameters", "seconds"]
+    yield table(header, [_cells(trial) for trial in done])
+
+
+def _cells(trial: Mapping[str, Any]) -> list[str]:
+    last = trial["rungs"][-1]
+    own = [f"{trial[key]:g}" if key in ("lr", "warmup") else str(trial[key]) for key in COLUMNS]
+    cells = [f"{last['share']:.0%}", f"{last['score']:.4f}", f"{trial['parameters']:,}"]
+    return [*own, *cells, f"{trial['seconds']:.0f}"]
+
+
+def _draw(search: Search, facts: Mapping[str, Any], _: Figure, panels: list[Axes]) -> None:
+    ranks, scores = zip(*facts["ranks"], strict=True)
+    panels[0].errorbar(ranks, *zip(*scores, strict=True), marker="o", capsize=3)
+    panels[0].set_xscale("log", base=2)
+    panels[0].set(title="one run, truncated", xlabel="rank", ylabel="score")
+    for axes, stage, key in ((panels[1], "rates", "lr"), (panels[2], "shapes", "parameters")):
+        of = [trial for trial in facts["trials"] if trial["stage"] == stage and trial["rungs"]]
+        axes.scatter([t[key] for t in of], [t["rungs"][0]["score"] for t in of])
+        axes.set(title=f"{stage}, first rung", ylabel="score")
+    panels[1].set(xlabel="learning rate", xscale="log")
+    # Pareto: no point has as few parameters and a higher score.
+    ordered = sorted((t["parameters"], -t["rungs"][0]["score"]) for t in of)
+    best = list(accumulate((-score for _, score in ordered), max))
+    panels[2].step([parameters for parameters, _ in ordered], best, where="post")
+    panels[2].set(xlabel="trainable parameters")
+    importance = {**_importance(search.study("rates")), **_importance(search.study("shapes"))}
+    panels[3].barh(list(importance), list(importance.values()))
+    panels[3].set(title="importance in its stage", xlabel="share of the variance", xlim=(0, 1))
+
+
+def _importance(study: optuna.Study) -> dict[str, float]:
+    """How much each setting that varies matters to a stage's first rung, where pruning is none."""
+    first = optuna.create_study(direction="maximize")
+    for trial in study.get_trials():
+        if trial.intermediate_values:
+            value = trial.intermediate_values[1]
+            own = {"params": trial.params, "distributions": trial.distributions}
+            first.add_trial(optuna.trial.create_trial(value=value, **own))
+    varied = [k for k in first.trials[0].params if len({t.params[k] for t in first.trials}) > 1]
+    found = optuna.importance.get_param_importances(
+        first, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), params=varied
+    )
+    return dict(reversed(found.items()))

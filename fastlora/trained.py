@@ -57,8 +57,7 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     base = adapters.BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])
     if extra["mode"] == "lora":
-        names = [DEFAULT] * (extra["adapters"] != "per-task")
-        names += list(tasks) if extra["adapters"] != "shared" else []
+        names = adapters.adapter_names(extra["adapters"], tasks)
         folders = {name: adapters.adapter_place(folder, name) for name in names}
         net.adapt({name: adapters.read_settings(place) for name, place in folders.items()})
         layers = lora_layers(net.encoder)

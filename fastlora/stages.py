@@ -1,0 +1,312 @@
+"""Low-cost search of LoRA settings: short runs side by side, and every smaller rank from one run.
+
+Stages, each an Optuna study in one journal file, which several processes may work on:
+    defaults   the settings as given: what the search must beat
+    rates      learning rate and warmup, by successive halving on growing numbers of examples
+    ranks      one run at the largest rank; smaller ones are truncations of what it learned
+    shapes     dropout and targets, by successive halving
+    final-N    the best and the defaults, in full, one study a seed
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from fastlora.batches import subset
+from fastlora.bert.model import BertModel
+from fastlora.config import TARGETS, TrainConfig
+from fastlora.console import Log
+from fastlora.errors import RunError
+from fastlora.ranks import RANKS, smallest_within_error, sweep
+from fastlora.setup import Setup
+from fastlora.variants import side_by_side, variant_name, variant_parameters
+
+SEEDS = 3
+DROPOUTS = (0.0, 0.05, 0.1, 0.2)
+SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
+RATES, WARMUPS = (0.25, 0.5, 1.0, 2.0, 4.0), (0.06, 0.2)  # rates as factors of the one given
+# The examples of a short run, rung by rung, as shares of the search's own; and the least and the
+# most of all examples that the search takes as its own.
+RUNGS, LEAST, MOST = (0.125, 0.25), 0.1, 0.5
+RANK_STAGE = "ranks"
+SCORING = 1.6  # what a short run costs more than its share: scoring, wider targets
+REDUCTION = 3  # one in three goes on to the next rung
+SHORT_DEV = 500  # dev examples a task that score a short run
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with: the best settings, and whether they beat the defaults."""
+
+    params: Params
+    config: TrainConfig
+    defaults: list[float]  # scores by seed
+    searched: list[float]
+    p_value: float | None  # of a paired t test; None where the best are the defaults
+
+
+class Search:
+    """A search in a folder, going on where the journal there ends."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        encoder: BertModel,
+        folder: Path,
+        log: Log,
+        budget: float | None,
+        trials: int,
+        together: int,
+        helper: bool,
+    ) -> None:
+        """`budget` in seconds, `trials` of learning rate and warmup, `together` side by side.
+
+        A `helper` works on the stages that another process leads.
+        """
+        self.setup, self.encoder, self.log = setup, encoder, log
+        self.budget, self.trials, self.together, self.helper = budget, trials, together, helper
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+        self.short_dev = {name: subset(data, SHORT_DEV) for name, data in setup.dev.items()}
+        if not helper:
+            for study in self.studies():
+                _again(study, older_than=0.0)
+
+    def run(self) -> Found:
+        """All stages.
+
+        Raises:
+            RunError: when every run of a stage diverges, or the budget is too small.
+            Interrupted: after a signal; the next call goes on.
+        """
+        config = self.setup.config
+        defaults = {
+            "lr": config.peak_lr,
+            "warmup": config.warmup,
+            "r": config.lora.r,
+            "dropout": config.lora.dropout,
+            "targets": ",".join(config.lora.targets),
+            "seed": config.seed,
+        }
+        full = best_of(self.stage("defaults", [defaults])).user_attrs["seconds"]
+        rates = [
+            {**defaults, "lr": defaults["lr"] * rate, "warmup": warmup}
+            for warmup, rate in product(dict.fromkeys((defaults["warmup"], *WARMUPS)), RATES)
+        ]
+        rates.sort(key=lambda params: params != defaults)
+        shapes = list(product(SHAPES, DROPOUTS))
+        last_runs = 2 * SEEDS - 1
+        rungs = self.rungs(full, self.trials + len(shapes), 1 + last_runs)
+        rates_study = self.stage("rates", rates[: self.trials], rungs, self.trials)
+        best = dict(best_of(rates_study).params)
+        largest = best_of(self.stage(RANK_STAGE, [{**best, "r": max(RANKS)}]))
+        best["r"] = smallest_within_error(dict(largest.user_attrs["sweep"]))
+        rungs = self.rungs(full, len(shapes), last_runs)
+        shaped = [{**best, "dropout": dropout, "targets": targets} for targets, dropout in shapes]
+        best = dict(best_of(self.stage("shapes", shaped, rungs)).params)
+        return self.compare(defaults, best)
+
+    def compare(self, defaults: Params, best: Params) -> Found:
+        """Best and defaults in full over the seeds; the defaults stay where they are not beaten."""
+        theirs = [value_of(self.study("defaults"), defaults)]
+        if best == defaults:
+            return Found(best, self.configure(best), theirs, theirs, None)
+        ours = []
+        for seed in range(defaults["seed"], defaults["seed"] + SEEDS):
+            pair = {**best, "seed": seed}, {**defaults, "seed": seed}
+            new = seed > defaults["seed"]  # the first stage ran the defaults with the first seed
+            study = self.stage(f"final-{seed}", pair if new else pair[:1])
+            ours.append(value_of(study, pair[0]))
+            theirs += [value_of(study, pair[1])] if new else []
+        # Imported here: it takes most of a second.
+        from scipy.stats import ttest_rel
+
+        p_value = float(ttest_rel(ours, theirs).pvalue)
+        chosen = best if np.mean(ours) > np.mean(theirs) else defaults
+        return Found(chosen, self.configure(chosen), theirs, ours, p_value)
+
+    def rungs(self, full: float, short: int, later: int) -> list[float]:
+        """The share of all examples that each rung of a short run gets.
+
+        A run on all takes `full` seconds; the budget must pay for `later` ones of them, and what
+        is left of it is for `short` short runs. Raises RunError where that is too little.
+        """
+        share = MOST
+        if self.budget is not None:
+            cost = full * SCORING * sum(short * rung / REDUCTION**i for i, rung in enumerate(RUNGS))
+            left = self.budget - self.spent() - full * later
+            if left < LEAST * cost:
+                needed = self.budget - left + LEAST * cost
+                raise RunError(
+                    f"--budget is {self.budget:.0f} s, but a full run takes {full:.0f} s, so that "
+                    f"{needed:.0f} s are needed; raise --budget, or lower --limit or --epochs"
+                )
+            share = min(MOST, left / cost)
+        return [share * rung for rung in RUNGS]
+
+    def spent(self) -> float:
+        """Seconds of all trials so far, by all processes."""
+        trials = [trial for study in self.studies() for trial in study.get_trials(deepcopy=False)]
+        return sum(trial.user_attrs.get("seconds", 0.0) for trial in trials)
+
+    def configure(self, params: Params) -> TrainConfig:
+        """The configuration of a trial; the scale of B A stays that of the settings as given."""
+        base, r = self.setup.config, params["r"]
+        lora = replace(
+            base.lora,
+            r=r,
+            alpha=base.lora.scale * (math.sqrt(r) if base.lora.rslora else r),
+            dropout=params["dropout"],
+            targets=tuple(params["targets"].split(",")),
+        )
+        return replace(
+            base, lora=lora, lr=params["lr"], warmup=params["warmup"], seed=params["seed"]
+        )
+
+    def study(self, name: str) -> optuna.Study:
+        """A stage's study."""
+        return optuna.create_study(
+            storage=self.storage,
+            study_name=name,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=0),
+            pruner=optuna.pruners.SuccessiveHalvingPruner(1, REDUCTION),
+            load_if_exists=True,
+        )
+
+    def studies(self) -> list[optuna.Study]:
+        """The stages begun so far, in their order."""
+        return [self.study(name) for name in optuna.get_all_study_names(self.storage)]
+
+    def stage(
+        self,
+        name: str,
+        candidates: Sequence[Params],
+        rungs: Sequence[float] = (1.0,),
+        trials: int = 0,
+    ) -> optuna.Study:
+        """Train the candidates, and more that Optuna draws up to `trials`, as far as they get."""
+        study, wanted = self.study(name), max(trials, len(candidates))
+        while self.helper and len(study.get_trials(deepcopy=False)) < len(candidates):
+            time.sleep(1)  # the leader has not written them yet
+        if "rungs" not in study.user_attrs:
+            study.set_user_attr("rungs", list(rungs))
+        for params in candidates[len(study.get_trials(deepcopy=False)) :]:
+            study.enqueue_trial(params)
+        space = _space(candidates)
+        while True:
+            group: list[Trial] = []
+            while len(group) < self.together and _left(study, wanted):
+                group.append(study.ask(space))
+            if group:
+                self.train(study, group)
+            elif _in_state(study, TrialState.RUNNING):
+                time.sleep(1)  # another process is at it, or has died
+                _again(study, older_than=_patience(study))
+            else:
+                return study
+
+    def train(self, study: optuna.Study, group: list[Trial]) -> None:
+        """Train a group of trials side by side, rung by rung, dropping those that fall behind."""
+        name, rungs = study.study_name, study.user_attrs["rungs"]
+        for rung, share in enumerate(rungs):
+            start = time.perf_counter()
+            setup = self.setup if share == 1 else replace(self.setup, dev=self.short_dev)
+            configs = [self.configure(trial.params) for trial in group]
+            trainer = side_by_side(setup, self.encoder, configs, Log(quiet=True))
+            trainer.total = max(1, round(share * trainer.total))
+            scores = trainer.run().scores
+            if name == RANK_STAGE:
+                found = sweep(trainer.model, trainer.setup.dev)
+                group[0].set_user_attr("sweep", list(found.items()))
+            seconds = time.perf_counter() - start
+            values = {}
+            for i, trial in enumerate(group):
+                own = {task: scores[variant_name(task, i)] for task in self.setup.train}
+                diverged = any(score is None for score in own.values())
+                values[trial.number] = -1.0 if diverged else float(np.mean(list(own.values())))
+                trial.report(values[trial.number], REDUCTION**rung)
+                before = trial.user_attrs.get("seconds", 0.0)
+                trial.set_user_attr("seconds", before + seconds / len(group))
+                trial.set_user_attr("scores", own)
+                trial.set_user_attr("parameters", variant_parameters(trainer, i))
+            self.log.line(
+                f"{name:<9} {len(group)} runs on {share:.0%} of the examples: best "
+                f"{max(values.values()):.4f}, {seconds:.0f} s"
+            )
+            # Best first: the pruner compares with those that it was asked about before.
+            group.sort(key=lambda trial: -values[trial.number])
+            last = rung == len(rungs) - 1
+            stay = [trial for trial in group if last or not trial.should_prune()]
+            for trial in group:
+                if last:
+                    study.tell(trial, values[trial.number])
+                elif trial not in stay:
+                    study.tell(trial, state=TrialState.PRUNED)
+            group = stay
+            if not group:
+                return
+
+
+def value_of(study: optuna.Study, params: Params) -> float:
+    """The value of the finished trial with these settings."""
+    return next(t.value or 0.0 for t in _in_state(study, TrialState.COMPLETE) if t.params == params)
+
+
+def best_of(study: optuna.Study) -> FrozenTrial:
+    """The best trial that went all the way; RunError when all diverged."""
+    best = study.best_trial
+    if best.value is None or best.value < 0:
+        raise RunError(f"every run of the stage {study.study_name!r} diverged; lower --lr")
+    return best
+
+
+def _space(candidates: Sequence[Params]) -> dict[str, Any]:
+    """What Optuna may draw from: learning rates between the candidates', and their other values."""
+    space: dict[str, Any] = {}
+    for key in candidates[0]:
+        values = sorted({params[key] for params in candidates})
+        space[key] = CategoricalDistribution(values)
+        if key == "lr":
+            space[key] = FloatDistribution(values[0], values[-1], log=True)
+    return space
+
+
+def _in_state(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(state,))
+
+
+def _left(study: optuna.Study, wanted: int) -> bool:
+    waiting = _in_state(study, TrialState.WAITING)
+    failed = _in_state(study, TrialState.FAIL)
+    return bool(waiting) or len(study.get_trials(deepcopy=False)) - len(failed) < wanted
+
+
+def _patience(study: optuna.Study) -> float:
+    """Seconds after which a running trial's process counts as dead."""
+    done = [t.duration.total_seconds() for t in study.get_trials(deepcopy=False) if t.duration]
+    return 3 * max(done) if done else 3600.0
+
+
+def _again(study: optuna.Study, older_than: float) -> None:
+    """Queue the trials anew that have been running for so many seconds: their process is gone."""
+    now = time.time()
+    for trial in _in_state(study, TrialState.RUNNING):
+        started = trial.datetime_start
+        if started is None or now - started.timestamp() >= older_than:
+            study.enqueue_trial(trial.params)
+            study.tell(trial.number, state=TrialState.FAIL)

@@ -1,0 +1,201 @@
+"""The search: ranks by truncation, stages, resuming, helping, and what it leaves."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fastlora import stages
+from fastlora.cli import main
+from fastlora.config import LoraConfig, TaskLoraConfig, TrainConfig
+from fastlora.console import Log
+from fastlora.errors import RunError, UserError
+from fastlora.files import read_toml
+from fastlora.inputs import find_inputs
+from fastlora.ranks import low_rank, smallest_within_error, standard_error, sweep
+from fastlora.search import run_search
+from fastlora.setup import prepare, read_encoder
+from fastlora.stages import Search
+from fastlora.train import Interrupted, Trainer
+from fastlora.variants import side_by_side
+
+OPTIONS = {"budget": None, "trials": 3, "together": 2, "helper": False, "quiet": True}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Fewer and shorter runs."""
+    monkeypatch.setattr(stages, "SHAPES", ("value", "query,value"))
+    monkeypatch.setattr(stages, "DROPOUTS", (0.0, 0.1))
+
+
+def test_low_rank_is_the_best_approximation():
+    torch.manual_seed(0)
+    A, B = torch.randn(6, 20).double(), torch.randn(9, 6).double()
+    for rank in (1, 3, 6, 8):
+        low_A, low_B = low_rank(A, B, rank)
+        assert low_A.shape == (min(rank, 6), 20) and low_B.shape == (9, min(rank, 6))
+        U, S, V = torch.linalg.svd(B @ A, full_matrices=False)
+        expected = U[:, :rank] * S[:rank] @ V[:rank]
+        torch.testing.assert_close(low_B @ low_A, expected)
+
+
+def test_standard_errors():
+    rng = np.random.default_rng(0)
+    draws = rng.binomial(100, 0.8, 20000) / 100
+    assert standard_error("accuracy", 0.8, 100) == pytest.approx(draws.std(), rel=0.05)
+    x = rng.standard_normal((4000, 2, 200))
+    y = 0.8 * x[:, 0] + 0.6 * x[:, 1]
+    found = [np.corrcoef(a, b)[0, 1] for a, b in zip(x[:, 0], y, strict=True)]
+    assert standard_error("pearson", 0.8, 200) == pytest.approx(np.std(found), rel=0.1)
+
+
+def test_smallest_rank_within_an_error():
+    assert smallest_within_error({8: (0.90, 0.01), 4: (0.895, 0.02), 2: (0.88, 0.5)}) == 4
+    assert smallest_within_error({8: (0.9, 0.0), 1: (0.9, 0.0)}) == 1
+
+
+def test_sweep_at_the_trained_rank_is_the_trained_model(tiny_config):
+    setup = prepare(config := tiny_config(r=32, epochs=6, lr=1e-2), find_inputs(config))
+    encoder = read_encoder(setup.inputs.source).encoder
+    trainer = side_by_side(setup, encoder, [setup.config], Log(quiet=True))
+    trained = np.mean(list(trainer.run().scores.values()))
+    found = sweep(trainer.model, trainer.setup.dev)
+    assert sorted(found) == [1, 2, 4, 8, 16, 32]
+    assert found[32][0] == pytest.approx(trained, abs=1e-4)
+    assert len({score for score, _ in found.values()}) > 1
+    A = trainer.model.encoder.encoder.layer[0].attention.self.query.lora_A["default@0"]
+    assert torch.linalg.matrix_rank(A) == 1
+
+
+@pytest.fixture
+def searched(tiny_config):
+    config = tiny_config(tasks=("sts",))
+    run_search(config, find_inputs(config), **OPTIONS)
+    return config
+
+
+def test_search_leaves_its_findings(searched):
+    folder = searched.out
+    facts = json.loads((folder / "search.json").read_text())["all tasks"]
+    stages_seen = [trial["stage"] for trial in facts["trials"]]
+    assert stages_seen[:2] == ["defaults", "rates"] and "shapes" in stages_seen
+    by_stage = {name: stages_seen.count(name) for name in stages_seen}
+    assert (by_stage["defaults"], by_stage["rates"], by_stage["shapes"]) == (1, 3, 4)
+    assert by_stage["ranks"] == 1 and [rank for rank, _ in facts["ranks"]] == [32, 16, 8, 4, 2, 1]
+    assert {trial["state"] for trial in facts["trials"]} == {"complete", "pruned"}
+    ours, theirs = facts["scores"]["best"], facts["scores"]["defaults"]
+    assert len(ours) == len(theirs) and len(ours) in (1, 3)
+    assert 0 < facts["cost"]["spent"] and 0 < facts["cost"]["share"]
+    best = read_toml(folder / "best.toml")
+    assert best["r"] == facts["best"]["r"] and best["tasks"] == ["sts"]
+    text = (folder / "report.md").read_text()
+    assert "Ranks, from one run" in text and "plots/search-all%20tasks.png" not in text
+    assert (folder / "report.html").is_file() and list((folder / "plots").glob("*.png"))
+
+
+def test_a_finished_search_trains_nothing_again(searched, monkeypatch):
+    before = (searched.out / "search.json").read_text()
+    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trained again"))
+    run_search(searched, find_inputs(searched), **OPTIONS)
+    assert (searched.out / "search.json").read_text() == before
+
+
+def test_best_toml_trains(searched, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--config", str(searched.out / "best.toml"), "--out", str(searched.out / "x")])
+    assert exit.value.code == 0
+
+
+def test_other_settings_need_another_folder(searched):
+    other = replace(searched, lora=LoraConfig(r=2))
+    with pytest.raises(UserError, match="other settings"):
+        run_search(other, find_inputs(other), **OPTIONS)
+
+
+def test_an_interrupted_search_goes_on(tiny_config, monkeypatch):
+    config = tiny_config(tasks=("sts",))
+    calls, run = [], Trainer.run
+
+    def stop_third(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise Interrupted
+        return run(self)
+
+    monkeypatch.setattr(Trainer, "run", stop_third)
+    with pytest.raises(Interrupted):
+        run_search(config, find_inputs(config), **OPTIONS)
+    assert not (config.out / "search.json").exists()
+    run_search(config, find_inputs(config), **OPTIONS)
+    facts = json.loads((config.out / "search.json").read_text())["all tasks"]
+    states = [trial["state"] for trial in facts["trials"] if trial["stage"] == "rates"]
+    assert states.count("fail") == 2 and len(states) == 5  # they were queued again
+
+
+def test_each_tasks_adapter(tiny_config):
+    config = tiny_config(tasks=("sst", "sts"), adapters="per-task", sts=TaskLoraConfig(r=2))
+    run_search(config, find_inputs(config), **OPTIONS)
+    best = read_toml(config.out / "best.toml")
+    facts = json.loads((config.out / "search.json").read_text())
+    assert best["adapters"] == "per-task"
+    for task in ("sst", "sts"):
+        found = facts[task]["best"]
+        assert best[task]["r"] == found["r"] and best[task]["lr"] == found["lr"]
+    assert facts["sts"]["trials"][0]["r"] == 2
+
+
+def test_a_budget_too_small_says_what_is_needed(tiny_config):
+    config = tiny_config(tasks=("sts",))
+    with pytest.raises(RunError, match=r"--budget is 0 s.* s are needed"):
+        run_search(config, find_inputs(config), **{**OPTIONS, "budget": 0.01})
+
+
+def test_short_runs_get_what_the_budget_leaves(tiny_config, tmp_path):
+    config = tiny_config(tasks=("sts",))
+    setup = prepare(config, find_inputs(config))
+    encoder = read_encoder(setup.inputs.source).encoder
+    search = Search(setup, encoder, tmp_path, Log(quiet=True), 100.0, 10, 4, False)
+    cost = 10 * stages.SCORING * 30 * (0.125 + 0.25 / 3)
+    assert search.rungs(full=10.0, short=30, later=2) == pytest.approx(
+        [rung * (100 - 20) / cost for rung in (0.125, 0.25)]
+    )
+    search.budget = 1e6
+    assert search.rungs(10.0, 30, 2) == [0.0625, 0.125]  # at most half of all examples
+
+
+def test_two_processes_share_a_search(tiny_config):
+    config = tiny_config(tasks=("sts",), epochs=3)
+    command = [sys.executable, "-m", "fastlora.cli", "--", "search", "--quiet", "--together", "1"]
+    flags = {"tasks": "sts", "epochs": "3", "r": "4", "tokens-per-batch": "256", "device": "cpu"}
+    flags |= {"data": str(config.data), "model": config.model, "out": str(config.out)}
+    command += [part for name, value in flags.items() for part in (f"--{name}", value)]
+    leader = subprocess.Popen(command)
+    while not (config.out / "journal.log").exists():
+        assert leader.poll() is None
+        time.sleep(0.1)
+    helper = subprocess.Popen([*command, "--join"])
+    assert (leader.wait(300), helper.wait(300)) == (0, 0)
+    facts = json.loads((config.out / "search.json").read_text())["all tasks"]
+    assert {trial["state"] for trial in facts["trials"]} == {"complete", "pruned"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget", "soon"], "budget is 'soon' (expected seconds, minutes or hours"),
+        (["--trials", "0"], "trials is 0"),
+        (["--mode", "full"], "search finds LoRA settings"),
+        (["--join"], "holds no search to help with"),
+    ],
+)
+def test_misuse(tiny_data, tiny_model, tmp_path, capsys, flags, message):
+    where = ["--data", str(tiny_data), "--model", str(tiny_model), "--out", str(tmp_path / "s")]
+    with pytest.raises(SystemExit) as exit:
+        main(["search", *where, *flags])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
