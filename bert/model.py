@@ -285,21 +285,14 @@ class BertModel(nn.Module):
 
     def encode(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
+        input_ids: Tensor,  # int64 [B, S]
+        attention_mask: Tensor | None = None,  # [B, S], 1 at real tokens; None means all
+        token_type_ids: Tensor | None = None,  # int64 [B, S]; None means zeros
     ) -> tuple[list[Tensor], Layout]:
         """The real tokens' states after the embeddings and each layer: layers + 1 of [T, H].
 
-        Returns them and the layout, which pads them back to [B, S, H].
-
-        Args:
-            input_ids: int64 [B, S].
-            attention_mask: [B, S], 1 at real tokens; None means all.
-            token_type_ids: int64 [B, S]; None means zeros.
-
-        Raises:
-            ValueError: when S exceeds the position embeddings.
+        Returns them and the layout, which pads them back to [B, S, H]. Raises ValueError when S
+        exceeds the position embeddings.
         """
         limit = self.config.max_position_embeddings
         if input_ids.shape[1] > limit:

@@ -19,32 +19,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one file: ids, one list of texts per text column, labels float32 [N] or None.
-
-    `dropped` counts bad rows left out, `empty` the rows that have an empty text.
-    """
+    """The N rows of one file."""
 
     ids: list[str]
-    texts: tuple[list[str], ...]
-    labels: np.ndarray | None
-    dropped: int
-    empty: int
+    texts: tuple[list[str], ...]  # one list a text column
+    labels: np.ndarray | None  # float32 [N], class index or value
+    dropped: int  # bad rows left out
+    empty: int  # rows with an empty text
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The tokens of one file of a task.
-
-    `columns` holds one Encoded per sequence of an example: 1, or 2 for pairs encoded separately.
-    `labels` is float32 [N] (class index or value) or None; `truncated` counts cut sequences.
-    """
+    """The tokens of one file of a task: its Rows, encoded."""
 
     task: Task
-    columns: tuple["Encoded", ...]
+    columns: tuple["Encoded", ...]  # one a sequence of an example: two for pairs "separate"
     labels: np.ndarray | None
     ids: list[str]
     dropped: int
-    truncated: int
+    truncated: int  # sequences cut to the longest that the encoder takes
     empty: int
 
     def __len__(self) -> int:
@@ -115,10 +108,8 @@ def encode_rows(
 
     The CS224N starter's own preparation of texts would change no token.
     """
-    if task.is_pair and pairs == "joint":
-        columns: tuple[Encoded, ...] = (tokenizer.encode_pairs(rows.texts[0], rows.texts[1]),)
-    else:
-        columns = tuple(tokenizer.encode(texts) for texts in rows.texts)
+    sequences = [rows.texts] if pairs == "joint" else [(texts,) for texts in rows.texts]
+    columns = tuple(tokenizer.encode(*texts) for texts in sequences)
     truncated = sum(column.truncated for column in columns)
     return TaskData(task, columns, rows.labels, rows.ids, rows.dropped, truncated, rows.empty)
 

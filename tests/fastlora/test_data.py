@@ -40,15 +40,14 @@ def complaint(path, task=SST, **options):
 class LetterTokenizer:
     """One token a letter; what encode_rows needs of a tokenizer."""
 
-    def encode(self, texts, max_length=6):
+    def encode(self, texts, second=None, max_length=6):
+        if second is not None:
+            joined = self.encode([x + y for x, y in zip(texts, second, strict=True)], None, 512)
+            return Encoded(joined.ids, joined.offsets, np.zeros(len(joined.ids), np.int8), 0)
         lengths = [min(len(text) + 2, max_length) for text in texts]
         offsets = np.cumsum([0, *lengths])
         cut = sum(len(text) + 2 > max_length for text in texts)
         return Encoded(np.arange(offsets[-1], dtype=np.int32), offsets, None, cut)
-
-    def encode_pairs(self, a, b):
-        joined = self.encode([x + y for x, y in zip(a, b, strict=True)], max_length=512)
-        return Encoded(joined.ids, joined.offsets, np.zeros(len(joined.ids), np.int8), 0)
 
 
 def test_plain_rows(tmp_path):
