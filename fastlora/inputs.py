@@ -40,13 +40,8 @@ def find_inputs(config: TrainConfig) -> Inputs:
         demo = why_data.startswith("demo")
         model = "minilm" if demo else "bert-base-uncased"
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
-    return Inputs(folder, why_data, tasks, model, why_model, find_model(model))
-
-
-@user_errors()
-def find_model(name: str) -> Source:
-    """The files of a model; UserError when they cannot be had."""
-    return resolve(name)
+    with user_errors():
+        return Inputs(folder, why_data, tasks, model, why_model, resolve(model))
 
 
 def adapter_folder(path: Path) -> Path:
