@@ -28,10 +28,6 @@ class Encoded:
     types: np.ndarray | None  # int8 [T], 0 in the first text and 1 in the second
     truncated: int  # how many of the N were cut to the maximum length
 
-    def __len__(self) -> int:
-        """The number of sequences, N."""
-        return len(self.offsets) - 1
-
 
 class Tokenizer:
     """A BERT tokenizer; raises ValueError for a ``tokenizers.Tokenizer`` that is none."""
@@ -79,7 +75,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def encode(
-        self, a: Sequence[str], b: Sequence[str] | None = None, max_length: int = 512
+        self, a: Sequence[str], b: Sequence[str] | None = None, *, max_length: int = 512
     ) -> Encoded:
         """Encode each text as ``[CLS] a [SEP]``, or each pair ``[CLS] a [SEP] b [SEP]`` with types.
 

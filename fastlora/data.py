@@ -3,18 +3,16 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from fastlora.bert.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
 from fastlora.tasks import Task
-
-if TYPE_CHECKING:
-    from fastlora.bert.tokenizer import Encoded, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class TaskData:
     """The tokens of one file of a task: its Rows, encoded."""
 
     task: Task
-    columns: tuple["Encoded", ...]  # one a sequence of an example: two for pairs "separate"
+    columns: tuple[Encoded, ...]  # one a sequence of an example: two for pairs "separate"
     labels: np.ndarray | None
     ids: list[str]
     dropped: int
@@ -43,10 +41,6 @@ class TaskData:
     def __len__(self) -> int:
         """Count the examples."""
         return len(self.ids)
-
-    def lengths(self, i: Any) -> Any:
-        """Count the tokens of example i (or of each example of an index array), all sequences."""
-        return sum(column.offsets[i + 1] - column.offsets[i] for column in self.columns)
 
 
 def read_content(path: Path) -> bytes:
@@ -101,9 +95,7 @@ def read_rows(
     )
 
 
-def encode_rows(
-    rows: Rows, task: Task, tokenizer: "Tokenizer", pairs: str = "separate"
-) -> TaskData:
+def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "separate") -> TaskData:
     """Tokenise rows; a pair becomes two sequences, or one `[CLS] a [SEP] b [SEP]` if "joint".
 
     The CS224N starter's own preparation of texts would change no token.
@@ -112,15 +104,6 @@ def encode_rows(
     columns = tuple(tokenizer.encode(*texts) for texts in sequences)
     truncated = sum(column.truncated for column in columns)
     return TaskData(task, columns, rows.labels, rows.ids, rows.dropped, truncated, rows.empty)
-
-
-def available_tasks(folder: Path, tasks: Iterable[Task]) -> list[str]:
-    """Name the tasks whose training and dev files are both in the folder."""
-    return [
-        task.name
-        for task in tasks
-        if all((folder / task.files[split]).is_file() for split in ("train", "dev"))
-    ]
 
 
 def _spread(items: list[Any], most: int | None) -> list[Any]:
