@@ -21,11 +21,7 @@ EVAL_TOKENS = 4096
 
 
 class Features:
-    """The frozen encoder's pooled states of whole datasets, computed once.
-
-    A frozen encoder gives a sentence the same state in every epoch, so training heads on it
-    needs one pass over the data.
-    """
+    """A frozen encoder's pooled states of whole datasets: the same in every epoch, so kept."""
 
     def __init__(self, model: MultitaskBert, datasets: Mapping[str, TaskData]) -> None:
         hidden = model.encoder.config.hidden_size

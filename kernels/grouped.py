@@ -31,10 +31,7 @@ class Shape(NamedTuple):
 
 
 def padded(rank: int) -> int:
-    """The columns of a term in u, v and the packed factors; those added hold zeros.
-
-    Multiples of 8 keep rows aligned for tensor cores.
-    """
+    """Columns of a term in u, v and packed factors: zeros up to multiples of 8 align its rows."""
     return (rank + 7) // 8 * 8
 
 
