@@ -8,8 +8,10 @@ B batch, S sequence, T real tokens, H hidden, h heads, d head width.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from fastlora.bert.attention import LONG, cpu_attention
 from fastlora.bert.config import BertConfig
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_new": partial(nn.GELU, "tanh"),
+    "gelu_pytorch_tanh": partial(nn.GELU, "tanh"),
+    "relu": nn.ReLU,
 }
 
 
@@ -221,45 +223,29 @@ class ResidualOutput(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x), residual))
 
 
-class Attention(nn.Module):
-    """Self-attention and its output projection."""
-
-    def __init__(self, config: BertConfig, parts: Parts) -> None:
-        super().__init__()
-        self.self = SelfAttention(config, parts)
-        self.output = ResidualOutput(config.hidden_size, config, parts)
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """[T, H] -> [T, H]."""
-        return self.output(self.self(x, layout), x)
-
-
-class Intermediate(nn.Module):
-    """The widening half of the feed-forward block."""
-
-    def __init__(self, config: BertConfig, parts: Parts) -> None:
-        super().__init__()
-        self.dense = parts.linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H] -> [T, intermediate]."""
-        return self.activation(self.dense(x))
-
-
 class Layer(nn.Module):
     """One Transformer layer (post-LayerNorm, as in BERT)."""
 
     def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
-        self.attention = Attention(config, parts)
-        self.intermediate = Intermediate(config, parts)
-        self.output = ResidualOutput(config.intermediate_size, config, parts)
+        width, wide = config.hidden_size, config.intermediate_size
+        attention = {
+            "self": SelfAttention(config, parts),
+            "output": ResidualOutput(width, config, parts),
+        }
+        self.attention = nn.ModuleDict(attention)
+        self.intermediate = dense(parts.linear(width, wide), ACTIVATIONS[config.hidden_act]())
+        self.output = ResidualOutput(wide, config, parts)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, H] -> [T, H]."""
-        x = self.attention(x, layout)
+        x = self.attention["output"](self.attention["self"](x, layout), x)
         return self.output(self.intermediate(x), x)
+
+
+def dense(linear: nn.Linear, activation: nn.Module) -> nn.Sequential:
+    """A linear layer, under the name "dense", and its activation."""
+    return nn.Sequential(OrderedDict(dense=linear, activation=activation))
 
 
 class Encoder(nn.Module):
@@ -286,18 +272,6 @@ class Encoder(nn.Module):
         return states
 
 
-class Pooler(nn.Module):
-    """tanh(dense) of the first token."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, first: Tensor) -> Tensor:
-        """[B, H] -> [B, H]."""
-        return torch.tanh(self.dense(first))
-
-
 class BertModel(nn.Module):
     """The encoder, with the names and numbers of `transformers.BertModel`, built of `parts`."""
 
@@ -306,25 +280,19 @@ class BertModel(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config, parts)
         self.encoder = Encoder(config, parts)
-        self.pooler = Pooler(config)
+        # tanh(dense) of the first token.
+        self.pooler = dense(nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh())
 
     def encode(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
+        input_ids: Tensor,  # int64 [B, S]
+        attention_mask: Tensor | None = None,  # [B, S], 1 at real tokens; None means all
+        token_type_ids: Tensor | None = None,  # int64 [B, S]; None means zeros
     ) -> tuple[list[Tensor], Layout]:
         """The real tokens' states after the embeddings and each layer: layers + 1 of [T, H].
 
-        Returns them and the layout, which pads them back to [B, S, H].
-
-        Args:
-            input_ids: int64 [B, S].
-            attention_mask: [B, S], 1 at real tokens; None means all.
-            token_type_ids: int64 [B, S]; None means zeros.
-
-        Raises:
-            ValueError: when S exceeds the position embeddings.
+        Returns them and the layout, which pads them back to [B, S, H]. Raises ValueError when S
+        exceeds the position embeddings.
         """
         limit = self.config.max_position_embeddings
         if input_ids.shape[1] > limit:

@@ -21,20 +21,12 @@ _CHUNK = 8192
 
 @dataclass(frozen=True)
 class Encoded:
-    """N token sequences end to end; sequence i is ``ids[offsets[i]:offsets[i + 1]]``.
+    """N token sequences end to end; sequence i is ``ids[offsets[i]:offsets[i + 1]]``."""
 
-    ids [T] int32, offsets [N + 1] int64, types [T] int8 (0 first, 1 second text) or None,
-    truncated: how many of the N were cut to the maximum length.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    types: np.ndarray | None
-    truncated: int
-
-    def __len__(self) -> int:
-        """The number of sequences, N."""
-        return len(self.offsets) - 1
+    ids: np.ndarray  # int32 [T]
+    offsets: np.ndarray  # int64 [N + 1]
+    types: np.ndarray | None  # int8 [T], 0 in the first text and 1 in the second
+    truncated: int  # how many of the N were cut to the maximum length
 
 
 class Tokenizer:
@@ -82,15 +74,14 @@ class Tokenizer:
         facts = [sorted(self._backend.get_vocab().items()), self._probe]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def encode(self, texts: Sequence[str], max_length: int = 512) -> Encoded:
-        """Encode each text as ``[CLS] text [SEP]``, cut to ``max_length`` tokens in all."""
-        return self._encode(texts, max_length, pairs=False)
+    def encode(
+        self, a: Sequence[str], b: Sequence[str] | None = None, *, max_length: int = 512
+    ) -> Encoded:
+        """Encode each text as ``[CLS] a [SEP]``, or each pair ``[CLS] a [SEP] b [SEP]`` with types.
 
-    def encode_pairs(self, a: Sequence[str], b: Sequence[str], max_length: int = 512) -> Encoded:
-        """Encode ``[CLS] a [SEP] b [SEP]`` with types; the longer text is cut first."""
-        return self._encode(list(zip(a, b, strict=True)), max_length, pairs=True)
-
-    def _encode(self, inputs: Sequence, max_length: int, pairs: bool) -> Encoded:
+        The longer text is cut first, to ``max_length`` tokens in all.
+        """
+        inputs: Sequence = a if b is None else list(zip(a, b, strict=True))
         ids, types = array("i"), array("b")
         lengths, truncated = [0], 0
         self._backend.enable_truncation(max_length, strategy="longest_first")
@@ -98,7 +89,7 @@ class Tokenizer:
         for start in range(0, len(inputs), _CHUNK):
             for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):
                 ids.extend(encoding.ids)
-                if pairs:
+                if b is not None:
                     types.extend(encoding.type_ids)
                 lengths.append(len(encoding))
                 truncated += bool(encoding.overflowing)
@@ -106,7 +97,7 @@ class Tokenizer:
         return Encoded(
             ids=np.array(ids, np.int32),
             offsets=np.cumsum(lengths, dtype=np.int64),
-            types=np.array(types, np.int8) if pairs else None,
+            types=None if b is None else np.array(types, np.int8),
             truncated=truncated,
         )
 

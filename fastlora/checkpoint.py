@@ -84,10 +84,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Progress:
-    """Put a checkpoint into the model, optimizer and scaler; returns where the run was.
-
-    Raises RunError when it holds other parameters than the model trains.
-    """
+    """Put a checkpoint in place; returns where the run was. RunError for other parameters."""
     weights = load_file(path / "model.safetensors")
     parameters = trainable(model)
     if {k: p.shape for k, p in parameters.items()} != {k: w.shape for k, w in weights.items()}:

@@ -51,28 +51,26 @@ class Bar:
     """A progress bar in a terminal; a plain line now and then elsewhere."""
 
     def __init__(self, log: Log, total: int, done: int) -> None:
-        self.log, self.total = log, total
-        self.last = time.monotonic()
-        self.live = log.console.is_terminal and not log.console.quiet
-        if self.live:
-            columns = (BarColumn(), "{task.completed}/{task.total}")
-            times = (TimeElapsedColumn(), TimeRemainingColumn(), "{task.fields[status]}")
-            self.progress = Progress("step", *columns, *times, console=log.console, transient=True)
-            self.task = self.progress.add_task("step", total=total, completed=done, status="")
-            self.progress.start()
+        self.log, self.total, self.last = log, total, time.monotonic()
+        bar = (BarColumn(), "{task.completed}/{task.total}")
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), "{task.fields[status]}")
+        hidden = log.console.quiet or not log.console.is_terminal
+        self.progress = Progress(
+            "step", *bar, *times, console=log.console, transient=True, disable=hidden
+        )
+        self.task = self.progress.add_task("step", total=total, completed=done, status="")
+        self.progress.start()
 
     def update(self, step: int, status: str) -> None:
         """Show that `step` steps are done."""
-        if self.live:
-            self.progress.update(self.task, completed=step, status=status)
-        elif time.monotonic() - self.last >= LINE_EVERY:
+        self.progress.update(self.task, completed=step, status=status)
+        if self.progress.disable and time.monotonic() - self.last >= LINE_EVERY:
             self.last = time.monotonic()
             self.log.line(f"step {step}/{self.total}  {status}")
 
     def close(self) -> None:
         """Take the bar away."""
-        if self.live:
-            self.progress.stop()
+        self.progress.stop()
 
 
 def number(value: float | None) -> str:

@@ -3,57 +3,44 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from fastlora.bert.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
 from fastlora.tasks import Task
-
-if TYPE_CHECKING:
-    from fastlora.bert.tokenizer import Encoded, Tokenizer
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one file: ids, one list of texts per text column, labels float32 [N] or None.
-
-    `dropped` counts bad rows left out, `empty` the rows that have an empty text.
-    """
+    """The N rows of one file."""
 
     ids: list[str]
-    texts: tuple[list[str], ...]
-    labels: np.ndarray | None
-    dropped: int
-    empty: int
+    texts: tuple[list[str], ...]  # one list a text column
+    labels: np.ndarray | None  # float32 [N], class index or value
+    dropped: int  # bad rows left out
+    empty: int  # rows with an empty text
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The tokens of one file of a task.
-
-    `columns` holds one Encoded per sequence of an example: 1, or 2 for pairs encoded separately.
-    `labels` is float32 [N] (class index or value) or None; `truncated` counts cut sequences.
-    """
+    """The tokens of one file of a task: its Rows, encoded."""
 
     task: Task
-    columns: tuple["Encoded", ...]
+    columns: tuple[Encoded, ...]  # one a sequence of an example: two for pairs "separate"
     labels: np.ndarray | None
     ids: list[str]
     dropped: int
-    truncated: int
+    truncated: int  # sequences cut to the longest that the encoder takes
     empty: int
 
     def __len__(self) -> int:
         """Count the examples."""
         return len(self.ids)
-
-    def lengths(self, i: Any) -> Any:
-        """Count the tokens of example i (or of each example of an index array), all sequences."""
-        return sum(column.offsets[i + 1] - column.offsets[i] for column in self.columns)
 
 
 def read_content(path: Path) -> bytes:
@@ -108,28 +95,15 @@ def read_rows(
     )
 
 
-def encode_rows(
-    rows: Rows, task: Task, tokenizer: "Tokenizer", pairs: str = "separate"
-) -> TaskData:
+def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "separate") -> TaskData:
     """Tokenise rows; a pair becomes two sequences, or one `[CLS] a [SEP] b [SEP]` if "joint".
 
     The CS224N starter's own preparation of texts would change no token.
     """
-    if task.is_pair and pairs == "joint":
-        columns: tuple[Encoded, ...] = (tokenizer.encode_pairs(rows.texts[0], rows.texts[1]),)
-    else:
-        columns = tuple(tokenizer.encode(texts) for texts in rows.texts)
+    sequences = [rows.texts] if pairs == "joint" else [(texts,) for texts in rows.texts]
+    columns = tuple(tokenizer.encode(*texts) for texts in sequences)
     truncated = sum(column.truncated for column in columns)
     return TaskData(task, columns, rows.labels, rows.ids, rows.dropped, truncated, rows.empty)
-
-
-def available_tasks(folder: Path, tasks: Iterable[Task]) -> list[str]:
-    """Name the tasks whose training and dev files are both in the folder."""
-    return [
-        task.name
-        for task in tasks
-        if all((folder / task.files[split]).is_file() for split in ("train", "dev"))
-    ]
 
 
 def _spread(items: list[Any], most: int | None) -> list[Any]:

@@ -136,12 +136,10 @@ def caption_pair(writer: Writer) -> Row:
     return writer.introduce(FORMS["scenes"], texts, cost > 1), round(max(0.0, 5.0 - cost), 1)
 
 
-AUTHORS = {"sst": review, "quora": question_pair, "sts": caption_pair}
-
-
 def write_demo(folder: Path, seed: int = 0) -> None:
     """Write train and dev files of sst, quora and sts; the same seed gives the same bytes."""
-    for number, (name, author) in enumerate(AUTHORS.items()):
+    authors = {"sst": review, "quora": question_pair, "sts": caption_pair}
+    for number, (name, author) in enumerate(authors.items()):
         task, seen = BUILTIN[name], set[str]()
         for split, count in (("train", TRAIN), ("dev", DEV)):
             writer = Writer([seed, number, split == "dev"], split == "dev")

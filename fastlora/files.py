@@ -57,11 +57,7 @@ def cache_folder() -> Path:
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """A TOML file as plain types.
-
-    Raises:
-        UserError: when it is not there or not TOML.
-    """
+    """A TOML file as plain types; UserError when it is not there or not TOML."""
     try:
         return tomlkit.parse(file.read_text(encoding="utf-8")).unwrap()
     except FileNotFoundError:

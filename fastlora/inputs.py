@@ -10,7 +10,6 @@ from typing import Any
 
 from fastlora.bert.source import Source, resolve
 from fastlora.config import DEFAULT_TASKS, TARGETS, TrainConfig
-from fastlora.data import available_tasks
 from fastlora.errors import UserError, user_errors
 from fastlora.files import cache_folder
 from fastlora.tasks import BUILTIN, Task, task_from_table
@@ -40,13 +39,8 @@ def find_inputs(config: TrainConfig) -> Inputs:
         demo = why_data.startswith("demo")
         model = "minilm" if demo else "bert-base-uncased"
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
-    return Inputs(folder, why_data, tasks, model, why_model, find_model(model))
-
-
-@user_errors()
-def find_model(name: str) -> Source:
-    """The files of a model; UserError when they cannot be had."""
-    return resolve(name)
+    with user_errors():
+        return Inputs(folder, why_data, tasks, model, why_model, resolve(model))
 
 
 def adapter_folder(path: Path) -> Path:
@@ -64,7 +58,7 @@ def find_data(given: Path | None) -> tuple[Path, str]:
             raise UserError(f"{given}: no such folder (--data names the task files' folder)")
         return given.resolve(), "as given"
     local = Path("data")
-    if available_tasks(local, BUILTIN.values()):
+    if any(has_files(local, task) for task in BUILTIN.values()):
         return local.resolve(), "./data holds the task files"
     from fastlora.demo import write_demo
 
@@ -91,11 +85,16 @@ def find_tasks(
         return {name: known[name] for name in names}
     # The paper's three tasks; CFIMDB's long reviews join when asked for.
     defaults = [known[name] for name in (*DEFAULT_TASKS, *own)]
-    found = available_tasks(folder, defaults)
+    found = {task.name: task for task in defaults if has_files(folder, task)}
     if not found:
         files = ", ".join(file for t in defaults for s, file in t.files.items() if s != "test")
         raise UserError(f"{folder}: holds no task's files (expected some of {files})")
-    return {name: known[name] for name in found}
+    return found
+
+
+def has_files(folder: Path, task: Task) -> bool:
+    """Whether a task's training and dev files are both in a folder."""
+    return all((folder / task.files[split]).is_file() for split in ("train", "dev"))
 
 
 def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:

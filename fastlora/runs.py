@@ -18,7 +18,7 @@ from fastlora.config import TrainConfig
 from fastlora.errors import UserError
 from fastlora.files import atomic_open, read_toml
 
-PACKAGES = ("fastlora-bert", "torch", "triton", "numpy", "scipy", "tokenizers", "safetensors")
+PACKAGES = ("fastlora-bert", "torch", "triton", "numpy", "tokenizers", "safetensors")
 # A run may go on elsewhere, or save more often, and still be the same run.
 FREE_KEYS = ("device", "save_every", "grad_checkpoint")
 

@@ -19,19 +19,15 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORE
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its text columns, label column, kind of label and file names.
-
-    A classification task has `labels` (class names, in the order of the head's outputs); a
-    regression task has a range `low` to `high`. `task_from_table` is the way in that checks.
-    """
+    """One task; `task_from_table` is the way in that checks."""
 
     name: str
-    kind: str
-    columns: tuple[str, ...]
-    label: str
-    files: Mapping[str, str] = field(hash=False)
-    labels: tuple[str, ...] = ()
-    low: float = 0.0
+    kind: str  # "classification" or "regression"
+    columns: tuple[str, ...]  # one or two columns of text
+    label: str  # the label's column
+    files: Mapping[str, str] = field(hash=False)  # by split
+    labels: tuple[str, ...] = ()  # the classes' names, in the order of the head's outputs
+    low: float = 0.0  # the range of a regression's labels
     high: float = 0.0
 
     @property

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from fastlora import adapters
-from fastlora.bert.source import Source
+from fastlora.bert.source import Source, resolve
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
 from fastlora.data import Rows, encode_rows
 from fastlora.errors import UserError, user_errors
 from fastlora.evaluate import predict
 from fastlora.files import atomic_folder
-from fastlora.inputs import adapter_folder, find_model
+from fastlora.inputs import adapter_folder
 from fastlora.lora import DEFAULT, lora_layers, merge, unmerge
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
 from fastlora.session import ENCODER
-from fastlora.setup import PARTS, read_tokenizer
+from fastlora.setup import PARTS
 from fastlora.tasks import Task
 
 PROBE = (
@@ -50,9 +50,9 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     folder = adapter_folder(path)
     tasks, extra = adapters.read_heads(folder)
     full = extra["mode"] == "full"
-    source = find_model(str(folder / ENCODER) if full else model or extra["model"])
-    tokenizer = read_tokenizer(source)
     with user_errors():
+        source = resolve(str(folder / ENCODER) if full else model or extra["model"])
+        tokenizer = Tokenizer.from_folder(source.folder)
         encoder, _ = load_encoder(source, PARTS)
     base = adapters.BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])

@@ -14,17 +14,3 @@ from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
 from fastlora.kernels.frozen import Linear
 from fastlora.kernels.ops import Route, forced_route, lora_grouped, lora_linear, lora_qkv, route
 from fastlora.kernels.reference import Term
-
-__all__ = [
-    "Dropout",
-    "Linear",
-    "Route",
-    "Term",
-    "draw_seed",
-    "forced_route",
-    "keep_mask",
-    "lora_grouped",
-    "lora_linear",
-    "lora_qkv",
-    "route",
-]

@@ -45,22 +45,14 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def keep_mask(
-    seed: Tensor,
-    stream: int,
-    rows: int,
+    seed: Tensor,  # int64 []
+    stream: int,  # which projection of which layer: masks of different streams are independent
+    rows: int,  # a mask of fewer rows is the head of a longer one
     columns: int,
-    p: float,
-    dtype: torch.dtype = torch.bool,
+    p: float,  # probability to drop
+    dtype: torch.dtype = torch.bool,  # or a floating type to multiply with: 1 keeps, 0 drops
 ) -> Tensor:
-    """Keep mask [rows, columns] on the seed's device.
-
-    Args:
-        seed: int64 scalar tensor.
-        stream: which projection of which layer; masks of different streams are independent.
-        rows, columns: the shape; a mask of fewer rows is the head of a longer one.
-        p: probability to drop.
-        dtype: bool, or a floating type to multiply with (1 keeps, 0 drops).
-    """
+    """Keep mask [rows, columns] on the seed's device."""
     if seed.device.type != "cpu":
         return philox_keep(seed, stream, rows, columns, p).to(dtype)
     lanes = _lanes(int(seed), stream, rows * columns).view(rows, columns)
@@ -124,10 +116,7 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Drop elements of `input` (any shape, floating) with probability p while training.
-
-        `residual`, of the same shape, is added to the result.
-        """
+        """Drop elements of `input` (any shape, floating), then add `residual` of the same shape."""
         if not self.training or self.p == 0 or input.device.type != "cpu" or not input.numel():
             dropped = super().forward(input)
             return dropped if residual is None else dropped + residual

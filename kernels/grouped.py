@@ -31,10 +31,7 @@ class Shape(NamedTuple):
 
 
 def padded(rank: int) -> int:
-    """The columns of a term in u, v and the packed factors; those added hold zeros.
-
-    Multiples of 8 keep rows aligned for tensor cores.
-    """
+    """Columns of a term in u, v and packed factors: zeros up to multiples of 8 align its rows."""
     return (rank + 7) // 8 * 8
 
 
@@ -52,12 +49,7 @@ def is_uniform(shapes: Sequence[Shape], ranges: Ranges, rows: int) -> bool:
 
 
 class Pieces:
-    """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device.
-
-    `table` is int32 [P, 6], a row a piece: its first column in u, v and the packed factors, its
-    ranks, the first column and the width of its block, its stream and threshold. `scales` is fp32
-    [P], the c of each piece.
-    """
+    """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device."""
 
     def __init__(self, shapes: tuple[Shape, ...], device: torch.device) -> None:
         *offsets, self.ranks = rank_offsets(shapes)  # R, the width of u and v
@@ -72,8 +64,10 @@ class Pieces:
                 scales.append(shape.scale)
                 terms.append(term)
         self.terms = tuple(terms)  # the term of each piece
+        # [P, 6], a row a piece: its first column in u, v and the packed factors, its ranks, the
+        # first column and the width of its block, its stream and threshold.
         self.table = torch.tensor(table, dtype=torch.int32, device=device)
-        self.scales = torch.tensor(scales, dtype=torch.float32, device=device)
+        self.scales = torch.tensor(scales, dtype=torch.float32, device=device)  # [P], each one's c
         self.has_dropout = any(shape.threshold for shape in shapes)
         # What divides the columns and widths of all blocks.
         self.align = 1 if any(s.column % 16 or s.width % 16 for s in shapes) else 16

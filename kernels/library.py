@@ -19,13 +19,12 @@ from torch.autograd.function import once_differentiable
 from fastlora.kernels.grouped import Shape, padded
 from fastlora.kernels.routes import ROUTES, Call
 
-_NOTHING = nullcontext()
-
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """A context in which PyTorch's operations take the types they are given."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _parse(

@@ -82,25 +82,16 @@ def forced_route(name: str) -> Iterator[None]:
 
 
 def lora_grouped(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    terms: Sequence[Term],
-    seed: Tensor | None = None,
+    x: Tensor,  # [..., K] in any layout, floating point
+    weight: Tensor,  # [N, K], frozen, in x's dtype (cast under autocast)
+    bias: Tensor | None,  # [N], frozen
+    terms: Sequence[Term],  # may overlap (they add up) and may be empty
+    seed: Tensor | None = None,  # int64 [] of all masks; None draws one from torch's generator
 ) -> Tensor:
     """A frozen projection plus any number of low-rank terms on blocks of its output.
 
-    Args:
-        x: [..., K] in any layout, floating point.
-        weight: [N, K], frozen, in x's dtype (cast under autocast).
-        bias: [N] or None, frozen.
-        terms: the adapters; factors may be fp32 masters of a half-precision x. Terms may overlap
-            (they add up) and may be empty.
-        seed: int64 scalar tensor of all masks, drawn from torch's generator where it is None.
-
-    Returns:
-        [..., N] in x's dtype. Gradients flow to x and to every lora_A and lora_B. ValueError when a
-        shape does not fit.
+    Returns [..., N] in x's dtype. Gradients flow to x and to every lora_A and lora_B, which may be
+    fp32 masters of a half-precision x. Raises ValueError when a shape does not fit.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):

@@ -192,9 +192,7 @@ def _plan(call: Call, x: Tensor) -> tuple[Plan, tuning.Config]:
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a b with an fp32 result of half-precision inputs."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.device.type == "cuda":
+    if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

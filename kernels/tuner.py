@@ -28,11 +28,9 @@ def tune(
         best, run = tuning.config(capability, dtype, rows), _problem(rows, device, dtype)
         for route, kernel in (("gemm", "down"), ("gemm", "outer"), ("triton", "fused")):
             given = getattr(best, kernel)
-            candidates = [
-                given,
-                *(replace(given, m=m, n=n, k=n, warps=w) for m, n in TILES for w in (4, 8)),
-            ]
-            times = {b: _time(run, key, replace(best, **{kernel: b}), route) for b in candidates}
+            others = [replace(given, m=m, n=n, k=n, warps=w) for m, n in TILES for w in (4, 8)]
+            trials = {b: replace(best, **{kernel: b}) for b in (given, *others)}
+            times = {b: _time(run, key, row, route) for b, row in trials.items()}
             choice = min(times, key=times.__getitem__)
             best = replace(best, **{kernel: choice})
             report(f"{key} {kernel}: {choice} {times[choice]:.3f} ms (was {times[given]:.3f})")

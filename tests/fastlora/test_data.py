@@ -10,8 +10,9 @@ import pytest
 
 from fastlora.bert.source import resolve
 from fastlora.bert.tokenizer import Encoded, Tokenizer
-from fastlora.data import available_tasks, encode_rows, read_rows
+from fastlora.data import encode_rows, read_rows
 from fastlora.errors import UserError
+from fastlora.inputs import has_files
 from fastlora.tasks import BUILTIN
 
 SST, QUORA, STS = BUILTIN["sst"], BUILTIN["quora"], BUILTIN["sts"]
@@ -40,15 +41,14 @@ def complaint(path, task=SST, **options):
 class LetterTokenizer:
     """One token a letter; what encode_rows needs of a tokenizer."""
 
-    def encode(self, texts, max_length=6):
+    def encode(self, texts, second=None, max_length=6):
+        if second is not None:
+            joined = self.encode([x + y for x, y in zip(texts, second, strict=True)], None, 512)
+            return Encoded(joined.ids, joined.offsets, np.zeros(len(joined.ids), np.int8), 0)
         lengths = [min(len(text) + 2, max_length) for text in texts]
         offsets = np.cumsum([0, *lengths])
         cut = sum(len(text) + 2 > max_length for text in texts)
         return Encoded(np.arange(offsets[-1], dtype=np.int32), offsets, None, cut)
-
-    def encode_pairs(self, a, b):
-        joined = self.encode([x + y for x, y in zip(a, b, strict=True)], max_length=512)
-        return Encoded(joined.ids, joined.offsets, np.zeros(len(joined.ids), np.int8), 0)
 
 
 def test_plain_rows(tmp_path):
@@ -196,17 +196,16 @@ def test_encoding_pairs_apart_and_joint(tmp_path):
     rows = read_rows(write(tmp_path, PAIRS + "0\ta\tabc\tde\t1\n1\tb\tabcdef\t\t0\n"), QUORA)
     apart = encode_rows(rows, QUORA, LetterTokenizer())
     assert (len(apart), len(apart.columns), apart.truncated, apart.empty) == (2, 2, 1, 1)
-    assert apart.lengths(np.array([0, 1])).tolist() == [5 + 4, 6 + 2]
-    assert apart.lengths(1) == 8
+    assert [np.diff(column.offsets).tolist() for column in apart.columns] == [[5, 6], [4, 2]]
     joint = encode_rows(rows, QUORA, LetterTokenizer(), pairs="joint")
-    assert (len(joint.columns), joint.lengths(0)) == (1, 7)
+    assert (len(joint.columns), joint.columns[0].offsets[1]) == (1, 7)
     assert joint.columns[0].types is not None
 
 
-def test_available_tasks_have_both_files(tmp_path):
+def test_tasks_that_are_there_have_both_files(tmp_path):
     for name in ("ids-sst-train.csv", "ids-sst-dev.csv", "quora-train.csv"):
         write(tmp_path, "", name)
-    assert available_tasks(tmp_path, BUILTIN.values()) == ["sst"]
+    assert [name for name, task in BUILTIN.items() if has_files(tmp_path, task)] == ["sst"]
 
 
 @needs_real_data
