@@ -1,10 +1,11 @@
-"""The commands: `fastlora-train`, and `fastlora train | eval | predict | merge | tune | doctor`.
+"""The commands: `fastlora-train`, and `fastlora train | eval | predict | merge | reproduce | ...`.
 
 torch is imported inside the commands, so that --help and mistakes are answered at once.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +19,13 @@ from fastlora.config import Precision, TrainConfig
 from fastlora.errors import RunError, UserError
 from fastlora.files import read_toml
 from fastlora.inputs import adapter_folder, find_data, find_inputs
+from fastlora.tables import TABLES
 
 _output = Group("Output", sort_key=5)
 RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder with heads.")]
+Data = Annotated[
+    Path | None, Parameter(help="Folder of the task files; by default ./data, else the demo.")
+]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.")]
 Encoder = Annotated[
     str | None, Parameter(help="Folder or name of the encoder, if it moved since training.")
@@ -30,6 +35,14 @@ TRAIN_HELP = """Train LoRA adapters and task heads on a BERT-sized encoder.
     fastlora-train --r 32
     fastlora-train --r 32 --data data/ --model bert-base-uncased --epochs 3
     fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
+"""
+REPRODUCE_HELP = """Run the paper's tables and set our scores beside the paper's.
+
+table1: frozen encoder, full fine-tuning. table2: one LoRA adapter for all tasks. table3 to table5:
+an adapter for SST, Quora, STS alone. The same command goes on where it was stopped.
+
+    fastlora reproduce table2 --data data/ --model minilm --limit 2000
+    fastlora reproduce all --data data/ --seeds 3 --out studies/full
 """
 
 app = App(
@@ -71,9 +84,7 @@ def train(
 def evaluate(
     run: RunFolder,
     *,
-    data: Annotated[
-        Path | None, Parameter(help="Folder of the task files; by default ./data, else the demo.")
-    ] = None,
+    data: Data = None,
     split: Annotated[Literal["train", "dev", "test"], Parameter(help="Which files.")] = "dev",
     device: Device = "auto",
     model: Encoder = None,
@@ -145,6 +156,51 @@ def merge(
 
     difference = merge_encoder(load_trained(run, "cpu", model), task, out)
     print(f"merged encoder in {out}; max |difference of logits| {difference:.2e}")
+
+
+@app.command(help=REPRODUCE_HELP)
+def reproduce(
+    tables: Annotated[
+        tuple[Literal["table1", "table2", "table3", "table4", "table5", "all"], ...],
+        Parameter(help="Which tables, separated by spaces.", negative=""),
+    ],
+    /,
+    *,
+    data: Data = None,
+    model: Annotated[
+        str | None, Parameter(help="Folder, hub id, or minilm; as for fastlora-train.")
+    ] = None,
+    limit: Annotated[
+        int | None, Parameter(help="Use at most this many examples of each task's files.")
+    ] = None,
+    epochs: Annotated[int, Parameter(help="Passes over the training examples.")] = 1,
+    seeds: Annotated[int, Parameter(help="Runs a row, with seeds 0, 1, ...")] = 1,
+    out: Annotated[Path, Parameter(help="Folder of the runs and the tables.")] = Path("studies"),
+    tokens_per_batch: Annotated[int, Parameter(help="Real tokens of a step, 1 or more.")] = 1024,
+    precision: Annotated[Precision, Parameter(help="Compute type.")] = "auto",
+    device: Device = "auto",
+    quiet: Annotated[bool, Parameter(negative="", help="Print nothing but errors.")] = False,
+) -> None:
+    """Run the paper's tables; see REPRODUCE_HELP."""
+    if seeds < 1:
+        raise UserError(f"seeds is {seeds} (expected 1 or more)")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("reproduce runs in one process; start it without torchrun")
+    names = tuple(TABLES) if "all" in tables else tuple(dict.fromkeys(tables))
+    settings = TrainConfig(
+        tasks=tuple(dict.fromkeys(task for name in names for task in TABLES[name].tasks)),
+        data=data,
+        model=model,
+        limit=limit,
+        epochs=epochs,
+        tokens_per_batch=tokens_per_batch,
+        precision=precision,
+        device=device,
+    )
+    inputs = find_inputs(settings)
+    from fastlora.experiments import reproduce as run
+
+    run(names, settings, inputs, seeds, out, quiet)
 
 
 @app.command

@@ -51,12 +51,20 @@ def run_training(
         Interrupted: after a signal, with the state saved and the resume command printed.
     """
     setup = prepare(config, inputs or find_inputs(config))
+    return run_prepared(setup, quiet=quiet, dry_run=dry_run)
+
+
+def run_prepared(
+    setup: Setup, *, quiet: bool = False, brief: bool = False, dry_run: bool = False
+) -> Result | None:
+    """`run_training` with inputs that are read; `brief` shows the progress bar alone."""
     ranks = Ranks(setup.device)
     try:
-        return _run(setup, ranks, Log(quiet, shown=ranks.first), dry_run)
+        return _run(setup, ranks, Log(quiet, shown=ranks.first, brief=brief), dry_run)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
+        config = setup.config
         ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
         raise RunError(
             f"out of memory on {setup.device} ({' '.join(str(error).split())}); {ask}lower "
@@ -68,8 +76,8 @@ def run_training(
 
 
 def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
-    folder = setup.config.out or default_folder(setup.config)
-    model, base_sha, notes = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
+    folder, inputs = setup.config.out or default_folder(setup.config), setup.inputs
+    model, base_sha, notes = build_model(inputs.source, inputs.tasks, setup.config, setup.loaded)
     check_vocabulary(model.encoder, setup.tokenizer)
     if ranks.first and not dry_run:
         setup = replace(setup, config=open_run(folder, setup.config))
@@ -165,8 +173,9 @@ def _finish(
         write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
     progress = trainer.progress
     result = Result(scores, progress.step, progress.examples, progress.seconds)
+    facts = {"trainable": sum(p.numel() for p in trainer.parameters), "history": progress.scores}
     with atomic_open(folder / "result.json") as file:
-        json.dump({"history": progress.scores, **vars(result)}, file, indent=1)
+        json.dump({**facts, **vars(result)}, file, indent=1)
     log.table(*score_table(setup.dev, outputs, "dev"))
     speed = result.examples / max(result.seconds, 1e-9)
     log.line(
