@@ -69,7 +69,7 @@ def reproduce(
         _write(name, table, records, facts, folder, log)
         failed += sum(bool(record["failed"]) for record in records)
     if failed:
-        raise RunError(f"{failed} rows failed; report.md in each table's folder says why")
+        raise RunError(f"{failed} of the rows failed; each table's report.md says why")
 
 
 def _run_row(
@@ -134,7 +134,8 @@ def _write(
         writer.writeheader()
         writer.writerows(records)
     draw = partial(_draw, tasks=table.tasks, records=records)
-    shown = report.plot(folder / "plots" / f"{name}.png", (4 * len(table.tasks), 6), draw)
+    size = (2 * len(table.tasks) + 6, 5)
+    shown = report.plot(folder / "plots" / f"{name}.png", size, draw)
     parts = [f"# {name}: {table.title}", facts, report.table(header, cells)]
     parts += ["\n".join(f"- {verdict}" for verdict in verdicts), shown or report.NO_PLOTS]
     text = "\n\n".join(filter(None, (*parts, table.note, NOTES)))
