@@ -12,12 +12,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fastlora import report
+from fastlora import pages
 from fastlora.config import TrainConfig
 from fastlora.console import Log, number
 from fastlora.errors import RunError
 from fastlora.files import atomic_open
 from fastlora.inputs import Inputs
+from fastlora.report import NO_PLOTS
 from fastlora.runs import open_run
 from fastlora.session import run_prepared
 from fastlora.setup import Setup, prepare, read_encoder
@@ -26,6 +27,7 @@ from fastlora.tasks import BUILTIN
 from fastlora.train import Interrupted
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NOTES = """\
@@ -95,9 +97,12 @@ def _run_row(
         record[task] = mean(scores) if scores else None
         record[f"{task} spread"] = stdev(scores) if len(scores) > 1 else None
         record[f"{task} paper"] = row.paper.get(task)
-    record["trainable"] = results[0]["trainable"] if results else None
-    record["seconds"] = mean(result["seconds"] for result in results) if results else None
-    return {**record, "failed": failed}
+    record |= {"trainable": None, "seconds": None, "failed": failed}
+    if results:
+        counts = results[0]["parameters"]
+        record["trainable"] = counts["lora"] + counts["other trainable"]
+        record["seconds"] = mean(result["seconds"] for result in results)
+    return record
 
 
 def _result(setup: Setup, place: Path, label: str, log: Log) -> dict[str, Any]:
@@ -134,12 +139,11 @@ def _write(
         writer.writeheader()
         writer.writerows(records)
     draw = partial(_draw, tasks=table.tasks, records=records)
-    size = (2 * len(table.tasks) + 6, 5)
-    shown = report.plot(folder / "plots" / f"{name}.png", size, draw)
-    parts = [f"# {name}: {table.title}", facts, report.table(header, cells)]
-    parts += ["\n".join(f"- {verdict}" for verdict in verdicts), shown or report.NO_PLOTS]
+    shown = pages.plot(folder / "plots" / f"{name}.png", len(table.tasks), draw)
+    parts = [f"# {name}: {table.title}", facts, pages.table(header, cells)]
+    parts += ["\n".join(f"- {verdict}" for verdict in verdicts), shown or NO_PLOTS]
     text = "\n\n".join(filter(None, (*parts, table.note, NOTES)))
-    report.write_pages(folder, text + "\n")
+    pages.write_pages(folder, text)
     log.line(f"report in {folder / 'report.html'}")
 
 
@@ -173,11 +177,13 @@ def _verdict(task: str, records: Sequence[Record]) -> str:
     return f"{text}, the paper's {top:.3f}; {beaten} of {len(both)} rows with its number beat it."
 
 
-def _draw(figure: Figure, tasks: Sequence[str], records: Sequence[Record]) -> None:
+def _draw(
+    figure: Figure, panels: list[Axes], tasks: Sequence[str], records: Sequence[Record]
+) -> None:
     """A panel a task: a line a variant over the settings, and the paper's scores as crosses."""
     places = {setting: i for i, setting in enumerate(dict.fromkeys(r["setting"] for r in records))}
     variants = dict.fromkeys(record["variant"] for record in records)
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    figure.set_size_inches(2 * len(tasks) + 6, 5)  # room for six ranks and ten variants
     for panel, task in zip(panels, tasks, strict=True):
         for i, variant in enumerate(variants):
             rows = [r for r in records if r["variant"] == variant and r[task] is not None]

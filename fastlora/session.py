@@ -173,7 +173,7 @@ def _finish(
         write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
     progress = trainer.progress
     result = Result(scores, progress.step, progress.examples, progress.seconds)
-    facts = {"trainable": sum(p.numel() for p in trainer.parameters), "history": progress.scores}
+    facts = {"history": progress.scores, "parameters": parameter_report(model)}
     with atomic_open(folder / "result.json") as file:
         json.dump({**facts, **vars(result)}, file, indent=1)
     log.table(*score_table(setup.dev, outputs, "dev"))
