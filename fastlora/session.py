@@ -102,6 +102,8 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
         base = BaseInfo(setup.inputs.source.name, base_sha, setup.tokenizer.fingerprint)
         result = _finish(setup, model, trainer, folder, base, log)
     ranks.barrier()
+    if log.brief and trainer.stop:
+        raise Interrupted  # too late to stop this run, but others were to follow
     return result
 
 

@@ -179,6 +179,20 @@ def test_an_interrupted_study_goes_on(finished, flags, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.usefixtures("small")
+def test_a_signal_while_scoring_starts_no_other_row(flags, tmp_path, capsys, monkeypatch):
+    evaluate = Trainer.evaluate
+
+    def interrupt(self):
+        signal.raise_signal(signal.SIGINT)
+        evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupt)
+    assert call([*flags, "--out", tmp_path], capsys)[0] == 130
+    assert len(results(tmp_path, "frozen")) == 1
+    assert len(list(tmp_path.glob("table2/rows/*/*/run.toml"))) == 1
+
+
+@pytest.mark.usefixtures("small")
 def test_a_failed_row_stops_no_other(finished, flags, tmp_path, capsys, monkeypatch):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     for seed in (0, 1):
