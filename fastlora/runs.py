@@ -50,7 +50,8 @@ def open_run(folder: Path, config: TrainConfig) -> TrainConfig:
         raise UserError(f"{folder}: exists and is no run folder (no run.toml); use a new --out")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_open(folder / "env.json") as out:
-        json.dump(environment(), out, indent=1)
+        started = f"{datetime.now():%Y-%m-%d %H:%M}"
+        json.dump({"started": started, **environment()}, out, indent=1)
     write_config(folder, config)
     return config
 

@@ -19,6 +19,7 @@ from fastlora.inputs import Inputs, find_inputs
 from fastlora.lora import lora_layers, parameter_report
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks, out_of_memory
+from fastlora.report import write_report
 from fastlora.runs import default_folder, describe_gpu, open_run, write_config
 from fastlora.setup import (
     Setup,
@@ -166,7 +167,7 @@ def _counts(setup: Setup) -> list[str]:
 def _finish(
     setup: Setup, model: MultitaskBert, trainer: Trainer, folder: Path, base: BaseInfo, log: Log
 ) -> Result:
-    """Write adapter, heads, predictions and scores; print the table."""
+    """Write adapter, heads, predictions, scores and the report; print the table."""
     save_trained(setup, model, folder / "adapter", base)
     # A finished run that is started again has evaluated nothing yet.
     outputs = trainer.outputs or predict(model, setup.dev, trainer.dev_features)
@@ -178,11 +179,13 @@ def _finish(
     facts = {"history": progress.scores, "parameters": parameter_report(model)}
     with atomic_open(folder / "result.json") as file:
         json.dump({**facts, **vars(result)}, file, indent=1)
+    write_report(folder)
     log.table(*score_table(setup.dev, outputs, "dev"))
     speed = result.examples / max(result.seconds, 1e-9)
     log.line(
         f"{result.steps} steps, {result.examples:,} examples in {result.seconds:.0f} s of training "
-        f"({speed:.0f} examples/s); adapter and heads in {folder / 'adapter'}"
+        f"({speed:.0f} examples/s); adapter and heads in {folder / 'adapter'}, report in "
+        f"{folder / 'report.html'}"
     )
     return result
 
