@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ Precision = Literal["auto", "fp32", "fp16", "bf16"]
 DEFAULT_LR = {"lora": 2e-3, "full": 5e-5, "frozen": 2e-3}
 DEFAULT_HEAD_LR = 1e-3
 
+_search = Group("Search", sort_key=0)
 _lora = Group("LoRA", sort_key=1)
 _task_lora = Group("One task's adapter, with --adapters per-task or shared+per-task", sort_key=6)
 _data = Group("Tasks and data", sort_key=2)
@@ -241,6 +243,39 @@ class TrainConfig:
         table = {**asdict(self), **asdict(self.lora)}
         del table["lora"], table["out"]
         return _plain(table)
+
+
+def _seconds(_type: Any, tokens: Sequence[Any]) -> float:
+    """A time such as 90s, 30m or 2h."""
+    match = re.fullmatch(r"(\d+)([smh])", text := tokens[0].value)
+    if not match:
+        raise UserError(f"budget is {text!r} (expected seconds, minutes or hours: 90s, 30m, 2h)")
+    return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How long a search takes, and in what company."""
+
+    budget: Annotated[
+        float | None,
+        Parameter(
+            group=_search,
+            help="Time for all of it, as 90s, 30m or 2h; else short runs on half of the examples.",
+            converter=_seconds,
+        ),
+    ] = None
+    trials: Annotated[
+        int, _option(_search, "Short runs of learning rate and warmup, 1 or more.")
+    ] = 10
+    together: Annotated[int, _option(_search, "Trials that train side by side, 1 or more.")] = 4
+    join: Annotated[
+        bool, _option(_search, "Help with the search in --out that another process leads.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "together"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
 def _plain(value: Any) -> Any:

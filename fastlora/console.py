@@ -14,16 +14,18 @@ LINE_EVERY = 10.0  # seconds between progress lines when there is no terminal
 
 
 class Log:
-    """Lines to the terminal (unless quiet) and to a run's train.log."""
+    """Lines to the terminal (unless quiet, or brief: only progress) and to a run's train.log."""
 
-    def __init__(self, quiet: bool, shown: bool = True) -> None:
+    def __init__(self, quiet: bool, shown: bool = True, brief: bool = False) -> None:
         # No highlighting or wrapping: a line should look the same in a pipe and be greppable.
         self.console = Console(quiet=quiet or not shown, highlight=False, soft_wrap=True)
+        self.brief = brief
         self.file: Path | None = None
 
     def line(self, text: str) -> None:
         """One line of text."""
-        self.console.print(text, markup=False)
+        if not self.brief:
+            self.console.print(text, markup=False)
         self._keep(text)
 
     def facts(self, pairs: Iterable[tuple[str, str]]) -> None:
@@ -35,11 +37,12 @@ class Log:
         """A table; plain columns in the log."""
         table = Table(*header)
         for column in table.columns[2:]:
-            column.justify = "right"
+            column.justify, column.no_wrap = "right", True
         for row in rows:
             table.add_row(*row)
             self._keep("  ".join(f"{cell:<12}" for cell in row))
-        self.console.print(table)
+        if not self.brief:
+            self.console.print(table)
 
     def _keep(self, text: str) -> None:
         if self.file is not None:

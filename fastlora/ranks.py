@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def standard_error(metric: str, score: float, count: int) -> float:
     return (1 - score**2) / math.sqrt(max(1, count - 1))
 
 
-def smallest_within_error(found: Mapping[int, Sequence[float]]) -> int:
+def smallest_within_error(found: Mapping[int, tuple[float, float]]) -> int:
     """The smallest rank whose score is within one standard error of the best."""
     best, error = max(found.values())
     return min(rank for rank, (score, _) in found.items() if score >= best - error)

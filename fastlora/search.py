@@ -18,16 +18,15 @@ import optuna
 import tomlkit
 from optuna.trial import FrozenTrial
 
-from fastlora.bert.weights import load_encoder
-from fastlora.config import TaskLoraConfig, TrainConfig
+from fastlora.config import SearchConfig, TaskLoraConfig, TrainConfig
 from fastlora.console import Log
-from fastlora.errors import UserError, user_errors
+from fastlora.errors import UserError
 from fastlora.files import atomic_open
 from fastlora.inputs import Inputs
 from fastlora.pages import figures, plot, table, write_pages
 from fastlora.report import NO_PLOTS
 from fastlora.runs import default_folder, open_run
-from fastlora.setup import PARTS, prepare
+from fastlora.setup import prepare, read_encoder
 from fastlora.stages import RANK_STAGE, Found, Search
 from fastlora.tasks import BUILTIN
 
@@ -43,47 +42,39 @@ run, that of the defaults)."""
 
 
 def run_search(
-    config: TrainConfig,
-    inputs: Inputs,
-    *,
-    budget: float | None,
-    trials: int,
-    together: int,
-    helper: bool,
-    quiet: bool,
+    config: TrainConfig, inputs: Inputs, how: SearchConfig, *, quiet: bool = False
 ) -> None:
     """Search in `config.out`, for all tasks jointly or for each task's adapter in turn.
 
-    `budget` is in seconds, for all of it. Raises as `Search.run`, and UserError before it begins.
+    Raises as `Search.run`, and UserError before it begins.
     """
     if config.mode != "lora" or config.adapters == "shared+per-task":
         raise UserError("search finds LoRA settings of shared or of per-task adapters, only")
-    setup, log = prepare(config, inputs), Log(quiet)
+    log, setup = Log(quiet), replace(prepare(config, inputs), loaded=read_encoder(inputs.source))
     folder = config.out or default_folder(config)
-    if helper and not (folder / "run.toml").is_file():
+    if how.join and not (folder / "run.toml").is_file():
         raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
     base = open_run(folder, setup.config)
-    with user_errors():
-        encoder, _ = load_encoder(inputs.source, PARTS)
     shared = base.adapters == "shared"
-    done, best = {}, base
+    done, best, limits = {}, base, how
     for part in ("all tasks",) if shared else tuple(setup.train):
         own = setup.narrow(base if shared else _alone(base, part))
         place = folder if shared else folder / part
         place.mkdir(exist_ok=True)
-        share = budget / len(setup.train) if budget and not shared else budget
-        search = Search(own, encoder, place, log, share, trials, together, helper)
+        if how.budget and not shared:
+            limits = replace(how, budget=how.budget / len(setup.train))
+        search = Search(own, place, limits, log)
         found = search.run()
         done[part] = search, found
         best = found.config if shared else _with_own(best, part, found.config)
-    if not helper:
+    if not how.join:
         write_search(folder, best, done, log)
 
 
 def _alone(config: TrainConfig, task: str) -> TrainConfig:
     """The configuration of a task's adapter as the only one of a run."""
     own = config.task_settings(task)
-    plain = {name: TaskLoraConfig() for name in BUILTIN}
+    blank: dict[str, Any] = {name: TaskLoraConfig() for name in BUILTIN}
     return replace(
         config,
         adapters="shared",
@@ -91,17 +82,17 @@ def _alone(config: TrainConfig, task: str) -> TrainConfig:
         lora=own.over(config.lora),
         lr=own.lr or config.lr,
         warmup=config.warmup if own.warmup is None else own.warmup,
-        **plain,
+        **blank,
     )
 
 
 def _with_own(config: TrainConfig, task: str, found: TrainConfig) -> TrainConfig:
     """The configuration with what was found for one task's adapter as its own settings."""
     own = TaskLoraConfig(**vars(found.lora), lr=found.lr, warmup=found.warmup)
-    if task not in config.task:
-        return replace(config, **{task: own})
-    tables = {**config.task, task: {**config.task[task], "lora": asdict(own)}}
-    return replace(config, task=tables)
+    changes: dict[str, Any] = {task: own}
+    if task in config.task:
+        changes = {"task": {**config.task, task: {**config.task[task], "lora": asdict(own)}}}
+    return replace(config, **changes)
 
 
 def write_search(
@@ -219,8 +210,8 @@ def _cells(trial: Mapping[str, Any]) -> list[str]:
 
 
 def _draw(search: Search, facts: Mapping[str, Any], _: Figure, panels: list[Axes]) -> None:
-    ranks, scores = zip(*facts["ranks"], strict=True)
-    panels[0].errorbar(ranks, *zip(*scores, strict=True), marker="o", capsize=3)
+    ranks, scores, errors = zip(*((r, s, e) for r, (s, e) in facts["ranks"]), strict=True)
+    panels[0].errorbar(ranks, scores, errors, marker="o", capsize=3)
     panels[0].set_xscale("log", base=2)
     panels[0].set(title="one run, truncated", xlabel="rank", ylabel="score")
     for axes, stage, key in ((panels[1], "rates", "lr"), (panels[2], "shapes", "parameters")):
@@ -244,8 +235,10 @@ def _importance(study: optuna.Study) -> dict[str, float]:
     for trial in study.get_trials():
         if trial.intermediate_values:
             value = trial.intermediate_values[1]
-            own = {"params": trial.params, "distributions": trial.distributions}
-            first.add_trial(optuna.trial.create_trial(value=value, **own))
+            own = optuna.trial.create_trial(
+                value=value, params=trial.params, distributions=trial.distributions
+            )
+            first.add_trial(own)
     varied = [k for k in first.trials[0].params if len({t.params[k] for t in first.trials}) > 1]
     found = optuna.importance.get_param_importances(
         first, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), params=varied

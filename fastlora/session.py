@@ -30,7 +30,8 @@ from fastlora.setup import (
     prepare,
     to_compute,
 )
-from fastlora.train import Interrupted, Result, Trainer, find_tokens
+from fastlora.tokens import find_tokens
+from fastlora.train import Interrupted, Result, Trainer
 
 ENCODER = "encoder"
 
@@ -52,12 +53,20 @@ def run_training(
         Interrupted: after a signal, with the state saved and the resume command printed.
     """
     setup = prepare(config, inputs or find_inputs(config))
+    return run_prepared(setup, quiet=quiet, dry_run=dry_run)
+
+
+def run_prepared(
+    setup: Setup, *, quiet: bool = False, brief: bool = False, dry_run: bool = False
+) -> Result | None:
+    """`run_training` with inputs that are read; `brief` shows the progress bar alone."""
     ranks = Ranks(setup.device)
     try:
-        return _run(setup, ranks, Log(quiet, shown=ranks.first), dry_run)
+        return _run(setup, ranks, Log(quiet, shown=ranks.first, brief=brief), dry_run)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
+        config = setup.config
         ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
         raise RunError(
             f"out of memory on {setup.device} ({' '.join(str(error).split())}); {ask}lower "
@@ -69,8 +78,8 @@ def run_training(
 
 
 def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
-    folder = setup.config.out or default_folder(setup.config)
-    model, base_sha, notes = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
+    folder, inputs = setup.config.out or default_folder(setup.config), setup.inputs
+    model, base_sha, notes = build_model(inputs.source, inputs.tasks, setup.config, setup.loaded)
     check_vocabulary(model.encoder, setup.tokenizer)
     if ranks.first and not dry_run:
         setup = replace(setup, config=open_run(folder, setup.config))
@@ -95,6 +104,8 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
         base = BaseInfo(setup.inputs.source.name, base_sha, setup.tokenizer.fingerprint)
         result = _finish(setup, model, trainer, folder, base, log)
     ranks.barrier()
+    if log.brief and trainer.stop:
+        raise Interrupted  # too late to stop this run, but others were to follow
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """An encoder in fp32 as loaded, its fingerprint, and notes on the checkpoint."""
+
+    encoder: BertModel
+    sha256: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class Setup:
     """A run before its first step: the configuration with every default resolved, and its parts."""
 
@@ -38,12 +48,21 @@ class Setup:
     train: dict[str, TaskData]
     dev: dict[str, TaskData]
     device: torch.device
+    loaded: Loaded | None = None  # an encoder that several runs copy; else the run loads its own
     variants: tuple[TrainConfig, ...] = ()  # trained side by side, see variants.py
 
     @property
     def dtype(self) -> torch.dtype:
         """The compute type."""
         return DTYPES[self.config.precision]
+
+    def narrow(self, config: TrainConfig) -> Setup:
+        """The same data and encoder for another configuration with some of the same tasks."""
+        tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}
+        inputs = replace(self.inputs, tasks=tasks)
+        train, dev = ({n: data[n] for n in tasks} for data in (self.train, self.dev))
+        resolved = resolve(config, inputs, self.device)
+        return replace(self, config=resolved, inputs=inputs, train=train, dev=dev)
 
 
 def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
@@ -67,7 +86,13 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         )
         for split in ("train", "dev")
     }
-    resolved = replace(
+    resolved = resolve(config, inputs, device)
+    return Setup(resolved, inputs, tokenizer, splits["train"], splits["dev"], device)
+
+
+def resolve(config: TrainConfig, inputs: Inputs, device: torch.device) -> TrainConfig:
+    """The configuration with every default filled in; UserError as `find_precision`."""
+    return replace(
         config,
         data=inputs.folder,
         model=inputs.model,
@@ -76,7 +101,6 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         head_lr=config.peak_head_lr,
         precision=find_precision(config.precision, device),
     )
-    return Setup(resolved, inputs, tokenizer, splits["train"], splits["dev"], device)
 
 
 def read_tokenizer(source: Source) -> Tokenizer:
@@ -85,18 +109,27 @@ def read_tokenizer(source: Source) -> Tokenizer:
         return Tokenizer.from_folder(source.folder)
 
 
+def read_encoder(source: Source) -> Loaded:
+    """The encoder of a model's folder; UserError when it has none that fits."""
+    with user_errors():
+        encoder, notes = load_encoder(source, PARTS)
+    return Loaded(encoder, fingerprint(encoder), notes)
+
+
 def build_model(
-    source: Source, tasks: Mapping[str, Task], config: TrainConfig
+    source: Source, tasks: Mapping[str, Task], config: TrainConfig, loaded: Loaded | None = None
 ) -> tuple[MultitaskBert, str, list[str]]:
     """The model in fp32 with its trainable parts chosen by `config.mode`.
+
+    It gets a copy of `loaded`, which is left as it is, or loads the encoder of `source`.
 
     Returns:
         The model, the fingerprint of the encoder as loaded, and notes on the checkpoint.
     """
-    with user_errors():
-        encoder, notes = load_encoder(source, PARTS)
-    base = fingerprint(encoder)
-    torch.manual_seed(config.seed)  # here, so that adapters and heads start alike on any encoder
+    base = deepcopy(loaded) if loaded else read_encoder(source)
+    encoder = base.encoder
+    # After loading, so that a run draws the same heads and adapters with a copied encoder.
+    torch.manual_seed(config.seed)
     encoder.encoder.recompute = config.grad_checkpoint
     model = MultitaskBert(encoder, tasks, config.pairs)
     if config.mode == "frozen":
@@ -107,7 +140,7 @@ def build_model(
     else:
         with user_errors():
             model.adapt(adapter_settings(config, tasks))
-    return model, base, notes
+    return model, base.sha256, base.notes
 
 
 def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, LoraConfig]:

@@ -26,8 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastlora.batches import subset
-from fastlora.bert.model import BertModel
-from fastlora.config import TARGETS, TrainConfig
+from fastlora.config import TARGETS, SearchConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.errors import RunError
 from fastlora.ranks import RANKS, smallest_within_error, sweep
@@ -62,27 +61,12 @@ class Found:
 class Search:
     """A search in a folder, going on where the journal there ends."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        encoder: BertModel,
-        folder: Path,
-        log: Log,
-        budget: float | None,
-        trials: int,
-        together: int,
-        helper: bool,
-    ) -> None:
-        """`budget` in seconds, `trials` of learning rate and warmup, `together` side by side.
-
-        A `helper` works on the stages that another process leads.
-        """
-        self.setup, self.encoder, self.log = setup, encoder, log
-        self.budget, self.trials, self.together, self.helper = budget, trials, together, helper
+    def __init__(self, setup: Setup, folder: Path, how: SearchConfig, log: Log) -> None:
+        self.setup, self.how, self.log = setup, how, log
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
         self.short_dev = {name: subset(data, SHORT_DEV) for name, data in setup.dev.items()}
-        if not helper:
+        if not how.join:
             for study in self.studies():
                 _again(study, older_than=0.0)
 
@@ -94,7 +78,7 @@ class Search:
             Interrupted: after a signal; the next call goes on.
         """
         config = self.setup.config
-        defaults = {
+        defaults: Params = {
             "lr": config.peak_lr,
             "warmup": config.warmup,
             "r": config.lora.r,
@@ -110,8 +94,8 @@ class Search:
         rates.sort(key=lambda params: params != defaults)
         shapes = list(product(SHAPES, DROPOUTS))
         last_runs = 2 * SEEDS - 1
-        rungs = self.rungs(full, self.trials + len(shapes), 1 + last_runs)
-        rates_study = self.stage("rates", rates[: self.trials], rungs, self.trials)
+        rungs = self.rungs(full, self.how.trials + len(shapes), 1 + last_runs)
+        rates_study = self.stage("rates", rates[: self.how.trials], rungs, self.how.trials)
         best = dict(best_of(rates_study).params)
         largest = best_of(self.stage(RANK_STAGE, [{**best, "r": max(RANKS)}]))
         best["r"] = smallest_within_error(dict(largest.user_attrs["sweep"]))
@@ -146,14 +130,14 @@ class Search:
         is left of it is for `short` short runs. Raises RunError where that is too little.
         """
         share = MOST
-        if self.budget is not None:
+        if self.how.budget is not None:
             cost = full * SCORING * sum(short * rung / REDUCTION**i for i, rung in enumerate(RUNGS))
-            left = self.budget - self.spent() - full * later
+            left = self.how.budget - self.spent() - full * later
             if left < LEAST * cost:
-                needed = self.budget - left + LEAST * cost
+                needed = self.how.budget - left + LEAST * cost
                 raise RunError(
-                    f"--budget is {self.budget:.0f} s, but a full run takes {full:.0f} s, so that "
-                    f"{needed:.0f} s are needed; raise --budget, or lower --limit or --epochs"
+                    f"--budget is {self.how.budget:.0f} s, but a full run takes {full:.0f} s, so "
+                    f"that {needed:.0f} s are needed; raise --budget, or lower --limit or --epochs"
                 )
             share = min(MOST, left / cost)
         return [share * rung for rung in RUNGS]
@@ -201,7 +185,7 @@ class Search:
     ) -> optuna.Study:
         """Train the candidates, and more that Optuna draws up to `trials`, as far as they get."""
         study, wanted = self.study(name), max(trials, len(candidates))
-        while self.helper and len(study.get_trials(deepcopy=False)) < len(candidates):
+        while self.how.join and len(study.get_trials(deepcopy=False)) < len(candidates):
             time.sleep(1)  # the leader has not written them yet
         if "rungs" not in study.user_attrs:
             study.set_user_attr("rungs", list(rungs))
@@ -210,7 +194,7 @@ class Search:
         space = _space(candidates)
         while True:
             group: list[Trial] = []
-            while len(group) < self.together and _left(study, wanted):
+            while len(group) < self.how.together and _left(study, wanted):
                 group.append(study.ask(space))
             if group:
                 self.train(study, group)
@@ -227,7 +211,7 @@ class Search:
             start = time.perf_counter()
             setup = self.setup if share == 1 else replace(self.setup, dev=self.short_dev)
             configs = [self.configure(trial.params) for trial in group]
-            trainer = side_by_side(setup, self.encoder, configs, Log(quiet=True))
+            trainer = side_by_side(setup, configs, Log(quiet=True))
             trainer.total = max(1, round(share * trainer.total))
             scores = trainer.run().scores
             if name == RANK_STAGE:

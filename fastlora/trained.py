@@ -15,7 +15,7 @@ from fastlora.errors import UserError, user_errors
 from fastlora.evaluate import predict
 from fastlora.files import atomic_folder
 from fastlora.inputs import adapter_folder
-from fastlora.lora import DEFAULT, lora_layers, merge, unmerge
+from fastlora.lora import lora_layers, merge, unmerge
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
 from fastlora.session import ENCODER

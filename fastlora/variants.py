@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import torch
 
-from fastlora.bert.model import BertModel
 from fastlora.checkpoint import trainable
 from fastlora.config import TrainConfig
 from fastlora.console import Log
@@ -21,14 +20,12 @@ from fastlora.errors import user_errors
 from fastlora.lora import VARIANT
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
-from fastlora.setup import Setup, adapter_settings, to_compute
+from fastlora.setup import Setup, adapter_settings, read_encoder, to_compute
 from fastlora.train import Trainer, owner
 
 
-def side_by_side(
-    setup: Setup, encoder: BertModel, configs: Sequence[TrainConfig], log: Log
-) -> Trainer:
-    """A trainer of all configurations at once, with nothing written; `encoder` stays as it is.
+def side_by_side(setup: Setup, configs: Sequence[TrainConfig], log: Log) -> Trainer:
+    """A trainer of all configurations at once, with nothing written.
 
     The score of a task under configuration i is the trainer's for task "NAME@i".
     """
@@ -39,8 +36,9 @@ def side_by_side(
         for i, config in enumerate(configs)
         for name, lora in adapter_settings(config, setup.inputs.tasks).items()
     }
+    loaded = deepcopy(setup.loaded) if setup.loaded else read_encoder(setup.inputs.source)
     torch.manual_seed(configs[0].seed)
-    model = MultitaskBert(deepcopy(encoder), tasks, configs[0].pairs)
+    model = MultitaskBert(loaded.encoder, tasks, configs[0].pairs)
     with user_errors():
         model.adapt(settings)
     to_compute(model, setup.config, setup.device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastlora import session, train
+from fastlora import session, tokens, train
 from fastlora.cli import main
 from fastlora.console import Log
 from fastlora.files import read_toml
@@ -122,7 +122,7 @@ def test_auto_stops_where_speed_memory_or_steps_do(
     tiny_config, monkeypatch, rates, steps, expected
 ):
     left = iter(rates)
-    monkeypatch.setattr(train, "trial_rate", lambda trainer, plan: next(left))
+    monkeypatch.setattr(tokens, "trial_rate", lambda trainer, plan: next(left))
     monkeypatch.setattr(train, "LEAST_STEPS", steps)
     config = tiny_config(tokens_per_batch="auto")
     run(config)
@@ -132,13 +132,13 @@ def test_auto_stops_where_speed_memory_or_steps_do(
 
 def test_auto_continues_with_the_number_it_chose(tiny_config, monkeypatch):
     """The same command, and --resume."""
-    monkeypatch.setattr(train, "trial_rate", lambda trainer, plan: 1 / len(plan))
+    monkeypatch.setattr(tokens, "trial_rate", lambda trainer, plan: 1 / len(plan))
     monkeypatch.setattr(train, "LEAST_STEPS", 4)
     config = tiny_config(tokens_per_batch="auto", max_steps=2)
     first = run(config)
     chosen = tokens_of(config)
     assert chosen > 512
-    monkeypatch.delattr(train, "trial_rate")
+    monkeypatch.delattr(tokens, "trial_rate")
     assert run(config) == first
     with pytest.raises(SystemExit) as stop:
         main(["train", "--resume", str(config.out), "--quiet"])
@@ -205,7 +205,7 @@ def test_a_batch_that_does_not_fit_has_no_rate(tiny_config, monkeypatch):
     setup = prepare(config, find_inputs(config))
     model, _, _ = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
     trainer = train.Trainer(setup, model, config.out, Ranks(setup.device), Log(quiet=True))
-    assert 0 < train.trial_rate(trainer, trainer.plan(0)) < math.inf
+    assert 0 < tokens.trial_rate(trainer, trainer.plan(0)) < math.inf
     assert all(p.grad is None for p in model.parameters())
     monkeypatch.setattr(train.Trainer, "loss", lambda self, *share: torch.empty(2**55))
-    assert train.trial_rate(trainer, trainer.plan(0)) == 0
+    assert tokens.trial_rate(trainer, trainer.plan(0)) == 0

@@ -12,19 +12,19 @@ import torch
 
 from fastlora import stages
 from fastlora.cli import main
-from fastlora.config import LoraConfig, TaskLoraConfig, TrainConfig
+from fastlora.config import LoraConfig, SearchConfig, TaskLoraConfig
 from fastlora.console import Log
 from fastlora.errors import RunError, UserError
 from fastlora.files import read_toml
 from fastlora.inputs import find_inputs
 from fastlora.ranks import low_rank, smallest_within_error, standard_error, sweep
 from fastlora.search import run_search
-from fastlora.setup import prepare, read_encoder
+from fastlora.setup import prepare
 from fastlora.stages import Search
 from fastlora.train import Interrupted, Trainer
 from fastlora.variants import side_by_side
 
-OPTIONS = {"budget": None, "trials": 3, "together": 2, "helper": False, "quiet": True}
+HOW = SearchConfig(trials=3, together=2)
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +62,7 @@ def test_smallest_rank_within_an_error():
 
 def test_sweep_at_the_trained_rank_is_the_trained_model(tiny_config):
     setup = prepare(config := tiny_config(r=32, epochs=6, lr=1e-2), find_inputs(config))
-    encoder = read_encoder(setup.inputs.source).encoder
-    trainer = side_by_side(setup, encoder, [setup.config], Log(quiet=True))
+    trainer = side_by_side(setup, [setup.config], Log(quiet=True))
     trained = np.mean(list(trainer.run().scores.values()))
     found = sweep(trainer.model, trainer.setup.dev)
     assert sorted(found) == [1, 2, 4, 8, 16, 32]
@@ -76,7 +75,7 @@ def test_sweep_at_the_trained_rank_is_the_trained_model(tiny_config):
 @pytest.fixture
 def searched(tiny_config):
     config = tiny_config(tasks=("sts",))
-    run_search(config, find_inputs(config), **OPTIONS)
+    run_search(config, find_inputs(config), HOW, quiet=True)
     return config
 
 
@@ -91,7 +90,7 @@ def test_search_leaves_its_findings(searched):
     assert {trial["state"] for trial in facts["trials"]} == {"complete", "pruned"}
     ours, theirs = facts["scores"]["best"], facts["scores"]["defaults"]
     assert len(ours) == len(theirs) and len(ours) in (1, 3)
-    assert 0 < facts["cost"]["spent"] and 0 < facts["cost"]["share"]
+    assert facts["cost"]["spent"] > 0 and facts["cost"]["share"] > 0
     best = read_toml(folder / "best.toml")
     assert best["r"] == facts["best"]["r"] and best["tasks"] == ["sts"]
     text = (folder / "report.md").read_text()
@@ -102,37 +101,37 @@ def test_search_leaves_its_findings(searched):
 def test_a_finished_search_trains_nothing_again(searched, monkeypatch):
     before = (searched.out / "search.json").read_text()
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trained again"))
-    run_search(searched, find_inputs(searched), **OPTIONS)
+    run_search(searched, find_inputs(searched), HOW, quiet=True)
     assert (searched.out / "search.json").read_text() == before
 
 
 def test_best_toml_trains(searched, capsys):
     with pytest.raises(SystemExit) as exit:
-        main(["train", "--config", str(searched.out / "best.toml"), "--out", str(searched.out / "x")])
+        main(["train", "--config", f"{searched.out}/best.toml", "--out", f"{searched.out}/run"])
     assert exit.value.code == 0
 
 
 def test_other_settings_need_another_folder(searched):
     other = replace(searched, lora=LoraConfig(r=2))
     with pytest.raises(UserError, match="other settings"):
-        run_search(other, find_inputs(other), **OPTIONS)
+        run_search(other, find_inputs(other), HOW, quiet=True)
 
 
 def test_an_interrupted_search_goes_on(tiny_config, monkeypatch):
     config = tiny_config(tasks=("sts",))
     calls, run = [], Trainer.run
 
-    def stop_third(self):
+    def stop_second(self):
         calls.append(self)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise Interrupted
         return run(self)
 
-    monkeypatch.setattr(Trainer, "run", stop_third)
+    monkeypatch.setattr(Trainer, "run", stop_second)
     with pytest.raises(Interrupted):
-        run_search(config, find_inputs(config), **OPTIONS)
+        run_search(config, find_inputs(config), HOW, quiet=True)
     assert not (config.out / "search.json").exists()
-    run_search(config, find_inputs(config), **OPTIONS)
+    run_search(config, find_inputs(config), HOW, quiet=True)
     facts = json.loads((config.out / "search.json").read_text())["all tasks"]
     states = [trial["state"] for trial in facts["trials"] if trial["stage"] == "rates"]
     assert states.count("fail") == 2 and len(states) == 5  # they were queued again
@@ -140,7 +139,7 @@ def test_an_interrupted_search_goes_on(tiny_config, monkeypatch):
 
 def test_each_tasks_adapter(tiny_config):
     config = tiny_config(tasks=("sst", "sts"), adapters="per-task", sts=TaskLoraConfig(r=2))
-    run_search(config, find_inputs(config), **OPTIONS)
+    run_search(config, find_inputs(config), HOW, quiet=True)
     best = read_toml(config.out / "best.toml")
     facts = json.loads((config.out / "search.json").read_text())
     assert best["adapters"] == "per-task"
@@ -153,19 +152,18 @@ def test_each_tasks_adapter(tiny_config):
 def test_a_budget_too_small_says_what_is_needed(tiny_config):
     config = tiny_config(tasks=("sts",))
     with pytest.raises(RunError, match=r"--budget is 0 s.* s are needed"):
-        run_search(config, find_inputs(config), **{**OPTIONS, "budget": 0.01})
+        run_search(config, find_inputs(config), replace(HOW, budget=0.01), quiet=True)
 
 
 def test_short_runs_get_what_the_budget_leaves(tiny_config, tmp_path):
     config = tiny_config(tasks=("sts",))
     setup = prepare(config, find_inputs(config))
-    encoder = read_encoder(setup.inputs.source).encoder
-    search = Search(setup, encoder, tmp_path, Log(quiet=True), 100.0, 10, 4, False)
+    search = Search(setup, tmp_path, SearchConfig(budget=100.0), Log(quiet=True))
     cost = 10 * stages.SCORING * 30 * (0.125 + 0.25 / 3)
     assert search.rungs(full=10.0, short=30, later=2) == pytest.approx(
         [rung * (100 - 20) / cost for rung in (0.125, 0.25)]
     )
-    search.budget = 1e6
+    search.how = SearchConfig(budget=1e6)
     assert search.rungs(10.0, 30, 2) == [0.0625, 0.125]  # at most half of all examples
 
 

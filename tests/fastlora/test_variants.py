@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastlora.bert.weights import load_encoder
 from fastlora.checkpoint import trainable
 from fastlora.config import LoraConfig, TaskLoraConfig
 from fastlora.console import Log
 from fastlora.errors import UserError
 from fastlora.inputs import find_inputs
 from fastlora.parallel import Ranks
-from fastlora.setup import PARTS, build_model, prepare
+from fastlora.setup import build_model, prepare
 from fastlora.train import Trainer
 from fastlora.variants import side_by_side
 
@@ -50,9 +49,8 @@ def alone(setup, config):
 @pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
 def test_side_by_side_is_each_alone(still, adapters):
     setup = still(adapters=adapters, epochs=2)
-    encoder, _ = load_encoder(setup.inputs.source, PARTS)
     configs = [replace(setup.config, **variant) for variant in VARIANTS]
-    together = side_by_side(setup, encoder, configs, Log(quiet=True))
+    together = side_by_side(setup, configs, Log(quiet=True))
     scores = together.run().scores
     found = trainable(together.model)
     for i, config in enumerate(configs):
@@ -109,10 +107,9 @@ def test_a_tasks_own_settings_need_its_own_adapter(tiny_config):
 
 def test_a_variant_that_diverges_leaves_the_others(still):
     setup = still(tasks=("sts",), epochs=2)
-    encoder, _ = load_encoder(setup.inputs.source, PARTS)
     good = setup.config
     bad = replace(good, lr=1e30, head_lr=1e30)
-    together = side_by_side(setup, encoder, [bad, good], Log(quiet=True))
+    together = side_by_side(setup, [bad, good], Log(quiet=True))
     scores = together.run().scores
     assert scores["sts@0"] is None
     assert scores["sts@1"] == pytest.approx(alone(setup, good).run().scores["sts"], abs=1e-4)
