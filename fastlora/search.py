@@ -57,7 +57,7 @@ def run_search(
     base = open_run(folder, setup.config)
     shared = base.adapters == "shared"
     done, best, limits = {}, base, how
-    for part in ("all tasks",) if shared else tuple(setup.train):
+    for part in ("jointly",) if shared else tuple(setup.train):
         own = setup.narrow(base if shared else _alone(base, part))
         place = folder if shared else folder / part
         place.mkdir(exist_ok=True)
@@ -193,7 +193,7 @@ def _sections(
     yield COST.format(**facts["cost"])
     done = [trial for trial in facts["trials"] if trial["rungs"]]
     done.sort(key=lambda trial: (len(trial["rungs"]), trial["rungs"][-1]["score"]), reverse=True)
-    yield plot(folder / "plots" / f"search-{name}.png", 4, partial(_draw, search, facts))
+    yield plot(folder / "plots" / f"{name}.png", 4, partial(_draw, search, facts))
     yield "### Ranks, from one run"
     rows = [[str(rank), f"{score:.4f}", f"{error:.4f}"] for rank, (score, error) in facts["ranks"]]
     yield table(["rank", "score", "standard error"], rows)
@@ -206,7 +206,7 @@ def _cells(trial: Mapping[str, Any]) -> list[str]:
     last = trial["rungs"][-1]
     own = [f"{trial[key]:g}" if key in ("lr", "warmup") else str(trial[key]) for key in COLUMNS]
     cells = [f"{last['share']:.0%}", f"{last['score']:.4f}", f"{trial['parameters']:,}"]
-    return [*own, *cells, f"{trial['seconds']:.0f}"]
+    return [*own, *cells, f"{trial['seconds']:.1f}"]
 
 
 def _draw(search: Search, facts: Mapping[str, Any], _: Figure, panels: list[Axes]) -> None:

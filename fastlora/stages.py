@@ -41,7 +41,7 @@ RATES, WARMUPS = (0.25, 0.5, 1.0, 2.0, 4.0), (0.06, 0.2)  # rates as factors of 
 # most of all examples that the search takes as its own.
 RUNGS, LEAST, MOST = (0.125, 0.25), 0.1, 0.5
 RANK_STAGE = "ranks"
-SCORING = 1.6  # what a short run costs more than its share: scoring, wider targets
+SCORING, WIDER = 0.4, 1.3  # of an example, against training on it; of runs with more targets
 REDUCTION = 3  # one in three goes on to the next rung
 SHORT_DEV = 500  # dev examples a task that score a short run
 Params = dict[str, Any]
@@ -129,18 +129,25 @@ class Search:
         A run on all takes `full` seconds; the budget must pay for `later` ones of them, and what
         is left of it is for `short` short runs. Raises RunError where that is too little.
         """
-        share = MOST
-        if self.how.budget is not None:
-            cost = full * SCORING * sum(short * rung / REDUCTION**i for i, rung in enumerate(RUNGS))
-            left = self.how.budget - self.spent() - full * later
-            if left < LEAST * cost:
-                needed = self.how.budget - left + LEAST * cost
-                raise RunError(
-                    f"--budget is {self.how.budget:.0f} s, but a full run takes {full:.0f} s, so "
-                    f"that {needed:.0f} s are needed; raise --budget, or lower --limit or --epochs"
-                )
-            share = min(MOST, left / cost)
-        return [share * rung for rung in RUNGS]
+        if self.how.budget is None:
+            return [MOST * rung for rung in RUNGS]
+        train, dev, short_dev = (
+            sum(map(len, data.values()))
+            for data in (self.setup.train, self.setup.dev, self.short_dev)
+        )
+        train *= self.setup.config.epochs
+        runs = [short / REDUCTION**i for i in range(len(RUNGS))]
+        second = full / (train + SCORING * dev)  # of an example
+        scoring = second * SCORING * short_dev * sum(runs)
+        training = second * train * WIDER * float(np.dot(runs, RUNGS))
+        left = self.how.budget - self.spent() - full * later - scoring
+        if left < LEAST * training and "rates" not in optuna.get_all_study_names(self.storage):
+            needed = self.how.budget - left + LEAST * training
+            raise RunError(
+                f"--budget is {self.how.budget:.0f} s, but a full run takes {full:.0f} s, so "
+                f"that {needed:.0f} s are needed; raise --budget, or lower --limit or --epochs"
+            )
+        return [min(MOST, max(LEAST, left / training)) * rung for rung in RUNGS]
 
     def spent(self) -> float:
         """Seconds of all trials so far, by all processes."""
@@ -229,7 +236,7 @@ class Search:
                 trial.set_user_attr("scores", own)
                 trial.set_user_attr("parameters", variant_parameters(trainer, i))
             self.log.line(
-                f"{name:<9} {len(group)} runs on {share:.0%} of the examples: best "
+                f"{name:<10} side by side on {share:.0%} of the examples: {len(group)}; best "
                 f"{max(values.values()):.4f}, {seconds:.0f} s"
             )
             # Best first: the pruner compares with those that it was asked about before.

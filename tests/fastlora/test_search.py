@@ -81,7 +81,7 @@ def searched(tiny_config):
 
 def test_search_leaves_its_findings(searched):
     folder = searched.out
-    facts = json.loads((folder / "search.json").read_text())["all tasks"]
+    facts = json.loads((folder / "search.json").read_text())["jointly"]
     stages_seen = [trial["stage"] for trial in facts["trials"]]
     assert stages_seen[:2] == ["defaults", "rates"] and "shapes" in stages_seen
     by_stage = {name: stages_seen.count(name) for name in stages_seen}
@@ -94,7 +94,7 @@ def test_search_leaves_its_findings(searched):
     best = read_toml(folder / "best.toml")
     assert best["r"] == facts["best"]["r"] and best["tasks"] == ["sts"]
     text = (folder / "report.md").read_text()
-    assert "Ranks, from one run" in text and "plots/search-all%20tasks.png" not in text
+    assert "Ranks, from one run" in text and "(plots/jointly.png)" in text
     assert (folder / "report.html").is_file() and list((folder / "plots").glob("*.png"))
 
 
@@ -132,7 +132,7 @@ def test_an_interrupted_search_goes_on(tiny_config, monkeypatch):
         run_search(config, find_inputs(config), HOW, quiet=True)
     assert not (config.out / "search.json").exists()
     run_search(config, find_inputs(config), HOW, quiet=True)
-    facts = json.loads((config.out / "search.json").read_text())["all tasks"]
+    facts = json.loads((config.out / "search.json").read_text())["jointly"]
     states = [trial["state"] for trial in facts["trials"] if trial["stage"] == "rates"]
     assert states.count("fail") == 2 and len(states) == 5  # they were queued again
 
@@ -158,10 +158,12 @@ def test_a_budget_too_small_says_what_is_needed(tiny_config):
 def test_short_runs_get_what_the_budget_leaves(tiny_config, tmp_path):
     config = tiny_config(tasks=("sts",))
     setup = prepare(config, find_inputs(config))
-    search = Search(setup, tmp_path, SearchConfig(budget=100.0), Log(quiet=True))
-    cost = 10 * stages.SCORING * 30 * (0.125 + 0.25 / 3)
+    search = Search(setup, tmp_path, SearchConfig(budget=71.0), Log(quiet=True))
+    second = 10 / (96 + stages.SCORING * 24)
+    scoring = second * stages.SCORING * 24 * 30 * (1 + 1 / 3)
+    training = second * stages.WIDER * 96 * 30 * (0.125 + 0.25 / 3)
     assert search.rungs(full=10.0, short=30, later=2) == pytest.approx(
-        [rung * (100 - 20) / cost for rung in (0.125, 0.25)]
+        [rung * (71 - 20 - scoring) / training for rung in (0.125, 0.25)]
     )
     search.how = SearchConfig(budget=1e6)
     assert search.rungs(10.0, 30, 2) == [0.0625, 0.125]  # at most half of all examples
@@ -179,7 +181,7 @@ def test_two_processes_share_a_search(tiny_config):
         time.sleep(0.1)
     helper = subprocess.Popen([*command, "--join"])
     assert (leader.wait(300), helper.wait(300)) == (0, 0)
-    facts = json.loads((config.out / "search.json").read_text())["all tasks"]
+    facts = json.loads((config.out / "search.json").read_text())["jointly"]
     assert {trial["state"] for trial in facts["trials"]} == {"complete", "pruned"}
 
 
