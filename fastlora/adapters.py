@@ -191,6 +191,20 @@ def load_heads(
     _load(folder / _HEADS, heads.state_dict(), base)
 
 
+def load_all(
+    folder: Path,
+    layers: Mapping[str, LoRALinear],
+    names: Iterable[str],
+    heads: nn.ModuleDict,
+    tasks: Mapping[str, Task],
+    base: BaseInfo,
+) -> None:
+    """`load_adapter` and `load_heads` of a run's adapter folder."""
+    for name in names:
+        load_adapter(adapter_place(folder, name), layers, name, base)
+    load_heads(folder, heads, tasks, base)
+
+
 def _adapter(
     layers: Mapping[str, LoRALinear], adapter: str
 ) -> tuple[LoraConfig, dict[str, Tensor]]:

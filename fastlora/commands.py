@@ -137,7 +137,7 @@ def predict_file(
     input: Annotated[Path, Parameter(help="CSV, TSV or JSONL with the task's text columns.")],
     *,
     task: Annotated[
-        str | None, Parameter(help="The task; may be left out when the run has only one.")
+        str | None, Parameter(help="The rows' task; else the only one, or their column `task`.")
     ] = None,
     out: Annotated[
         Path | None, Parameter(help="File to write; by default NAME.predictions.csv beside it.")
@@ -149,20 +149,18 @@ def predict_file(
     if not input.is_file():
         raise UserError(f"{input}: no such file")
     adapter_folder(run)
-    from fastlora.data import encode_rows, read_rows
-    from fastlora.evaluate import predict, write_predictions
-    from fastlora.trained import load_trained
+    from fastlora.evaluate import write_rows
+    from fastlora.trained import load_trained, predict_rows
 
     trained = load_trained(run, device, model)
     if task is None and len(trained.tasks) == 1:
         task = next(iter(trained.tasks))
-    if task not in trained.tasks:
+    if task is not None and task not in trained.tasks:
         raise UserError(f"--task is {task!r} (expected one of {', '.join(trained.tasks)})")
-    rows = read_rows(input, trained.tasks[task], labelled=False)
-    data = encode_rows(rows, trained.tasks[task], trained.tokenizer, trained.extra["pairs"])
+    rows = predict_rows(trained, input, task)
     out = out or input.with_name(f"{input.stem}.predictions.csv")
-    write_predictions(out, data, predict(trained.model, {task: data})[task])
-    print(f"{len(data):,} predictions of {task} in {out} ({data.truncated} texts truncated)")
+    write_rows(out, ["id", "task", "prediction"], rows)
+    print(f"{len(rows):,} predictions in {out}")
 
 
 @app.command

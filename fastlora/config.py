@@ -120,6 +120,10 @@ class TrainConfig:
         Literal["shared", "per-task", "shared+per-task"],
         _option(_lora, "One adapter for all tasks, one each, or both together."),
     ] = "shared"
+    add_to: Annotated[
+        Path | None,
+        _option(_lora, "Finished run with adapters per task: train other tasks beside its own."),
+    ] = None
     mode: Annotated[
         Literal["lora", "frozen", "full"],
         _option(_lora, "Train adapters, heads on a frozen encoder, or every weight."),
@@ -214,6 +218,8 @@ class TrainConfig:
         own = [name for name in BUILTIN if getattr(self, name) != TaskLoraConfig()]
         if own and self.adapters == "shared":
             raise UserError(f"{own[0]} has settings of its own, which need --adapters per-task")
+        if self.add_to and (self.mode, self.adapters) != ("lora", "per-task"):
+            raise UserError("add_to is given, which needs --adapters per-task")
         _check(0 <= self.warmup <= 1, "warmup", self.warmup, "a share between 0 and 1")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
@@ -225,6 +231,14 @@ class TrainConfig:
         if unknown := set(own) - {f.name for f in fields(TaskLoraConfig)}:
             raise UserError(f"task {task!r}: unknown key lora.{min(unknown)}")
         return TaskLoraConfig(**own)
+
+    def with_own(self, task: str, own: TaskLoraConfig) -> TrainConfig:
+        """The configuration with a task's own settings in place."""
+        changes: dict[str, Any] = {task: own}
+        if task not in BUILTIN:
+            table = {**self.task.get(task, {}), "lora": asdict(own)}
+            changes = {"task": {**self.task, task: table}}
+        return replace(self, **changes)
 
     @property
     def peak_lr(self) -> float:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Rows:
     labels: np.ndarray | None  # float32 [N], class index or value
     dropped: int  # bad rows left out
     empty: int  # rows with an empty text
+    numbers: tuple[int, ...] = ()  # the rows' places in the file
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ def read_rows(
     labelled: bool = True,
     bad_rows: str = "error",
     limit: int | None = None,
+    mixed: Collection[str] = (),
 ) -> Rows:
     """Read a CSV (comma or tab), TSV or JSONL file whose columns are named as the task's.
+
+    With `mixed`, a column "task" says which of these tasks a row is of, and others' are passed by.
 
     `content` is what the file holds, where the caller has read it. `limit` keeps that many rows,
     spread over the file. Bad rows (wrong field count, bad label) are a UserError that counts them
@@ -69,21 +73,27 @@ def read_rows(
     """
     wanted = [*task.columns, *([task.label] if labelled else [])]
     text = _text(path, read_content(path) if content is None else content)
-    records = _json_records(text) if path.suffix == ".jsonl" else _csv_records(path, text, wanted)
+    header = [*wanted, "task"] if mixed else wanted
+    records = _json_records(text) if path.suffix == ".jsonl" else _csv_records(path, text, header)
     ids: list[str] = []
-    texts, labels, problems = [], [], []
+    texts, labels, numbers, problems = [], [], [], []
     for number, (line, record) in enumerate(records):
         try:
+            if mixed and (whose := _cells(record, ["task"])[0]) != task.name:
+                if whose not in mixed:
+                    raise ValueError(f"column 'task' is {whose!r} (expected {' or '.join(mixed)})")
+                continue
             cells = _cells(record, wanted)
             if labelled:
                 labels.append(task.parse_label(cells.pop()))
             ids.append(str(record.get("id", number)))
             texts.append([cell.strip() for cell in cells])
+            numbers.append(number)
         except ValueError as error:
             problems.append((line, str(error)))
     if problems and bad_rows != "skip":
         raise UserError(_complaint(path, problems))
-    if not ids:
+    if not ids and not mixed:
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
     ids, texts, labels = (_spread(items, limit) for items in (ids, texts, labels))
     return Rows(
@@ -92,6 +102,7 @@ def read_rows(
         labels=np.array(labels, np.float32) if labelled else None,
         dropped=len(problems),
         empty=sum(not all(row) for row in texts),
+        numbers=tuple(numbers),
     )
 
 

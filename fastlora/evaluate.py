@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,15 +110,25 @@ def score_table(
 def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:
     """A CSV of id, prediction and, where known, label; the file appears whole or not at all."""
     task = data.task
-    columns = [data.ids, _names(task, labels_of(task, outputs))]
+    columns = [data.ids, answers(task, outputs)]
     header = ["id", "prediction"]
     if data.labels is not None:
         header.append(task.label)
         columns.append(_names(task, data.labels))
+    write_rows(path, header, zip(*columns, strict=True))
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A CSV that appears whole or not at all."""
     with atomic_open(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(zip(*columns, strict=True))
+        writer.writerows(rows)
+
+
+def answers(task: Task, outputs: np.ndarray) -> list[str]:
+    """Outputs [N, outputs] in words: a class's name, or a number."""
+    return _names(task, labels_of(task, outputs))
 
 
 def _names(task: Task, values: np.ndarray) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from fastlora.model import MultitaskBert
 RANKS = (1, 2, 4, 8, 16, 32)
 
 
-def sweep(model: MultitaskBert, dev: Mapping[str, TaskData]) -> dict[int, tuple[float, float]]:
-    """The mean score of the tasks, and its standard error, with every adapter cut to each rank.
+def sweep(
+    model: MultitaskBert, dev: Mapping[str, TaskData]
+) -> dict[int, dict[str, tuple[float, float]]]:
+    """Each task's score, and its standard error, with every adapter cut to each rank.
 
     The model's adapters end at the lowest one.
     """
@@ -26,8 +28,10 @@ def sweep(model: MultitaskBert, dev: Mapping[str, TaskData]) -> dict[int, tuple[
     for rank in sorted(RANKS, reverse=True):
         truncate(model, rank)
         scores = {name: score or 0.0 for name, score in scores_of(dev, predict(model, dev)).items()}
-        errors = [standard_error(d.task.metric, scores[n], len(d)) for n, d in dev.items()]
-        found[rank] = float(np.mean(list(scores.values()))), math.hypot(*errors) / len(errors)
+        found[rank] = {
+            name: (score, standard_error(dev[name].task.metric, score, len(dev[name])))
+            for name, score in scores.items()
+        }
     return found
 
 
@@ -56,6 +60,12 @@ def standard_error(metric: str, score: float, count: int) -> float:
     if metric == "accuracy":
         return math.sqrt(score * (1 - score) / count)
     return (1 - score**2) / math.sqrt(max(1, count - 1))
+
+
+def mean_score(scores: Collection[tuple[float, float]]) -> tuple[float, float]:
+    """The mean of scores, and its standard error, from theirs."""
+    values, errors = zip(*scores, strict=True)
+    return float(np.mean(values)), math.hypot(*errors) / len(errors)
 
 
 def smallest_within_error(found: Mapping[int, tuple[float, float]]) -> int:

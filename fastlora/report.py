@@ -48,8 +48,10 @@ class _Run:
         self.environment = read_json(folder / "env.json")
         self.result = read_json(folder / "result.json")
         self.base = read_json(self.adapter / "heads.json")["base_model"]
-        self.tasks, extra = read_heads(self.adapter)
-        names = adapter_names(extra["adapters"], self.tasks)
+        tasks, extra = read_heads(self.adapter)
+        # Not those that were in a run before and stayed as they were.
+        self.tasks = {name: task for name, task in tasks.items() if name in self.result["scores"]}
+        names = adapter_names(extra["adapters"], tasks)
         places = {n: adapter_place(self.adapter, n) for n in names if extra["mode"] == "lora"}
         self.adapters = {name: read_settings(place) for name, place in places.items()}
         self.answers = {}

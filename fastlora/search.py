@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -66,7 +66,9 @@ def run_search(
         search = Search(own, place, limits, log)
         found = search.run()
         done[part] = search, found
-        best = found.config if shared else _with_own(best, part, found.config)
+        new = found.config
+        tuned = TaskLoraConfig(**vars(new.lora), lr=new.lr, warmup=new.warmup)
+        best = new if shared else best.with_own(part, tuned)
     if not how.join:
         write_search(folder, best, done, log)
 
@@ -84,15 +86,6 @@ def _alone(config: TrainConfig, task: str) -> TrainConfig:
         warmup=config.warmup if own.warmup is None else own.warmup,
         **blank,
     )
-
-
-def _with_own(config: TrainConfig, task: str, found: TrainConfig) -> TrainConfig:
-    """The configuration with what was found for one task's adapter as its own settings."""
-    own = TaskLoraConfig(**vars(found.lora), lr=found.lr, warmup=found.warmup)
-    changes: dict[str, Any] = {task: own}
-    if task in config.task:
-        changes = {"task": {**config.task, task: {**config.task[task], "lora": asdict(own)}}}
-    return replace(config, **changes)
 
 
 def write_search(
@@ -127,7 +120,8 @@ def _facts(search: Search, found: Found) -> dict[str, Any]:
     full = search.study("defaults").best_trial.user_attrs["seconds"]
     seedless = [{**trial.params, "seed": None} for _, trial in trials]
     ranks = _ranks(search)
-    count = len({tuple(params.items()) for params in seedless}) + len(ranks) - 1
+    swept = len(search.study(RANK_STAGE).trials) * (len(ranks) - 1)
+    count = len({tuple(params.items()) for params in seedless}) + swept
     runs = count + 2 * len(found.searched) - 2
     return {
         "best": found.params,

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from fastlora.adapters import BaseInfo, adapter_place, save_adapter, save_heads
+from fastlora.adapters import (
+    BaseInfo,
+    adapter_place,
+    load_all,
+    read_heads,
+    read_settings,
+    save_adapter,
+    save_heads,
+)
 from fastlora.bert.weights import fingerprint, save_encoder
-from fastlora.config import TrainConfig
+from fastlora.config import TaskLoraConfig, TrainConfig
 from fastlora.console import Log
-from fastlora.errors import RunError
+from fastlora.errors import RunError, UserError
 from fastlora.evaluate import predict, score_table, scores_of, write_predictions
 from fastlora.files import atomic_folder, atomic_open
-from fastlora.inputs import Inputs, find_inputs
+from fastlora.inputs import Inputs, adapter_folder, find_inputs
 from fastlora.lora import lora_layers, parameter_report
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks, out_of_memory
@@ -23,15 +33,15 @@ from fastlora.report import write_report
 from fastlora.runs import default_folder, describe_gpu, open_run, write_config
 from fastlora.setup import (
     Setup,
-    adapter_settings,
     build_model,
     check_vocabulary,
     find_route,
     prepare,
     to_compute,
 )
+from fastlora.tasks import Task
 from fastlora.tokens import find_tokens
-from fastlora.train import Interrupted, Result, Trainer
+from fastlora.train import Interrupted, Result, Trainer, owner
 
 ENCODER = "encoder"
 
@@ -79,7 +89,12 @@ def run_prepared(
 
 def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
     folder, inputs = setup.config.out or default_folder(setup.config), setup.inputs
-    model, base_sha, notes = build_model(inputs.source, inputs.tasks, setup.config, setup.loaded)
+    config, old = _finished(setup.config, inputs.tasks)
+    tasks = {**old, **inputs.tasks}
+    model, base_sha, notes = build_model(inputs.source, tasks, config, setup.loaded)
+    base = BaseInfo(inputs.source.name, base_sha, setup.tokenizer.fingerprint)
+    if config.add_to:
+        _keep(model, adapter_folder(config.add_to), old, base)
     check_vocabulary(model.encoder, setup.tokenizer)
     if ranks.first and not dry_run:
         setup = replace(setup, config=open_run(folder, setup.config))
@@ -101,12 +116,40 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
         log.line(f"  fastlora-train --resume {folder}")
         raise
     if ranks.first:
-        base = BaseInfo(setup.inputs.source.name, base_sha, setup.tokenizer.fingerprint)
         result = _finish(setup, model, trainer, folder, base, log)
     ranks.barrier()
     if log.brief and trainer.stop:
         raise Interrupted  # too late to stop this run, but others were to follow
     return result
+
+
+def _finished(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig, dict[str, Task]]:
+    """The tasks of the run to add to, and the configuration with their adapters' settings.
+
+    Raises UserError when it has no adapters per task, or has a new task already.
+    """
+    if config.add_to is None:
+        return config, {}
+    folder = adapter_folder(config.add_to)
+    old, extra = read_heads(folder)
+    for key, ours in (("mode", "lora"), ("adapters", "per-task"), ("pairs", config.pairs)):
+        if extra[key] != ours:
+            raise UserError(f"{config.add_to}: trained with {key} {extra[key]!r}, not {ours!r}")
+    if again := old.keys() & new:
+        raise UserError(f"{config.add_to}: has task {min(again)!r}; name new ones with --tasks")
+    for name in old:
+        settings = read_settings(adapter_place(folder, name))
+        config = config.with_own(name, TaskLoraConfig(**vars(settings)))
+    return config, old
+
+
+def _keep(model: MultitaskBert, folder: Path, old: dict[str, Task], base: BaseInfo) -> None:
+    """Load a finished run's adapters and heads into the model, and freeze them."""
+    heads = nn.ModuleDict({name: model.heads[name] for name in old})
+    load_all(folder, lora_layers(model.encoder), old, heads, old, base)
+    for name, parameter in model.named_parameters():
+        if owner(name) in old:
+            parameter.requires_grad_(False)
 
 
 def _with_tokens(setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks, log: Log) -> Setup:
@@ -201,6 +244,6 @@ def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInf
             base = replace(base, encoder_sha256=fingerprint(model.encoder))
         elif config.mode == "lora":
             layers = lora_layers(model.encoder)
-            for name in adapter_settings(config, setup.inputs.tasks):
+            for name in model.settings:
                 save_adapter(adapter_place(building, name), layers, name, base)
-        save_heads(building, model.heads, setup.inputs.tasks, base, extra)
+        save_heads(building, model.heads, model.tasks, base, extra)

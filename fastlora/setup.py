@@ -156,8 +156,8 @@ def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) 
     dtype = DTYPES[config.precision]
     model.to(device)
     if config.mode != "full":
-        for parameter in model.encoder.parameters():
-            if not parameter.requires_grad:
+        for name, parameter in model.encoder.named_parameters():
+            if not parameter.requires_grad and ".lora_" not in name:
                 parameter.data = parameter.data.to(dtype)
     return model
 

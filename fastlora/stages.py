@@ -3,14 +3,14 @@
 Stages, each an Optuna study in one journal file, which several processes may work on:
     defaults   the settings as given: what the search must beat
     rates      learning rate and warmup, by successive halving on growing numbers of examples
-    ranks      one run at the largest rank; smaller ones are truncations of what it learned
+    ranks      the largest rank at these rates and at those given, in full; smaller ones are
+               truncations of what it learned
     shapes     dropout and targets, by successive halving
     final-N    the best and the defaults, in full, one study a seed
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from fastlora.batches import subset
 from fastlora.config import TARGETS, SearchConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.errors import RunError
-from fastlora.ranks import RANKS, smallest_within_error, sweep
+from fastlora.ranks import RANKS, mean_score, smallest_within_error, sweep
 from fastlora.setup import Setup
 from fastlora.variants import side_by_side, variant_name, variant_parameters
 
@@ -94,11 +94,12 @@ class Search:
         rates.sort(key=lambda params: params != defaults)
         shapes = list(product(SHAPES, DROPOUTS))
         last_runs = 2 * SEEDS - 1
-        rungs = self.rungs(full, self.how.trials + len(shapes), 1 + last_runs)
+        rungs = self.rungs(full, self.how.trials + len(shapes), 2 + last_runs)
         rates_study = self.stage("rates", rates[: self.how.trials], rungs, self.how.trials)
-        best = dict(best_of(rates_study).params)
-        largest = best_of(self.stage(RANK_STAGE, [{**best, "r": max(RANKS)}]))
-        best["r"] = smallest_within_error(dict(largest.user_attrs["sweep"]))
+        # Short runs like high rates: in a full one, the rates as given get another chance.
+        largest = [{**best_of(rates_study).params, "r": max(RANKS)}, {**defaults, "r": max(RANKS)}]
+        longest = best_of(self.stage(RANK_STAGE, largest[: 1 + (largest[0] != largest[1])]))
+        best = {**longest.params, "r": smallest_within_error(dict(longest.user_attrs["sweep"]))}
         rungs = self.rungs(full, len(shapes), last_runs)
         shaped = [{**best, "dropout": dropout, "targets": targets} for targets, dropout in shapes]
         best = dict(best_of(self.stage("shapes", shaped, rungs)).params)
@@ -155,12 +156,11 @@ class Search:
         return sum(trial.user_attrs.get("seconds", 0.0) for trial in trials)
 
     def configure(self, params: Params) -> TrainConfig:
-        """The configuration of a trial; the scale of B A stays that of the settings as given."""
-        base, r = self.setup.config, params["r"]
+        """The configuration of a trial; alpha stays, so that a learning rate suits any rank."""
+        base = self.setup.config
         lora = replace(
             base.lora,
-            r=r,
-            alpha=base.lora.scale * (math.sqrt(r) if base.lora.rslora else r),
+            r=params["r"],
             dropout=params["dropout"],
             targets=tuple(params["targets"].split(",")),
         )
@@ -221,9 +221,7 @@ class Search:
             trainer = side_by_side(setup, configs, Log(quiet=True))
             trainer.total = max(1, round(share * trainer.total))
             scores = trainer.run().scores
-            if name == RANK_STAGE:
-                found = sweep(trainer.model, trainer.setup.dev)
-                group[0].set_user_attr("sweep", list(found.items()))
+            found = sweep(trainer.model, trainer.setup.dev) if name == RANK_STAGE else {}
             seconds = time.perf_counter() - start
             values = {}
             for i, trial in enumerate(group):
@@ -234,6 +232,9 @@ class Search:
                 before = trial.user_attrs.get("seconds", 0.0)
                 trial.set_user_attr("seconds", before + seconds / len(group))
                 trial.set_user_attr("scores", own)
+                names = [variant_name(task, i) for task in self.setup.train]
+                ranks = [(r, mean_score([found[r][name] for name in names])) for r in found]
+                trial.set_user_attr("sweep", ranks)
                 trial.set_user_attr("parameters", variant_parameters(trainer, i))
             self.log.line(
                 f"{name:<10} side by side on {share:.0%} of the examples: {len(group)}; best "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from fastlora import adapters
 from fastlora.bert.source import Source, resolve
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
-from fastlora.data import Rows, encode_rows
+from fastlora.data import Rows, encode_rows, read_rows
 from fastlora.errors import UserError, user_errors
-from fastlora.evaluate import predict
+from fastlora.evaluate import answers, predict
 from fastlora.files import atomic_folder
 from fastlora.inputs import adapter_folder
 from fastlora.lora import lora_layers, merge, unmerge
@@ -56,15 +57,35 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
         encoder, _ = load_encoder(source, PARTS)
     base = adapters.BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])
+    names = []
     if extra["mode"] == "lora":
         names = adapters.adapter_names(extra["adapters"], tasks)
-        folders = {name: adapters.adapter_place(folder, name) for name in names}
-        net.adapt({name: adapters.read_settings(place) for name, place in folders.items()})
-        layers = lora_layers(net.encoder)
-        for name, place in folders.items():
-            adapters.load_adapter(place, layers, name, base)
-    adapters.load_heads(folder, net.heads, tasks, base)
+        places = {name: adapters.adapter_place(folder, name) for name in names}
+        net.adapt({name: adapters.read_settings(place) for name, place in places.items()})
+    adapters.load_all(folder, lora_layers(net.encoder), names, net.heads, tasks, base)
     return Trained(net.to(local_device(device)).eval(), tokenizer, source, tasks, extra)
+
+
+def predict_rows(trained: Trained, path: Path, task: str | None) -> list[tuple[str, str, str]]:
+    """The id, task and prediction of each row of a file, in its order.
+
+    Without `task`, a column "task" says whose a row is; rows of all tasks share encoder passes.
+    """
+    names = [task] if task else list(trained.tasks)
+    data, numbers = {}, {}
+    for name in names:
+        own = trained.tasks[name]
+        rows = read_rows(path, own, labelled=False, mixed=() if task else names)
+        if rows.ids:
+            data[name] = encode_rows(rows, own, trained.tokenizer, trained.extra["pairs"])
+            numbers[name] = rows.numbers
+    if not data:
+        raise UserError(f"{path}: no rows")
+    found: list[tuple[int, str, str, str]] = []
+    for name, outputs in predict(trained.model, data).items():
+        predictions = answers(trained.tasks[name], outputs)
+        found += zip(numbers[name], data[name].ids, repeat(name), predictions)
+    return [row[1:] for row in sorted(found)]
 
 
 def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:

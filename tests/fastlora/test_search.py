@@ -17,7 +17,7 @@ from fastlora.console import Log
 from fastlora.errors import RunError, UserError
 from fastlora.files import read_toml
 from fastlora.inputs import find_inputs
-from fastlora.ranks import low_rank, smallest_within_error, standard_error, sweep
+from fastlora.ranks import low_rank, mean_score, smallest_within_error, standard_error, sweep
 from fastlora.search import run_search
 from fastlora.setup import prepare
 from fastlora.stages import Search
@@ -66,8 +66,9 @@ def test_sweep_at_the_trained_rank_is_the_trained_model(tiny_config):
     trained = np.mean(list(trainer.run().scores.values()))
     found = sweep(trainer.model, trainer.setup.dev)
     assert sorted(found) == [1, 2, 4, 8, 16, 32]
-    assert found[32][0] == pytest.approx(trained, abs=1e-4)
-    assert len({score for score, _ in found.values()}) > 1
+    means = {rank: mean_score(scores.values())[0] for rank, scores in found.items()}
+    assert means[32] == pytest.approx(trained, abs=1e-4)
+    assert len(set(means.values())) > 1
     A = trainer.model.encoder.encoder.layer[0].attention.self.query.lora_A["default@0"]
     assert torch.linalg.matrix_rank(A) == 1
 
@@ -86,7 +87,14 @@ def test_search_leaves_its_findings(searched):
     assert stages_seen[:2] == ["defaults", "rates"] and "shapes" in stages_seen
     by_stage = {name: stages_seen.count(name) for name in stages_seen}
     assert (by_stage["defaults"], by_stage["rates"], by_stage["shapes"]) == (1, 3, 4)
-    assert by_stage["ranks"] == 1 and [rank for rank, _ in facts["ranks"]] == [32, 16, 8, 4, 2, 1]
+    assert by_stage["ranks"] in (1, 2) and [rank for rank, _ in facts["ranks"]] == [
+        32,
+        16,
+        8,
+        4,
+        2,
+        1,
+    ]
     assert {trial["state"] for trial in facts["trials"]} == {"complete", "pruned"}
     ours, theirs = facts["scores"]["best"], facts["scores"]["defaults"]
     assert len(ours) == len(theirs) and len(ours) in (1, 3)

@@ -1,0 +1,104 @@
+"""Four configurations side by side, one encoder pass a step, against one after the other."""
+
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import timed
+from trainers import LOSS_NOISE
+
+from fastlora.console import Log
+from fastlora.variants import side_by_side
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+STEPS = 4
+TOGETHER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from fastlora.config import TrainConfig
+from fastlora.console import Log
+from fastlora.inputs import find_inputs
+from fastlora.setup import prepare
+from fastlora.variants import side_by_side
+data, model, device = sys.argv[1:]
+config = TrainConfig(data=Path(data), model=model, tasks=("sts",), limit=300, device=device)
+setup = prepare(config, find_inputs(config))
+rates = {rates}
+trainer = side_by_side(setup, [replace(setup.config, lr=lr) for lr in rates], Log(quiet=True))
+print(trainer.run().scores)
+"""
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_steps(compare, job, tokens):
+    """A step's time for four configurations, with so many tokens a batch each."""
+    setup = job.setup(full=False)
+    setup = replace(setup, config=replace(setup.config, tokens_per_batch=tokens))
+    configs = [replace(setup.config, lr=lr) for lr in RATES]
+    together = side_by_side(setup, configs, Log(quiet=True))
+    alone = [side_by_side(setup, [config], Log(quiet=True)) for config in configs]
+    size = sorted(map(len, together.plan(0)))[len(together.plan(0)) // 2]
+    which = next(i for i, rows in enumerate(together.plan(0)) if len(rows) == size)
+
+    def run(trainer):
+        for _ in range(STEPS):
+            trainer.step(trainer.plan(0)[which])
+            trainer.progress.step += 1
+
+    def mean_loss(trainers):
+        return sum(t.sums[:, 0].sum().item() for t in trainers) / sum(
+            t.sums[:, 1].sum().item() for t in trainers
+        )
+
+    run(together)
+    for trainer in alone:
+        run(trainer)
+    difference = abs(mean_loss([together]) / mean_loss(alone) - 1)
+    compare(
+        f"side by side {job.device}: {tokens} tokens a batch, ratio to one by one",
+        lambda: [run(trainer) for trainer in alone],
+        lambda: run(together),
+        job.device,
+        name="four at once",
+        agrees=difference < LOSS_NOISE,
+    )
+
+
+def test_whole_runs(benchmark, job, tmp_path):
+    """Four short runs as commands, start and end included, and one process for all four."""
+    setup = job.setup(full=False)
+    data, model = str(setup.config.data), setup.config.model
+    flags = ["--data", data, "--model", model, "--tasks", "sts", "--limit", "300", "--quiet"]
+    command = [sys.executable, "-m", "fastlora.cli", "train", "--device", job.device, *flags]
+    script = TOGETHER.format(rates=RATES)
+    times, count = [], iter(range(100))
+
+    def four_commands():
+        for rate in RATES:
+            out = str(tmp_path / str(next(count)))
+            subprocess.run([*command, "--lr", str(rate), "--out", out], check=True)
+
+    def one_process():
+        subprocess.run(
+            [sys.executable, "-c", script, data, model, job.device],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+    benchmark.group = f"side by side {job.device}: 300 examples, start included, ratio to commands"
+    benchmark.pedantic(
+        lambda: timed(one_process), setup=lambda: times.append(timed(four_commands)), rounds=3
+    )
+    found = benchmark.stats.stats.data
+    ratios = sorted(a / b for a, b in zip(times, found, strict=True))
+    benchmark.extra_info.update(
+        name="four at once",
+        ratio=statistics.median(ratios),
+        low=ratios[0],
+        high=ratios[-1],
+        milliseconds=1e3 * statistics.median(found),
+        agrees=True,
+    )
