@@ -50,10 +50,8 @@ def predict(
     outputs = {n: np.empty((len(d), d.task.outputs), np.float32) for n, d in datasets.items()}
     for batch in eval_batches(datasets, EVAL_TOKENS):
         on_device = batch.to(device)
-        pooled = model.embed(on_device) if features is None else features(on_device)
-        for span in batch.spans:
-            scores = model.score(span, pooled[span.start : span.stop])
-            outputs[span.task][batch.indices[span.task]] = scores.float().cpu().numpy()
+        for name, scores in model(on_device, features and features(on_device)).items():
+            outputs[name][batch.indices[name]] = scores.float().cpu().numpy()
     return outputs
 
 

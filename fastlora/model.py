@@ -145,15 +145,16 @@ class MultitaskBert(nn.Module):
                 segments.append(Segment(name, ends[own[0].start], ends[own[-1].stop]))
         return segments
 
-    def score(self, span: Span, rows: Tensor) -> Tensor:
-        """A task's outputs [n, outputs] from its sentences' pooled states [n * width, H]."""
-        parts = rows.split(span.count) if span.width == 2 else (rows,)
-        return self.heads[span.task](*parts)
+    def forward(self, batch: Batch, pooled: Tensor | None = None) -> dict[str, Tensor]:
+        """Each task's outputs [n, outputs] for its examples in the batch.
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Each task's outputs [n, outputs] for its examples in the batch."""
-        pooled = self.embed(batch)
-        return {s.task: self.score(s, pooled[s.start : s.stop]) for s in batch.spans}
+        `pooled` are its sentences' states [B, H], where they are known.
+        """
+        rows = self.embed(batch) if pooled is None else pooled
+        return {
+            span.task: self.heads[span.task](*rows[span.start : span.stop].split(span.count))
+            for span in batch.spans
+        }
 
 
 def task_losses(

@@ -6,7 +6,7 @@ search.json, best.toml, and the tables and plots of its report; how it searches 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -206,13 +206,14 @@ def _cells(trial: Mapping[str, Any]) -> list[str]:
 def _draw(search: Search, facts: Mapping[str, Any], _: Figure, panels: list[Axes]) -> None:
     ranks, scores, errors = zip(*((r, s, e) for r, (s, e) in facts["ranks"]), strict=True)
     panels[0].errorbar(ranks, scores, errors, marker="o", capsize=3)
-    panels[0].set_xscale("log", base=2)
-    panels[0].set(title="one run, truncated", xlabel="rank", ylabel="score")
+    panels[0].set(title="ranks: one run, truncated", xlabel="rank", ylabel="score")
+    _log_scale(panels[0], ranks)
     for axes, stage, key in ((panels[1], "rates", "lr"), (panels[2], "shapes", "parameters")):
         of = [trial for trial in facts["trials"] if trial["stage"] == stage and trial["rungs"]]
         axes.scatter([t[key] for t in of], [t["rungs"][0]["score"] for t in of])
         axes.set(title=f"{stage}, first rung", ylabel="score")
-    panels[1].set(xlabel="learning rate", xscale="log")
+    panels[1].set(xlabel="learning rate")
+    _log_scale(panels[1], {t["lr"] for t in facts["trials"] if t["stage"] == "rates"})
     # Pareto: no point has as few parameters and a higher score.
     ordered = sorted((t["parameters"], -t["rungs"][0]["score"]) for t in of)
     best = list(accumulate((-score for _, score in ordered), max))
@@ -221,6 +222,14 @@ def _draw(search: Search, facts: Mapping[str, Any], _: Figure, panels: list[Axes
     importance = {**_importance(search.study("rates")), **_importance(search.study("shapes"))}
     panels[3].barh(list(importance), list(importance.values()))
     panels[3].set(title="importance in its stage", xlabel="share of the variance", xlim=(0, 1))
+
+
+def _log_scale(axes: Axes, values: Iterable[float]) -> None:
+    """A logarithmic x axis with these values at its ticks."""
+    ticks = sorted(values)
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.minorticks_off()
 
 
 def _importance(study: optuna.Study) -> dict[str, float]:

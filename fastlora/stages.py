@@ -3,8 +3,8 @@
 Stages, each an Optuna study in one journal file, which several processes may work on:
     defaults   the settings as given: what the search must beat
     rates      learning rate and warmup, by successive halving on growing numbers of examples
-    ranks      the largest rank at these rates and at those given, in full; smaller ones are
-               truncations of what it learned
+    ranks      the largest rank at these rates and at those given; smaller ones are truncations
+               of what it learned
     shapes     dropout and targets, by successive halving
     final-N    the best and the defaults, in full, one study a seed
 """
@@ -39,11 +39,12 @@ SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
 RATES, WARMUPS = (0.25, 0.5, 1.0, 2.0, 4.0), (0.06, 0.2)  # rates as factors of the one given
 # The examples of a short run, rung by rung, as shares of the search's own; and the least and the
 # most of all examples that the search takes as its own.
-RUNGS, LEAST, MOST = (0.125, 0.25), 0.1, 0.5
+RUNGS, LEAST, MOST = (0.125, 0.25), 0.05, 0.5
 RANK_STAGE = "ranks"
 SCORING, WIDER = 0.4, 1.3  # of an example, against training on it; of runs with more targets
 REDUCTION = 3  # one in three goes on to the next rung
-SHORT_DEV = 500  # dev examples a task that score a short run
+LONG = 0.5  # the share of all examples of the run whose ranks are cut
+SHORT_DEV = 400  # dev examples a task that score a short run
 Params = dict[str, Any]
 
 
@@ -94,11 +95,12 @@ class Search:
         rates.sort(key=lambda params: params != defaults)
         shapes = list(product(SHAPES, DROPOUTS))
         last_runs = 2 * SEEDS - 1
-        rungs = self.rungs(full, self.how.trials + len(shapes), 2 + last_runs)
+        rungs = self.rungs(full, self.how.trials + len(shapes), 2 * LONG + last_runs)
         rates_study = self.stage("rates", rates[: self.how.trials], rungs, self.how.trials)
-        # Short runs like high rates: in a full one, the rates as given get another chance.
+        # Short runs like high rates: in a longer one, the rates as given get another chance.
         largest = [{**best_of(rates_study).params, "r": max(RANKS)}, {**defaults, "r": max(RANKS)}]
-        longest = best_of(self.stage(RANK_STAGE, largest[: 1 + (largest[0] != largest[1])]))
+        pair = largest[: 1 + (largest[0] != largest[1])]
+        longest = best_of(self.stage(RANK_STAGE, pair, [LONG]))
         best = {**longest.params, "r": smallest_within_error(dict(longest.user_attrs["sweep"]))}
         rungs = self.rungs(full, len(shapes), last_runs)
         shaped = [{**best, "dropout": dropout, "targets": targets} for targets, dropout in shapes]
@@ -216,7 +218,7 @@ class Search:
         name, rungs = study.study_name, study.user_attrs["rungs"]
         for rung, share in enumerate(rungs):
             start = time.perf_counter()
-            setup = self.setup if share == 1 else replace(self.setup, dev=self.short_dev)
+            setup = replace(self.setup, dev=self.short_dev) if len(rungs) > 1 else self.setup
             configs = [self.configure(trial.params) for trial in group]
             trainer = side_by_side(setup, configs, Log(quiet=True))
             trainer.total = max(1, round(share * trainer.total))

@@ -237,8 +237,7 @@ class Trainer:
         counts = np.bincount(self.unit_of[batch_plan[:, 0]])
         features = self.train_features
         with self.autocast():
-            pooled = self.model.embed(batch) if features is None else features(batch)
-            outputs = {s.task: self.model.score(s, pooled[s.start : s.stop]) for s in batch.spans}
+            outputs = self.model(batch, features and features(batch))
         losses = task_losses(self.model.tasks, outputs, batch.labels)
         means = []
         for i, name in enumerate(self.setup.train):
