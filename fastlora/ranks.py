@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastlora.data import TaskData
-from fastlora.evaluate import predict, scores_of
+from fastlora.evaluate import predict, score
 from fastlora.lora import lora_layers
 from fastlora.model import MultitaskBert
+from fastlora.train import Trainer
+from fastlora.variants import is_variant
 
 RANKS = (1, 2, 4, 8, 16, 32)
+RESAMPLES = 200
 
 
-def sweep(
-    model: MultitaskBert, dev: Mapping[str, TaskData]
-) -> dict[int, dict[str, tuple[float, float]]]:
-    """Each task's score, and its standard error, with every adapter cut to each rank.
+def sweep(trainer: Trainer, variant: int) -> dict[int, tuple[float, float]]:
+    """A variant's mean score with its adapters cut to each rank, and an error.
 
-    The model's adapters end at the lowest one.
+    The error is the standard error of the score's distance to the best one, on the same examples
+    (paired bootstrap, Efron & Tibshirani 1993). All adapters end at the lowest rank.
     """
-    found = {}
-    for rank in sorted(RANKS, reverse=True):
-        truncate(model, rank)
-        scores = {name: score or 0.0 for name, score in scores_of(dev, predict(model, dev)).items()}
-        found[rank] = {
-            name: (score, standard_error(dev[name].task.metric, score, len(dev[name])))
-            for name, score in scores.items()
-        }
-    return found
+    dev = {n: data for n, data in trainer.setup.dev.items() if is_variant(n, variant)}
+    ranks, outputs = sorted(RANKS, reverse=True), []
+    for rank in ranks:
+        truncate(trainer.model, rank)
+        outputs.append(predict(trainer.model, dev))
+    scores = _mean_scores(dev, outputs, {name: np.arange(len(d)) for name, d in dev.items()})
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        rows = {name: rng.integers(len(d), size=len(d)) for name, d in dev.items()}
+        draws.append(_mean_scores(dev, outputs, rows))
+    errors = np.std([draw[scores.argmax()] - draw for draw in draws], axis=0)
+    return dict(zip(ranks, zip(scores.tolist(), errors.tolist(), strict=True), strict=True))
+
+
+def _mean_scores(
+    dev: Mapping[str, TaskData],
+    outputs: Sequence[Mapping[str, np.ndarray]],
+    rows: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """The tasks' mean score on these examples, of each of the outputs."""
+    parts = [
+        [score(data.task, own[name][rows[name]], data.labels[rows[name]]) or 0.0 for own in outputs]
+        for name, data in dev.items()
+        if data.labels is not None
+    ]
+    return np.mean(parts, axis=0)
 
 
 @torch.no_grad()
@@ -55,20 +73,7 @@ def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (root[:, None] * V[:rank]) @ Qa.T, Qb @ (U[:, :rank] * root)
 
 
-def standard_error(metric: str, score: float, count: int) -> float:
-    """Of an accuracy (binomial) or of Pearson's r (Fisher 1915) over `count` examples."""
-    if metric == "accuracy":
-        return math.sqrt(score * (1 - score) / count)
-    return (1 - score**2) / math.sqrt(max(1, count - 1))
-
-
-def mean_score(scores: Collection[tuple[float, float]]) -> tuple[float, float]:
-    """The mean of scores, and its standard error, from theirs."""
-    values, errors = zip(*scores, strict=True)
-    return float(np.mean(values)), math.hypot(*errors) / len(errors)
-
-
 def smallest_within_error(found: Mapping[int, tuple[float, float]]) -> int:
-    """The smallest rank whose score is within one standard error of the best."""
-    best, error = max(found.values())
-    return min(rank for rank, (score, _) in found.items() if score >= best - error)
+    """The smallest rank whose score is within its error of the best."""
+    best = max(score for score, _ in found.values())
+    return min(rank for rank, (score, error) in found.items() if score >= best - error)

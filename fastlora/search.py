@@ -120,8 +120,7 @@ def _facts(search: Search, found: Found) -> dict[str, Any]:
     full = search.study("defaults").best_trial.user_attrs["seconds"]
     seedless = [{**trial.params, "seed": None} for _, trial in trials]
     ranks = _ranks(search)
-    swept = len(search.study(RANK_STAGE).trials) * (len(ranks) - 1)
-    count = len({tuple(params.items()) for params in seedless}) + swept
+    count = len({tuple(params.items()) for params in seedless}) + len(ranks) - 1
     runs = count + 2 * len(found.searched) - 2
     return {
         "best": found.params,
@@ -190,7 +189,7 @@ def _sections(
     yield plot(folder / "plots" / f"{name}.png", 4, partial(_draw, search, facts))
     yield "### Ranks, from one run"
     rows = [[str(rank), f"{score:.4f}", f"{error:.4f}"] for rank, (score, error) in facts["ranks"]]
-    yield table(["rank", "score", "standard error"], rows)
+    yield table(["rank", "score", "error of its distance to the best"], rows)
     yield "### Trials"
     header = [*COLUMNS, "examples", "score", "parameters", "seconds"]
     yield table(header, [_cells(trial) for trial in done])

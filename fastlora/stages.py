@@ -29,7 +29,7 @@ from fastlora.batches import subset
 from fastlora.config import TARGETS, SearchConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.errors import RunError
-from fastlora.ranks import RANKS, mean_score, smallest_within_error, sweep
+from fastlora.ranks import RANKS, smallest_within_error, sweep
 from fastlora.setup import Setup
 from fastlora.variants import side_by_side, variant_name, variant_parameters
 
@@ -126,7 +126,7 @@ class Search:
         chosen = best if np.mean(ours) > np.mean(theirs) else defaults
         return Found(chosen, self.configure(chosen), theirs, ours, p_value)
 
-    def rungs(self, full: float, short: int, later: int) -> list[float]:
+    def rungs(self, full: float, short: int, later: float) -> list[float]:
         """The share of all examples that each rung of a short run gets.
 
         A run on all takes `full` seconds; the budget must pay for `later` ones of them, and what
@@ -223,21 +223,21 @@ class Search:
             trainer = side_by_side(setup, configs, Log(quiet=True))
             trainer.total = max(1, round(share * trainer.total))
             scores = trainer.run().scores
-            found = sweep(trainer.model, trainer.setup.dev) if name == RANK_STAGE else {}
-            seconds = time.perf_counter() - start
             values = {}
             for i, trial in enumerate(group):
                 own = {task: scores[variant_name(task, i)] for task in self.setup.train}
                 diverged = any(score is None for score in own.values())
                 values[trial.number] = -1.0 if diverged else float(np.mean(list(own.values())))
                 trial.report(values[trial.number], REDUCTION**rung)
+                trial.set_user_attr("scores", own)
+                trial.set_user_attr("parameters", variant_parameters(trainer, i))
+            first = max(range(len(group)), key=lambda i: values[group[i].number])
+            if name == RANK_STAGE:
+                group[first].set_user_attr("sweep", list(sweep(trainer, first).items()))
+            seconds = time.perf_counter() - start
+            for trial in group:
                 before = trial.user_attrs.get("seconds", 0.0)
                 trial.set_user_attr("seconds", before + seconds / len(group))
-                trial.set_user_attr("scores", own)
-                names = [variant_name(task, i) for task in self.setup.train]
-                ranks = [(r, mean_score([found[r][name] for name in names])) for r in found]
-                trial.set_user_attr("sweep", ranks)
-                trial.set_user_attr("parameters", variant_parameters(trainer, i))
             self.log.line(
                 f"{name:<10} side by side on {share:.0%} of the examples: {len(group)}; best "
                 f"{max(values.values()):.4f}, {seconds:.0f} s"

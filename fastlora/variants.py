@@ -55,9 +55,12 @@ def side_by_side(setup: Setup, configs: Sequence[TrainConfig], log: Log) -> Trai
 def variant_parameters(trainer: Trainer, variant: int) -> int:
     """How many parameters a variant trains."""
     parameters = trainable(trainer.model).items()
-    return sum(
-        p.numel() for name, p in parameters if owner(name).endswith(variant_name("", variant))
-    )
+    return sum(p.numel() for name, p in parameters if is_variant(owner(name), variant))
+
+
+def is_variant(name: str, variant: int) -> bool:
+    """Whether a task or adapter is of this variant."""
+    return name.endswith(variant_name("", variant))
 
 
 def variant_name(name: str, variant: int) -> str:
