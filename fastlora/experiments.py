@@ -18,7 +18,6 @@ from fastlora.console import Log, number
 from fastlora.errors import RunError
 from fastlora.files import atomic_open
 from fastlora.inputs import Inputs
-from fastlora.report import NO_PLOTS
 from fastlora.runs import open_run
 from fastlora.session import run_prepared
 from fastlora.setup import Setup, prepare, read_encoder
@@ -141,7 +140,7 @@ def _write(
     draw = partial(_draw, tasks=table.tasks, records=records)
     shown = pages.plot(folder / "plots" / f"{name}.png", len(table.tasks), draw)
     parts = [f"# {name}: {table.title}", facts, pages.table(header, cells)]
-    parts += ["\n".join(f"- {verdict}" for verdict in verdicts), shown or NO_PLOTS]
+    parts += ["\n".join(f"- {verdict}" for verdict in verdicts), shown]
     text = "\n\n".join(filter(None, (*parts, table.note, NOTES)))
     pages.write_pages(folder, text)
     log.line(f"report in {folder / 'report.html'}")

@@ -11,6 +11,7 @@ import math
 import mimetypes
 import re
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NO_PLOTS = 'plots: install the report extra (pip install "fastlora-bert[report]")'
 # Okabe and Ito's, which colour-blind readers can tell apart.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
 STYLE: dict[Any, Any] = {
@@ -63,32 +65,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def figures() -> type[Figure] | None:
-    """matplotlib's `Figure`, or None where the report extra is not installed.
-
-    Such a figure has the Agg canvas and belongs to no window, no pyplot and no global list.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure
-
-
 def plot(path: Path, panels: int, draw: Callable[[Figure, list[Axes]], None]) -> str:
     """Write the PNG that `draw` makes of a figure with empty panels, in rows of up to three.
 
     Returns the Markdown that shows `FOLDER/plots/NAME.png` in `FOLDER/report.md`; without
     matplotlib returns "" and writes nothing.
     """
-    if (blank := figures()) is None:
+    if not find_spec("matplotlib"):
         return ""
     from matplotlib import rc_context
+    from matplotlib.figure import Figure  # not pyplot's: no window, no global list
 
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = math.ceil(panels / 3)
     with rc_context(STYLE):
-        figure = blank(figsize=(8, 3 * rows), dpi=150, layout="constrained")
+        figure = Figure(figsize=(8, 3 * rows), dpi=150, layout="constrained")
         columns = math.ceil(panels / rows)
         draw(figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)])
         figure.savefig(path)
@@ -98,7 +89,8 @@ def plot(path: Path, panels: int, draw: Callable[[Figure, list[Axes]], None]) ->
 def write_pages(folder: Path, text: str) -> None:
     """Write Markdown as `folder/report.md` and as one self-contained page, `report.html`.
 
-    Images, named by their paths in `folder`, become part of the page; OSError when one is missing.
+    Both end with how to get plots where matplotlib is missing. Images, named by their paths in
+    `folder`, become part of the page; OSError when one is missing.
     """
     # Imported here: only the end of a command writes a page.
     from markdown import markdown
@@ -108,6 +100,8 @@ def write_pages(folder: Path, text: str) -> None:
         data = base64.b64encode((folder / match[1]).read_bytes()).decode()
         return f'src="data:{kind};base64,{data}"'
 
+    if not find_spec("matplotlib"):
+        text += f"\n\n{NO_PLOTS}"
     body = markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
     body = re.sub(r'(?<= )src="([^":]+)"(?=[^<>]*>)', inline, body)
     heading = re.search("^# (.+)", text, re.MULTILINE)

@@ -23,14 +23,13 @@ from fastlora.config import LoraConfig
 from fastlora.console import number
 from fastlora.files import atomic_open, read_toml
 from fastlora.lora import DEFAULT, is_target
-from fastlora.pages import figures, plot, table, write_pages
+from fastlora.pages import plot, table, write_pages
 from fastlora.tasks import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NO_PLOTS = 'plots: install the report extra (pip install "fastlora-bert[report]")'
 MODES = {"lora": "LoRA on", "frozen": "Heads on the frozen", "full": "Full fine-tuning of"}
 A_KEY = re.compile(r"base_model\.model\.encoder\.layer\.(\d+)\.(.+)\.lora_A\.weight")
 PEFT = """
@@ -72,7 +71,6 @@ def write_report(folder: Path) -> None:
     sections = [
         f"# {run.name}",
         _head(run),
-        "" if figures() else NO_PLOTS,
         "## Dev scores",
         _scores(run),
         *_training(run),

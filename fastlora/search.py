@@ -23,8 +23,7 @@ from fastlora.console import Log
 from fastlora.errors import UserError
 from fastlora.files import atomic_open
 from fastlora.inputs import Inputs
-from fastlora.pages import figures, plot, table, write_pages
-from fastlora.report import NO_PLOTS
+from fastlora.pages import plot, table, write_pages
 from fastlora.runs import default_folder, open_run
 from fastlora.setup import prepare, read_encoder
 from fastlora.stages import RANK_STAGE, Found, Search
@@ -102,8 +101,6 @@ def write_search(
     with atomic_open(folder / "search.json") as file:
         json.dump(facts, file, indent=1)
     parts = ["# Search of LoRA settings", f"Tasks: {', '.join(config.tasks or ())}."]
-    if figures() is None:
-        parts.append(NO_PLOTS)
     for name, (search, found) in done.items():
         parts += [f"## {name}", *_sections(folder, name, search, found, facts[name])]
         for line in _verdict(found, facts[name]):
