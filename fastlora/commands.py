@@ -95,6 +95,7 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Search; see SEARCH_HELP."""
+    _check_alone("search")
     settings = _with_tasks(settings, config)
     inputs = find_inputs(settings)
     try:
@@ -207,8 +208,7 @@ def reproduce(
     """Run the paper's tables; see REPRODUCE_HELP."""
     if seeds < 1:
         raise UserError(f"seeds is {seeds} (expected 1 or more)")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("reproduce runs in one process; start it without torchrun")
+    _check_alone("reproduce")
     names = tuple(TABLES) if "all" in tables else tuple(dict.fromkeys(tables))
     settings = TrainConfig(
         tasks=tuple(dict.fromkeys(task for name in names for task in TABLES[name].tasks)),
@@ -259,6 +259,11 @@ def tune(
     rows = tuner.tune(where, dtype, print)
     tuning.save(tuned_file(), rows)
     print(f"measured block sizes in {tuned_file()}; runs on this machine use them")
+
+
+def _check_alone(command: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{command} runs in one process; start it without torchrun")
 
 
 def _with_tasks(settings: TrainConfig, config: Path | None) -> TrainConfig:

@@ -28,6 +28,7 @@ from fastlora.runs import default_folder, open_run
 from fastlora.setup import prepare, read_encoder
 from fastlora.stages import RANK_STAGE, Found, Search
 from fastlora.tasks import BUILTIN
+from fastlora.train import Interrupted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +50,8 @@ def run_search(
     """
     if config.mode != "lora" or config.adapters == "shared+per-task":
         raise UserError("search finds LoRA settings of shared or of per-task adapters, only")
+    if config.tokens_per_batch == "auto":
+        raise UserError("tokens_per_batch is 'auto' (a search expects a number)")
     log, setup = Log(quiet), replace(prepare(config, inputs), loaded=read_encoder(inputs.source))
     folder = config.out or default_folder(config)
     if how.join and not (folder / "run.toml").is_file():
@@ -63,7 +66,11 @@ def run_search(
         if how.budget and not shared:
             limits = replace(how, budget=how.budget / len(setup.train))
         search = Search(own, place, limits, log)
-        found = search.run()
+        try:
+            found = search.run()
+        except Interrupted:
+            log.line(f"stopped; the same command with --out {folder} goes on")
+            raise
         done[part] = search, found
         new = found.config
         tuned = TaskLoraConfig(**vars(new.lora), lr=new.lr, warmup=new.warmup)

@@ -193,6 +193,7 @@ def test_two_processes_share_a_search(tiny_config):
         (["--trials", "0"], "trials is 0"),
         (["--mode", "full"], "search finds LoRA settings"),
         (["--join"], "holds no search to help with"),
+        (["--tokens-per-batch", "auto"], "tokens_per_batch is 'auto'"),
     ],
 )
 def test_misuse(tiny_data, tiny_model, tmp_path, capsys, flags, message):
