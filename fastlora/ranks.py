@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,14 +19,16 @@ RANKS = (1, 2, 4, 8, 16, 32)
 RESAMPLES = 200
 
 
-def sweep(trainer: Trainer, variant: int) -> dict[int, tuple[float, float]]:
+def sweep(
+    trainer: Trainer, variant: int, among: Collection[int] = RANKS
+) -> dict[int, tuple[float, float]]:
     """A variant's mean score with its adapters cut to each rank, and an error.
 
     The error is the standard error of the score's distance to the best one, on the same examples
     (paired bootstrap, Efron & Tibshirani 1993). All adapters end at the lowest rank.
     """
     dev = {n: data for n, data in trainer.setup.dev.items() if is_variant(n, variant)}
-    ranks, outputs = sorted(RANKS, reverse=True), []
+    ranks, outputs = sorted(among, reverse=True), []
     for rank in ranks:
         truncate(trainer.model, rank)
         outputs.append(predict(trainer.model, dev))

@@ -36,13 +36,14 @@ from fastlora.variants import side_by_side, variant_name, variant_parameters
 SEEDS = 3
 DROPOUTS = (0.0, 0.05, 0.1, 0.2)
 SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
-RATES, WARMUPS = (0.25, 0.5, 1.0, 2.0, 4.0), (0.06, 0.2)  # rates as factors of the one given
+RATES, WARMUPS = (1.0, 2.0, 0.5, 4.0, 0.25), (0.06, 0.2)  # rates as factors of the one given
 # The examples of a short run, rung by rung, as shares of the search's own; and the least and the
 # most of all examples that the search takes as its own.
 RUNGS, LEAST, MOST = (0.125, 0.25), 0.05, 0.5
 RANK_STAGE = "ranks"
 SCORING, WIDER = 0.4, 1.3  # of an example, against training on it; of runs with more targets
 REDUCTION = 3  # one in three goes on to the next rung
+OVER = 1.5  # how far a search may go over its budget, when it says so at its start
 LONG = 0.5  # the share of all examples of the run whose ranks are cut
 SHORT_DEV = 400  # dev examples a task that score a short run
 Params = dict[str, Any]
@@ -84,27 +85,31 @@ class Search:
             "warmup": config.warmup,
             "r": config.lora.r,
             "dropout": config.lora.dropout,
-            "targets": ",".join(config.lora.targets),
+            "targets": ",".join(target for target in TARGETS if target in config.lora.targets),
             "seed": config.seed,
         }
         full = best_of(self.stage("defaults", [defaults])).user_attrs["seconds"]
         rates = [
             {**defaults, "lr": defaults["lr"] * rate, "warmup": warmup}
-            for warmup, rate in product(dict.fromkeys((defaults["warmup"], *WARMUPS)), RATES)
+            for warmup, rate in product(_with(defaults["warmup"], WARMUPS), RATES)
         ]
-        rates.sort(key=lambda params: params != defaults)
-        shapes = list(product(SHAPES, DROPOUTS))
+        shapes = [
+            {"targets": targets, "dropout": dropout}
+            for targets in _with(defaults["targets"], SHAPES)
+            for dropout in _with(defaults["dropout"], DROPOUTS)
+        ]
         last_runs = 2 * SEEDS - 1
         rungs = self.rungs(full, self.how.trials + len(shapes), 2 * LONG + last_runs)
         rates_study = self.stage("rates", rates[: self.how.trials], rungs, self.how.trials)
         # Short runs like high rates: in a longer one, the rates as given get another chance.
-        largest = [{**best_of(rates_study).params, "r": max(RANKS)}, {**defaults, "r": max(RANKS)}]
+        r = max(*RANKS, defaults["r"])
+        largest = [{**best_of(rates_study).params, "r": r}, {**defaults, "r": r}]
         pair = largest[: 1 + (largest[0] != largest[1])]
         longest = best_of(self.stage(RANK_STAGE, pair, [LONG]))
         best = {**longest.params, "r": smallest_within_error(dict(longest.user_attrs["sweep"]))}
         rungs = self.rungs(full, len(shapes), last_runs)
-        shaped = [{**best, "dropout": dropout, "targets": targets} for targets, dropout in shapes]
-        best = dict(best_of(self.stage("shapes", shaped, rungs)).params)
+        shaped = self.stage("shapes", [{**best, **shape} for shape in shapes], rungs)
+        best = dict(best_of(shaped).params)
         return self.compare(defaults, best)
 
     def compare(self, defaults: Params, best: Params) -> Found:
@@ -130,7 +135,7 @@ class Search:
         """The share of all examples that each rung of a short run gets.
 
         A run on all takes `full` seconds; the budget must pay for `later` ones of them, and what
-        is left of it is for `short` short runs. Raises RunError where that is too little.
+        is left of it is for `short` short runs. Raises RunError where that is far too little.
         """
         if self.how.budget is None:
             return [MOST * rung for rung in RUNGS]
@@ -146,10 +151,13 @@ class Search:
         left = self.how.budget - self.spent() - full * later - scoring
         if left < LEAST * training and "rates" not in optuna.get_all_study_names(self.storage):
             needed = self.how.budget - left + LEAST * training
-            raise RunError(
+            text = (
                 f"--budget is {self.how.budget:.0f} s, but a full run takes {full:.0f} s, so "
-                f"that {needed:.0f} s are needed; raise --budget, or lower --limit or --epochs"
+                f"that {needed:.0f} s are needed"
             )
+            if needed > OVER * self.how.budget:
+                raise RunError(f"{text}; raise --budget, or lower --limit or --epochs")
+            self.log.line(f"note       {text}")
         return [min(MOST, max(LEAST, left / training)) * rung for rung in RUNGS]
 
     def spent(self) -> float:
@@ -233,7 +241,8 @@ class Search:
                 trial.set_user_attr("parameters", variant_parameters(trainer, i))
             first = max(range(len(group)), key=lambda i: values[group[i].number])
             if name == RANK_STAGE:
-                group[first].set_user_attr("sweep", list(sweep(trainer, first).items()))
+                ranks = {*RANKS, self.setup.config.lora.r}
+                group[first].set_user_attr("sweep", list(sweep(trainer, first, ranks).items()))
             seconds = time.perf_counter() - start
             for trial in group:
                 before = trial.user_attrs.get("seconds", 0.0)
@@ -267,6 +276,11 @@ def best_of(study: optuna.Study) -> FrozenTrial:
     if best.value is None or best.value < 0:
         raise RunError(f"every run of the stage {study.study_name!r} diverged; lower --lr")
     return best
+
+
+def _with(own: Any, values: Sequence[Any]) -> list[Any]:
+    """The values, led by the one given."""
+    return list(dict.fromkeys((own, *values)))
 
 
 def _space(candidates: Sequence[Params]) -> dict[str, Any]:
