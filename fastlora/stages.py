@@ -222,47 +222,53 @@ class Search:
                 return study
 
     def train(self, study: optuna.Study, group: list[Trial]) -> None:
-        """Train a group of trials side by side, rung by rung, dropping those that fall behind."""
-        name, rungs = study.study_name, study.user_attrs["rungs"]
-        for rung, share in enumerate(rungs):
-            start = time.perf_counter()
-            setup = replace(self.setup, dev=self.short_dev) if len(rungs) > 1 else self.setup
-            configs = [self.configure(trial.params) for trial in group]
-            trainer = side_by_side(setup, configs, Log(quiet=True))
-            trainer.total = max(1, round(share * trainer.total))
-            scores = trainer.run().scores
-            values = {}
-            for i, trial in enumerate(group):
-                own = {task: scores[variant_name(task, i)] for task in self.setup.train}
-                diverged = any(score is None for score in own.values())
-                values[trial.number] = -1.0 if diverged else float(np.mean(list(own.values())))
-                trial.report(values[trial.number], REDUCTION**rung)
-                trial.set_user_attr("scores", own)
-                trial.set_user_attr("parameters", variant_parameters(trainer, i))
-            first = max(range(len(group)), key=lambda i: values[group[i].number])
-            if name == RANK_STAGE:
-                ranks = {*RANKS, self.setup.config.lora.r}
-                group[first].set_user_attr("sweep", list(sweep(trainer, first, ranks).items()))
-            seconds = time.perf_counter() - start
-            for trial in group:
-                before = trial.user_attrs.get("seconds", 0.0)
-                trial.set_user_attr("seconds", before + seconds / len(group))
-            self.log.line(
-                f"{name:<10} side by side on {share:.0%} of the examples: {len(group)}; best "
-                f"{max(values.values()):.4f}, {seconds:.0f} s"
-            )
+        """Train a group of trials rung by rung, dropping those that fall behind."""
+        last = len(study.user_attrs["rungs"]) - 1
+        for rung in range(last + 1):
+            values = self.rung(study, group, rung)
             # Best first: the pruner compares with those that it was asked about before.
             group.sort(key=lambda trial: -values[trial.number])
-            last = rung == len(rungs) - 1
-            stay = [trial for trial in group if last or not trial.should_prune()]
-            for trial in group:
-                if last:
-                    study.tell(trial, values[trial.number])
-                elif trial not in stay:
-                    study.tell(trial, state=TrialState.PRUNED)
-            group = stay
+            behind = [trial for trial in group if rung < last and trial.should_prune()]
+            for trial in behind:
+                study.tell(trial, state=TrialState.PRUNED)
+            group = [trial for trial in group if trial not in behind]
             if not group:
                 return
+        for trial in group:
+            study.tell(trial, values[trial.number])
+
+    def rung(self, study: optuna.Study, group: Sequence[Trial], rung: int) -> dict[int, float]:
+        """Train on a rung's examples, and note in the trials what came of it; values by number.
+
+        A value is the mean score of the tasks, or -1 of a run that diverged.
+        """
+        start, rungs = time.perf_counter(), study.user_attrs["rungs"]
+        setup = replace(self.setup, dev=self.short_dev) if len(rungs) > 1 else self.setup
+        configs = [self.configure(trial.params) for trial in group]
+        trainer = side_by_side(setup, configs, Log(quiet=True))
+        trainer.total = max(1, round(rungs[rung] * trainer.total))
+        scores = trainer.run().scores
+        values = {}
+        for i, trial in enumerate(group):
+            own = {task: scores[variant_name(task, i)] for task in self.setup.train}
+            found = [score for score in own.values() if score is not None]
+            values[trial.number] = float(np.mean(found)) if len(found) == len(own) else -1.0
+            trial.report(values[trial.number], REDUCTION**rung)
+            trial.set_user_attr("scores", own)
+            trial.set_user_attr("parameters", variant_parameters(trainer, i))
+        if study.study_name == RANK_STAGE:
+            first = max(range(len(group)), key=lambda i: values[group[i].number])
+            cut = sweep(trainer, first, {*RANKS, self.setup.config.lora.r})
+            group[first].set_user_attr("sweep", list(cut.items()))
+        seconds = time.perf_counter() - start
+        for trial in group:
+            before = trial.user_attrs.get("seconds", 0.0)
+            trial.set_user_attr("seconds", before + seconds / len(group))
+        self.log.line(
+            f"{study.study_name:<10} side by side on {rungs[rung]:.0%} of the examples: "
+            f"{len(group)}; best {max(values.values()):.4f}, {seconds:.0f} s"
+        )
+        return values
 
 
 def value_of(study: optuna.Study, params: Params) -> float:
