@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,9 +36,9 @@ class Log:
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         """A table; plain columns in the log."""
-        table = Table(*header)
+        table = Table(*header, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
         for column in table.columns[2:]:
-            column.justify, column.no_wrap = "right", True
+            column.justify = "right"
         for row in rows:
             table.add_row(*row)
             self._keep("  ".join(f"{cell:<12}" for cell in row))

@@ -13,7 +13,7 @@ from typing import Any
 from fastlora.config import DEFAULT_TASKS, LoraConfig
 
 RANKS, ALPHAS, DROPOUTS = (2, 4, 8, 16, 32, 64), (16, 32), (0.0, 0.05, 0.1, 0.2)
-COURSE = "lr 1e-5 (course)"
+COURSE = "lr 1e-5"
 
 
 @dataclass(frozen=True)
