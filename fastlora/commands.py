@@ -158,10 +158,10 @@ def predict_file(
         task = next(iter(trained.tasks))
     if task is not None and task not in trained.tasks:
         raise UserError(f"--task is {task!r} (expected one of {', '.join(trained.tasks)})")
-    rows = predict_rows(trained, input, task)
+    rows, truncated = predict_rows(trained, input, task)
     out = out or input.with_name(f"{input.stem}.predictions.csv")
     write_rows(out, ["id", "task", "prediction"], rows)
-    print(f"{len(rows):,} predictions in {out}")
+    print(f"{len(rows):,} predictions in {out} ({truncated} texts truncated)")
 
 
 @app.command

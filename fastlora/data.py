@@ -73,7 +73,7 @@ def read_rows(
     """
     wanted = [*task.columns, *([task.label] if labelled else [])]
     text = _text(path, read_content(path) if content is None else content)
-    header = [*wanted, "task"] if mixed else wanted
+    header = ["task", *wanted] if mixed else wanted
     records = _json_records(text) if path.suffix == ".jsonl" else _csv_records(path, text, header)
     ids: list[str] = []
     texts, labels, numbers, problems = [], [], [], []
@@ -146,7 +146,8 @@ def _csv_records(path: Path, text: str, wanted: list[str]) -> Iterator[tuple[int
         for name in wanted:
             if header.count(name) != 1:
                 found = f"{header.count(name)} columns named {name!r} in {header}"
-                raise UserError(f"{path}:1: {found} (expected 1)")
+                hint = "; or name the rows' task with --task" if name == "task" else ""
+                raise UserError(f"{path}:1: {found} (expected 1){hint}")
         line = reader.line_num + 1
         for row in reader:
             if not row and len(header) == 1:

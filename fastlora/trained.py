@@ -66,8 +66,10 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     return Trained(net.to(local_device(device)).eval(), tokenizer, source, tasks, extra)
 
 
-def predict_rows(trained: Trained, path: Path, task: str | None) -> list[tuple[str, str, str]]:
-    """The id, task and prediction of each row of a file, in its order.
+def predict_rows(
+    trained: Trained, path: Path, task: str | None
+) -> tuple[list[tuple[str, str, str]], int]:
+    """The id, task and prediction of each row of a file, in its order, and the texts cut.
 
     Without `task`, a column "task" says whose a row is; rows of all tasks share encoder passes.
     """
@@ -85,7 +87,7 @@ def predict_rows(trained: Trained, path: Path, task: str | None) -> list[tuple[s
     for name, outputs in predict(trained.model, data).items():
         predictions = answers(trained.tasks[name], outputs)
         found += zip(numbers[name], data[name].ids, repeat(name), predictions)
-    return [row[1:] for row in sorted(found)]
+    return [row[1:] for row in sorted(found)], sum(own.truncated for own in data.values())
 
 
 def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:

@@ -162,14 +162,16 @@ def test_predict_writes_a_row_for_each_row(finished, tmp_path, capsys):
     file = tmp_path / "new.csv"
     file.write_text('sentence\n a good film .\n""\nnot very good\n')
     code, out, _ = call(["predict", finished, file, "--task", "sst"], capsys)
-    assert code == 0 and "3 predictions of sst" in out
+    assert code == 0 and "3 predictions in" in out and "(0 texts truncated)" in out
     lines = (tmp_path / "new.predictions.csv").read_text().splitlines()
-    assert lines[0] == "id,prediction" and len(lines) == 4
+    assert lines[0] == "id,task,prediction" and len(lines) == 4
 
 
 def test_predict_names_the_tasks(finished, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("sentence\na\n")
     code, _, err = call(["predict", finished, tmp_path / "new.csv"], capsys)
+    assert code == 2 and "0 columns named 'task'" in err and "with --task" in err
+    code, _, err = call(["predict", finished, tmp_path / "new.csv", "--task", "stt"], capsys)
     assert code == 2 and "expected one of sst, quora, sts" in err
     code, _, err = call(["predict", finished, tmp_path / "no.csv", "--task", "sst"], capsys)
     assert code == 2 and "no.csv: no such file" in err

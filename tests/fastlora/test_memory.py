@@ -123,7 +123,7 @@ def test_auto_stops_where_speed_memory_or_steps_do(
 ):
     left = iter(rates)
     monkeypatch.setattr(tokens, "trial_rate", lambda trainer, plan: next(left))
-    monkeypatch.setattr(train, "LEAST_STEPS", steps)
+    monkeypatch.setattr(tokens, "LEAST_STEPS", steps)
     config = tiny_config(tokens_per_batch="auto")
     run(config)
     assert tokens_of(config) == expected
@@ -133,7 +133,7 @@ def test_auto_stops_where_speed_memory_or_steps_do(
 def test_auto_continues_with_the_number_it_chose(tiny_config, monkeypatch):
     """The same command, and --resume."""
     monkeypatch.setattr(tokens, "trial_rate", lambda trainer, plan: 1 / len(plan))
-    monkeypatch.setattr(train, "LEAST_STEPS", 4)
+    monkeypatch.setattr(tokens, "LEAST_STEPS", 4)
     config = tiny_config(tokens_per_batch="auto", max_steps=2)
     first = run(config)
     chosen = tokens_of(config)
