@@ -6,7 +6,7 @@ search.json, best.toml, and the tables and plots of its report; how it searches 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import optuna
 import tomlkit
 from optuna.trial import FrozenTrial
@@ -108,8 +109,8 @@ def write_search(
     with atomic_open(folder / "search.json") as file:
         json.dump(facts, file, indent=1)
     parts = ["# Search of LoRA settings", f"Tasks: {', '.join(config.tasks or ())}."]
-    for name, (search, found) in done.items():
-        parts += [f"## {name}", *_sections(folder, name, search, found, facts[name])]
+    for name, (_, found) in done.items():
+        parts += [f"## {name}", *_sections(folder, name, found, facts[name])]
         for line in _verdict(found, facts[name]):
             log.line(line)
     parts += ["## The best configuration", f"```toml\n{tomlkit.dumps(config.to_table())}```"]
@@ -183,14 +184,12 @@ def _against(found: Found) -> str:
     )
 
 
-def _sections(
-    folder: Path, name: str, search: Search, found: Found, facts: Mapping[str, Any]
-) -> Iterator[str]:
+def _sections(folder: Path, name: str, found: Found, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"{_against(found)}."
     yield COST.format(**facts["cost"])
     done = [trial for trial in facts["trials"] if trial["rungs"]]
     done.sort(key=lambda trial: (len(trial["rungs"]), trial["rungs"][-1]["score"]), reverse=True)
-    yield plot(folder / "plots" / f"{name}.png", 4, partial(_draw, search, facts))
+    yield plot(folder / "plots" / f"{name}.png", 4, partial(_draw, facts))
     yield "### Ranks, from one run"
     rows = [[str(rank), f"{score:.4f}", f"{error:.4f}"] for rank, (score, error) in facts["ranks"]]
     yield table(["rank", "score", "error of its distance to the best"], rows)
@@ -206,15 +205,17 @@ def _cells(trial: Mapping[str, Any]) -> list[str]:
     return [*own, *cells, f"{trial['seconds']:.1f}"]
 
 
-def _draw(search: Search, facts: Mapping[str, Any], _: Figure, panels: list[Axes]) -> None:
+def _draw(facts: Mapping[str, Any], _: Figure, panels: list[Axes]) -> None:
     ranks, scores, errors = zip(*((r, s, e) for r, (s, e) in facts["ranks"]), strict=True)
     panels[0].errorbar(ranks, scores, errors, marker="o", capsize=3)
     panels[0].set(title="ranks: one run, truncated", xlabel="rank", ylabel="score")
     _log_scale(panels[0], ranks)
+    importance: dict[str, float] = {}
     for axes, stage, key in ((panels[1], "rates", "lr"), (panels[2], "shapes", "parameters")):
         of = [trial for trial in facts["trials"] if trial["stage"] == stage and trial["rungs"]]
         axes.scatter([t[key] for t in of], [t["rungs"][0]["score"] for t in of])
         axes.set(title=f"{stage}, first rung", ylabel="score")
+        importance |= _importance(of)
     panels[1].set(xlabel="learning rate")
     _log_scale(panels[1], {t["lr"] for t in facts["trials"] if t["stage"] == "rates"})
     # Pareto: no point has as few parameters and a higher score.
@@ -222,7 +223,6 @@ def _draw(search: Search, facts: Mapping[str, Any], _: Figure, panels: list[Axes
     best = list(accumulate((-score for _, score in ordered), max))
     panels[2].step([parameters for parameters, _ in ordered], best, where="post")
     panels[2].set(xlabel="trainable parameters")
-    importance = {**_importance(search.study("rates")), **_importance(search.study("shapes"))}
     panels[3].barh(list(importance), list(importance.values()))
     panels[3].set(title="importance in its stage", xlabel="share of the variance", xlim=(0, 1))
 
@@ -235,18 +235,13 @@ def _log_scale(axes: Axes, values: Iterable[float]) -> None:
     axes.minorticks_off()
 
 
-def _importance(study: optuna.Study) -> dict[str, float]:
-    """How much each setting that varies matters to a stage's first rung, where pruning is none."""
-    first = optuna.create_study(direction="maximize")
-    for trial in study.get_trials():
-        if trial.intermediate_values:
-            value = trial.intermediate_values[1]
-            own = optuna.trial.create_trial(
-                value=value, params=trial.params, distributions=trial.distributions
-            )
-            first.add_trial(own)
-    varied = [k for k in first.trials[0].params if len({t.params[k] for t in first.trials}) > 1]
-    found = optuna.importance.get_param_importances(
-        first, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), params=varied
-    )
-    return dict(reversed(found.items()))
+def _importance(trials: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The share of the first rung's variance that lies between the values of each setting."""
+    scores = np.array([trial["rungs"][0]["score"] for trial in trials])
+    shares = {}
+    for key in ("lr", "warmup", "dropout", "targets"):
+        levels = np.array([f"{t[key]:.0e}" if key == "lr" else str(t[key]) for t in trials])
+        if len(set(levels)) > 1:
+            means = np.array([scores[levels == level].mean() for level in levels])
+            shares[key] = float(means.var() / (scores.var() or 1.0))
+    return shares

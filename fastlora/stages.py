@@ -98,7 +98,7 @@ class Search:
             for targets in _with(defaults["targets"], SHAPES)
             for dropout in _with(defaults["dropout"], DROPOUTS)
         ]
-        last_runs = 2 * SEEDS - 1
+        last_runs = SEEDS * WIDER + SEEDS - 1
         rungs = self.rungs(full, self.how.trials + len(shapes), 2 * LONG + last_runs)
         rates_study = self.stage("rates", rates[: self.how.trials], rungs, self.how.trials)
         # Short runs like high rates: in a longer one, the rates as given get another chance.
