@@ -1,4 +1,7 @@
-"""Four configurations side by side, one encoder pass a step, against one after the other."""
+"""Four configurations side by side, one encoder pass a step, against one after the other.
+
+Last by its name: a process starts with its parent's peak of memory, which other benchmarks report.
+"""
 
 import subprocess
 import sys
