@@ -92,7 +92,8 @@ def read_rows(
         except ValueError as error:
             problems.append((line, str(error)))
     if problems and bad_rows != "skip":
-        raise UserError(_complaint(path, problems))
+        # `fastlora predict` has no such option.
+        raise UserError(_complaint(path, problems) + " or pass --bad-rows skip" * labelled)
     if not ids and not mixed:
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
     ids, texts, labels = (_spread(items, limit) for items in (ids, texts, labels))
@@ -191,4 +192,4 @@ def _complaint(path: Path, problems: list[tuple[int, str]]) -> str:
     kind = "such" if all(other == what for _, other in problems) else "bad"
     count = len(problems)
     fix = f"1 {kind} row; fix it" if count == 1 else f"{count} {kind} rows; fix them"
-    return f"{path}:{line}: {what}. {fix} or pass --bad-rows skip"
+    return f"{path}:{line}: {what}. {fix}"

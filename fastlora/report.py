@@ -246,7 +246,9 @@ def _model_card(run: _Run) -> str:
         places = [str(adapter_place(Path("adapter"), name)) for name in run.adapters]
         loading += PEFT.format(base=run.base, place='")  # or ("'.join(places))
     # Where this machine keeps data and model is nobody's business.
-    settings = {k: v for k, v in run.settings.items() if k not in ("data", "model", "device")}
+    settings = {
+        k: v for k, v in run.settings.items() if k not in ("data", "model", "device", "add_to")
+    }
     parts = (
         f"---\nbase_model: {json.dumps(run.base)}\nlibrary_name: {library}\ntags: [{tags}]\n---",
         f"# {run.name}",
