@@ -170,6 +170,7 @@ def test_short_runs_get_what_the_budget_leaves(tiny_config, tmp_path):
     assert search.rungs(10.0, 30, 2) == [0.0625, 0.125]  # at most half of all examples
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_search(tiny_config):
     config = tiny_config(tasks=("sts",), epochs=3)
     command = [sys.executable, "-m", "fastlora.cli", "--", "search", "--quiet", "--together", "1"]
