@@ -267,5 +267,5 @@ def _check_alone(command: str) -> None:
 
 
 def _with_tasks(settings: TrainConfig, config: Path | None) -> TrainConfig:
-    """With the user's own tasks; the file's other keys became flags before (`_sources`)."""
+    """With the user's own tasks; the file's other keys became flags before (cli.py)."""
     return replace(settings, task=read_toml(config).get("task", {})) if config else settings

@@ -155,7 +155,7 @@ def _trial_facts(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _ranks(search: Search) -> list[tuple[int, tuple[float, float]]]:
-    """Of each rank: its score without training, and the standard error."""
+    """Of each rank: its score without training, and the error of its distance to the best."""
     return search.study(RANK_STAGE).best_trial.user_attrs["sweep"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastlora.adapters import adapter_names
 from fastlora.bert.model import BertModel, Parts
 from fastlora.bert.source import Source
 from fastlora.bert.tokenizer import Tokenizer
@@ -144,11 +145,11 @@ def build_model(
 
 
 def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, LoraConfig]:
-    """The run's adapters: the shared one is named "default", others after their tasks."""
-    settings = {} if config.adapters == "per-task" else {DEFAULT: config.lora}
-    if config.adapters != "shared":
-        settings |= {name: config.task_settings(name).over(config.lora) for name in tasks}
-    return settings
+    """The settings of the run's adapters by name."""
+    return {
+        name: config.lora if name == DEFAULT else config.task_settings(name).over(config.lora)
+        for name in adapter_names(config.adapters, tasks)
+    }
 
 
 def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> MultitaskBert:
