@@ -58,7 +58,8 @@ def reproduce(
     """
     setup, log = replace(prepare(config, inputs), loaded=read_encoder(inputs.source)), Log(quiet)
     scope = f"at most {config.limit:,} examples a file" if config.limit else "all examples"
-    facts = f"{inputs.model}, {inputs.folder}, {scope}, epochs: {config.epochs}, seeds: {seeds}"
+    facts = f"{inputs.model}, {inputs.folder}, {scope}, epochs: {config.epochs}, seeds: {seeds}, "
+    facts += f"{setup.config.precision} on {setup.device.type}"
     failed = 0
     for name in names:
         table, folder = TABLES[name], out / name
