@@ -31,14 +31,7 @@ from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks, out_of_memory
 from fastlora.report import write_report
 from fastlora.runs import default_folder, describe_gpu, open_run, write_config
-from fastlora.setup import (
-    Setup,
-    build_model,
-    check_vocabulary,
-    find_route,
-    prepare,
-    to_compute,
-)
+from fastlora.setup import Setup, build_model, check_vocabulary, find_route, prepare, to_compute
 from fastlora.tasks import Task
 from fastlora.tokens import find_tokens
 from fastlora.train import Interrupted, Result, Trainer, owner
