@@ -8,7 +8,6 @@ import torch
 from implementations import PLACES
 
 from fastlora.bert.config import BertConfig
-from fastlora.bert.layout import Layout
 from fastlora.bert.model import BertModel
 from fastlora.config import LoraConfig
 from fastlora.lora import inject
@@ -58,13 +57,11 @@ class Encoders:
         lengths[0] = LONGEST
         self.mask = (torch.arange(LONGEST) < lengths[:, None]).to(device)
         self.ids = torch.randint(0, SHAPE["vocab_size"], self.mask.shape).to(device)
-        self.layout = Layout.of(self.mask)
 
     def states(self, name):
         """[T, H] of the last layer."""
         if name == "fastlora":
-            ids = self.ids[self.mask]
-            return self.models[name].encode(ids, torch.zeros_like(ids), self.layout)[-1]
+            return self.models[name].encode(self.ids, self.mask)[0][-1]
         model = self.models[name]
         found = model(input_ids=self.ids, attention_mask=self.mask.long()).last_hidden_state
         return found[self.mask]

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastlora.batches import Batch
 from fastlora.bert.config import BertConfig
-from fastlora.bert.layout import similar_rows
 from fastlora.checkpoint import trainable
 from fastlora.config import LoraConfig, TrainConfig
 from fastlora.console import Log
@@ -75,7 +74,7 @@ class Work:
     seconds: float
     examples: int
     tokens: int
-    cells: int  # tokens and padding
+    cells: int  # tokens with padding
     flops: float  # that the real tokens need
     loss: float  # mean over examples
 
@@ -109,14 +108,15 @@ class HuggingFace(MultitaskBert):
 
     def embed(self, batch: Batch) -> Tensor:
         """As the library's: fp32 [B, H]."""
-        device, lengths = batch.input_ids.device, batch.layout.lengths
-        real = torch.arange(lengths.max(), device=device) < lengths[:, None]
-        ids, types = torch.zeros(2, *real.shape, dtype=torch.int64, device=device)
-        ids[real], types[real] = batch.input_ids, batch.token_type_ids
+        device = batch.input_ids.device.type
         mixed = self.dtype != torch.float32
-        with torch.autocast(device.type, self.dtype if mixed else torch.bfloat16, enabled=mixed):
-            found = self.encoder(input_ids=ids, attention_mask=real.long(), token_type_ids=types)
-        mask = real.unsqueeze(-1)
+        with torch.autocast(device, self.dtype if mixed else torch.bfloat16, enabled=mixed):
+            found = self.encoder(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask.long(),
+                token_type_ids=batch.token_type_ids,
+            )
+        mask = batch.attention_mask.unsqueeze(-1)
         return (found.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
 
 
@@ -190,13 +190,6 @@ def lengths_of(datasets: dict[str, TaskData], rows: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
-def cells_of(lengths: np.ndarray, model: MultitaskBert) -> int:
-    """Tokens and padding: of the library's squares, which attention alone sees, or one for all."""
-    one = isinstance(model, HuggingFace)
-    groups = [np.arange(len(lengths))] if one else similar_rows(lengths)
-    return sum(len(rows) * int(lengths[rows].max()) for rows in groups)
-
-
 def train(trainer: Trainer, batches: list[np.ndarray], config: BertConfig) -> Work:
     """Train on the batches and time it, from token lists to updated weights."""
     trainer.sums.zero_()
@@ -213,7 +206,7 @@ def train(trainer: Trainer, batches: list[np.ndarray], config: BertConfig) -> Wo
         seconds,
         int(count),
         sum(int(found.sum()) for found in lengths),
-        sum(cells_of(found, trainer.model) for found in lengths),
+        sum(len(found) * int(found.max()) for found in lengths),
         sum(useful_flops(config, found, full) for found in lengths),
         loss / count,
     )

@@ -1,9 +1,9 @@
 """minBERT: a BERT encoder under Hugging Face's parameter names, computed on real tokens only.
 
-A batch is its T real tokens [T, H], end to end (Zeng et al. 2022, "Boosting distributed training
-performance of the unpadded BERT model"): every GEMM, LayerNorm, GELU and dropout runs on them, and
-only attention sees padded squares (layout.py). Shapes at line ends: B batch, S sequence, T real
-tokens, H hidden, h heads, d head width; b rows and s length of one square.
+Inside, a padded batch [B, S] becomes its T real tokens [T, H] (Zeng et al. 2022, "Boosting
+distributed training performance of the unpadded BERT model"): every GEMM, LayerNorm, GELU and
+dropout runs on tokens, and only attention sees the padded square. Shapes at line ends:
+B batch, S sequence, T real tokens, H hidden, h heads, d head width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora.bert.attention import LONG, cpu_attention
 from fastlora.bert.config import BertConfig
-from fastlora.bert.layout import Layout
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -54,6 +54,61 @@ class BertOutput:
     last_hidden_state: Tensor  # [B, S, H]
     pooler_output: Tensor  # [B, H]
     hidden_states: tuple[Tensor, ...]  # layers + 1 of [B, S, H]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the T real tokens of a padded batch lie; tensors are None when nothing is padded."""
+
+    batch: int  # B
+    length: int  # S
+    index: Tensor | None = None  # int64 [T], their positions in the flattened [B * S]
+    source: Tensor | None = None  # int64 [B * S], the token at each position, any at padding
+    mask: Tensor | None = None  # bool [B, 1, 1, S], True at real keys
+
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, shape: torch.Size) -> Layout:
+        """From a [B, S] mask of 1 and 0 (or booleans); None means that all tokens are real."""
+        batch, length = shape
+        if attention_mask is None:
+            return cls(batch, length)
+        real = attention_mask.bool()
+        index = real.flatten().nonzero().squeeze(1)
+        if len(index) == real.numel():
+            return cls(batch, length)
+        source = real.flatten().cumsum(0).sub_(1).clamp_(min=0)
+        return cls(batch, length, index, source, real[:, None, None, :])
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """[T, C] -> [B * S, C], any token at padding: for a reader that masks it."""
+        return tokens if self.source is None else tokens.index_select(0, self.source)
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        """[T, C] -> [B, S, C], zeros at padding."""
+        if self.index is not None:
+            square = tokens.new_zeros(self.batch * self.length, tokens.shape[1])
+            tokens = square.index_copy(0, self.index, tokens)
+        return tokens.view(self.batch, self.length, -1)
+
+    def unpad(self, square: Tensor) -> Tensor:
+        """[B, S, C] -> [T, C]."""
+        rows = square.reshape(self.batch * self.length, -1)
+        return rows if self.index is None else _Unpad.apply(rows, self.index)
+
+
+class _Unpad(torch.autograd.Function):
+    """`index_select` of distinct rows: backward is a copy, where PyTorch's adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.rows = rows.shape[0]
+        ctx.save_for_backward(index)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, index, grad), None
 
 
 class Embeddings(nn.Module):
@@ -108,21 +163,16 @@ class SelfAttention(nn.Module):
         """[T, H] -> [T, H]."""
         qkv = self.projection(self, x)  # [T, 3H]
         p = self.dropout.p if self.training else 0.0
-        if qkv.device.type == "cpu" and (p or max(s.length for s in layout.squares) < LONG):
-            keeps: list[Tensor | None] = []
-            for square in layout.squares:
-                # The dropout of ones is its own scaled mask.
-                ones = qkv.new_ones(square.rows, self.heads * square.length**2) if p else None
-                shape = (square.rows, self.heads, square.length, square.length)
-                keeps.append(None if ones is None else self.dropout(ones).view(shape))
-            return cpu_attention(qkv, keeps, layout, self.heads)
-        cells, contexts = layout.pad(qkv), []
-        for square in layout.squares:
-            own = cells[square.cells].view(square.rows, square.length, 3, self.heads, -1)
-            q, k, v = own.permute(2, 0, 3, 1, 4)  # [b, h, s, d]
-            found = F.scaled_dot_product_attention(q, k, v, attn_mask=square.mask, dropout_p=p)
-            contexts.append(found.transpose(1, 2).reshape(-1, qkv.shape[1] // 3))
-        return layout.unpad(torch.cat(contexts))
+        if qkv.device.type == "cpu" and (p or layout.length < LONG):
+            keep = None
+            if p:  # the dropout of ones is its own scaled mask: [B, h, S, S]
+                ones = qkv.new_ones(layout.batch, self.heads * layout.length**2)
+                keep = self.dropout(ones).view(layout.batch, self.heads, layout.length, -1)
+            return cpu_attention(qkv, keep, layout, self.heads)
+        qkv = layout.pad(qkv).view(layout.batch, layout.length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, h, S, d]
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, dropout_p=p)
+        return layout.unpad(context.transpose(1, 2).flatten(2))
 
 
 def packed_projection(attention: SelfAttention, x: Tensor) -> Tensor:
@@ -233,28 +283,34 @@ class BertModel(nn.Module):
         # tanh(dense) of the first token.
         self.pooler = dense(nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh())
 
-    def encode(self, ids: Tensor, types: Tensor, layout: Layout) -> list[Tensor]:
-        """The real tokens' states after the embeddings and each layer: layers + 1 of [T, H].
-
-        `ids` and `types` are int64 [T]. Raises ValueError when a row is longer than the position
-        embeddings.
-        """
-        limit, longest = self.config.max_position_embeddings, max(s.length for s in layout.squares)
-        if longest > limit:
-            raise ValueError(f"input_ids has length {longest} (expected <= {limit})")
-        return self.encoder(self.embeddings(ids, types, layout.positions), layout)
-
-    def forward(
+    def encode(
         self,
         input_ids: Tensor,  # int64 [B, S]
         attention_mask: Tensor | None = None,  # [B, S], 1 at real tokens; None means all
         token_type_ids: Tensor | None = None,  # int64 [B, S]; None means zeros
+    ) -> tuple[list[Tensor], Layout]:
+        """The real tokens' states after the embeddings and each layer: layers + 1 of [T, H].
+
+        Returns them and the layout, which pads them back to [B, S, H]. Raises ValueError when S
+        exceeds the position embeddings.
+        """
+        limit = self.config.max_position_embeddings
+        if input_ids.shape[1] > limit:
+            raise ValueError(f"input_ids has length {input_ids.shape[1]} (expected <= {limit})")
+        layout = Layout.of(attention_mask, input_ids.shape)
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        real = slice(None) if layout.index is None else layout.index
+        flat = [t.flatten()[real] for t in (input_ids, types, positions)]
+        return self.encoder(self.embeddings(*flat), layout), layout
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BertOutput:
         """As `encode`, padded: hidden states are [B, S, H], zeros at padding."""
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        given = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        real = given.bool()
-        layout = Layout.of(real)
-        tokens = self.encode(input_ids[real], types[real], layout)
-        states = tuple(layout.pad(t).view(*real.shape, -1) for t in tokens)
+        tokens, layout = self.encode(input_ids, attention_mask, token_type_ids)
+        states = tuple(layout.pad(t) for t in tokens)
         return BertOutput(states[-1], self.pooler(states[-1][:, 0]), states)

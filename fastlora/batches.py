@@ -1,4 +1,4 @@
-"""Batches: a seeded plan of each epoch, and the tensors of one batch of mixed tasks."""
+"""Batches: a seeded plan of each epoch, and the padded tensors of one batch of mixed tasks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.bert.layout import Layout, similar_rows
 from fastlora.bert.tokenizer import Encoded
 from fastlora.data import TaskData
 
@@ -22,15 +21,13 @@ class Span:
     """The rows of one task in a batch: `start` to `start + count * width`.
 
     With width 2, the first `count` rows are the first sentences and the next `count` rows the
-    second sentences of the same examples. Their tokens are `first` to `last` of the batch's.
+    second sentences of the same examples.
     """
 
     task: str
     start: int
     count: int
     width: int
-    first: int
-    last: int
 
     @property
     def stop(self) -> int:
@@ -40,15 +37,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's examples: the T tokens of all tasks' B sequences, end to end.
+    """One step's examples, all tasks in one [B, S] block of sequences.
 
-    `input_ids` and `token_type_ids` are int64 [T]. `labels` maps a task to int64 [n] (classes) or
-    float32 [n] (values); `indices` maps it to the examples' positions in their TaskData.
+    `input_ids` and `token_type_ids` are int64 [B, S], `attention_mask` is bool [B, S]. `labels`
+    maps a task to int64 [n] (classes) or float32 [n] (values); `indices` maps it to the examples'
+    positions in their TaskData.
     """
 
     input_ids: Tensor
+    attention_mask: Tensor
     token_type_ids: Tensor
-    layout: Layout
     spans: tuple[Span, ...]
     labels: dict[str, Tensor]
     indices: dict[str, np.ndarray]
@@ -58,8 +56,8 @@ class Batch:
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
+            attention_mask=self.attention_mask.to(device, non_blocking=True),
             token_type_ids=self.token_type_ids.to(device, non_blocking=True),
-            layout=self.layout.to(device),
             labels={t: y.to(device, non_blocking=True) for t, y in self.labels.items()},
         )
 
@@ -110,27 +108,27 @@ def eval_batches(datasets: Mapping[str, TaskData], tokens_per_batch: int) -> Ite
 def collate(datasets: Mapping[str, TaskData], plan_batch: np.ndarray) -> Batch:
     """Gather the planned examples ([n, 2], as `plan_epoch` gives them) into one Batch."""
     spans: list[Span] = []
-    sequences: list[tuple[np.ndarray, ...]] = []
+    sequences = []
     labels: dict[str, Tensor] = {}
     indices: dict[str, np.ndarray] = {}
     for index, (name, data) in enumerate(datasets.items()):
         examples = plan_batch[plan_batch[:, 0] == index, 1]
         if not len(examples):
             continue
-        own = [_gather(column, examples) for column in data.columns]
-        start, first = (spans[-1].stop, spans[-1].last) if spans else (0, 0)
-        last = first + sum(len(ids) for _, ids, _ in own)
-        spans.append(Span(name, start, len(examples), len(own), first, last))
-        sequences += own
+        spans.append(Span(name, spans[-1].stop if spans else 0, len(examples), len(data.columns)))
+        sequences += [_gather(column, examples) for column in data.columns]
         indices[name] = examples
         if data.labels is not None:
             kind = np.int64 if data.task.kind == "classification" else np.float32
             labels[name] = torch.from_numpy(data.labels[examples].astype(kind))
-    lengths, ids, types = map(np.concatenate, zip(*sequences, strict=True))
-    real = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None])
-    layout = Layout.of(real, similar_rows(lengths))
-    tokens, kinds = (torch.from_numpy(flat.astype(np.int64)) for flat in (ids, types))
-    return Batch(tokens, kinds, layout, tuple(spans), labels, indices)
+    lengths, flat_ids, flat_types = map(np.concatenate, zip(*sequences, strict=True))
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    # Padding is masked everywhere, so any id of the vocabulary does; 0 always is one.
+    padded = np.zeros((2, *mask.shape), np.int64)
+    padded[0][mask] = flat_ids
+    padded[1][mask] = flat_types
+    ids, types = torch.from_numpy(padded)
+    return Batch(ids, torch.from_numpy(mask), types, tuple(spans), labels, indices)
 
 
 def subset(data: TaskData, most: int) -> TaskData:

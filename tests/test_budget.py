@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fastlora", "kernels", "bert")
-# The house's limit is 4,000 and is exceeded: until it is met, this number should only go down. It
-# went up for the paper's tables, the search and the reports (5,900 to 7,631) and for layout.py.
-LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 7700, 350, 80
+# The house's limit is 4,000 and is exceeded: until it is met, this number may only go down. It went
+# up once, from 5,900, when the paper's tables, the search and the reports came.
+LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 7630, 350, 80
 
 
 def sources(package):
