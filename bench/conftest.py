@@ -22,15 +22,16 @@ def pytest_addoption(parser):
     """What the training benchmarks train on."""
     parser.addoption("--data", type=Path, help="folder of the CS224N files; else ./data or demo")
     parser.addoption("--model", default="minilm", help="folder, hub id or minilm")
+    parser.addoption("--precision", help="fp32, fp16 or bf16; else fp32 on a CPU, fp16 on a GPU")
 
 
 @pytest.fixture(scope="session", params=PLACES, ids=lambda place: place[0])
 def job(request):
     """The training benchmarks' work on each device."""
     device, dtype = request.param
-    precision = {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
-    config = request.config
-    return Job(config.option.data, config.option.model, device=device, precision=precision)
+    option = request.config.option
+    precision = option.precision or {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
+    return Job(option.data, option.model, device=device, precision=precision)
 
 
 @pytest.fixture(scope="session")

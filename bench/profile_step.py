@@ -1,6 +1,6 @@
 """Where a training step goes, by operator, against what FLOPs and bytes allow.
 
-    python bench/profile_step.py --data data/ [NAME]
+    python bench/profile_step.py --data data/ [--precision bf16] [NAME]
 
 NAME is a contender of trainers.py, by default fastlora. One batch of SST, Quora and STS is trained
 again and again; an operator's time is the median over steps of its calls on one shape, so that a
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from trainers import Job, gemm_rate, lengths_of, make_trainer, useful_flops
+from trainers import Job, gemm_rate, lengths_of, make_trainer, step_flops
 
 from fastlora.bert.config import BertConfig
 
@@ -53,8 +53,9 @@ def main() -> None:
     parser.add_argument("name", nargs="?", default="fastlora")
     parser.add_argument("--data", type=Path, help="folder of the CS224N files")
     parser.add_argument("--model", default="minilm")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     options = parser.parse_args()
-    job = Job(options.data, options.model)
+    job = Job(options.data, options.model, precision=options.precision)
     torch.set_num_threads(job.threads)
     trainer = make_trainer(options.name, job)
     config = BertConfig.from_json(trainer.setup.inputs.source.folder / "config.json")
@@ -74,23 +75,23 @@ def main() -> None:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         for _ in range(STEPS):
             step()
-    rate = gemm_rate(config, int(tokens), trainer.device, torch.float32)
+    rate = gemm_rate(config, int(tokens), trainer.device, trainer.setup.dtype)
     bandwidth = copy_rate()
 
-    calls = defaultdict(list)
+    calls, width = defaultdict(list), trainer.setup.dtype.itemsize
     for event in profiler.events():
         calls[event.name, str(event.input_shapes)].append(event)
     totals = defaultdict(lambda: [0.0, 0.0, 0.0])
     for (name, _), events in calls.items():
         shapes = [shape for shape in events[0].input_shapes if shape]
         sizes = [math.prod(shape) for shape in shapes] or [0]
-        bound = max(flops_of(name, shapes) / rate, 4 * (sum(sizes) + max(sizes)) / bandwidth)
+        bound = max(flops_of(name, shapes) / rate, width * (sum(sizes) + max(sizes)) / bandwidth)
         count = len(events) / STEPS
         entry = totals[name]
         entry[0] += count
         entry[1] += count * statistics.median(e.self_cpu_time_total for e in events) / 1e3
         entry[2] += count * bound * 1e3
-    useful = useful_flops(config, lengths, trainer.config.mode == "full")
+    useful = step_flops(config, lengths, trainer.config.mode == "full")
     print(f"{options.name}: {len(batch)} examples, {tokens} tokens, {1e3 * plain:.0f} ms a step")
     least = useful / rate
     print(

@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ class Work:
     seconds: float
     examples: int
     tokens: int
-    cells: int  # tokens with padding
     flops: float  # that the real tokens need
+    computed: float  # FLOPs with those spent on padding
     loss: float  # mean over examples
 
 
@@ -133,20 +134,25 @@ def make_trainer(name: str, job: Job) -> Trainer:
     return Trainer(setup, model, Path(), Ranks(setup.device), Log(quiet=True))
 
 
-def useful_flops(config: BertConfig, lengths: np.ndarray, full: bool) -> float:
-    """What one step on sentences of these lengths needs: products only, no padding.
+def step_flops(
+    config: BertConfig, lengths: np.ndarray, full: bool, padded: Sequence[str] = ()
+) -> float:
+    """What one step on sentences of these lengths takes: products only.
 
     Forward, dx and (in full fine-tuning) dW of every matrix; LoRA needs no dx below layer 0's
-    adapters. Attention's products run forward and twice backward.
+    adapters. Attention's products run forward and twice backward. `padded` says what sees every
+    sentence at the longest one's length: "matrices", "attention".
     """
     width, layers = config.hidden_size, config.num_hidden_layers
-    matrices = layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    tokens, squares = lengths.sum(), (lengths.astype(np.float64) ** 2).sum()
+    weights = layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    longest = np.full(len(lengths), lengths.max())
+    tokens = (longest if "matrices" in padded else lengths).sum()
+    squares = ((longest if "attention" in padded else lengths).astype(np.float64) ** 2).sum()
     attention = layers * 12 * width * squares
     if full:
-        return 6 * matrices * tokens + attention
+        return 6 * weights * tokens + attention
     lora = layers * 2 * 2 * RANK * width
-    return (4 * matrices - 2 * 3 * width**2 + 6 * lora) * tokens + attention
+    return (4 * weights - 2 * 3 * width**2 + 6 * lora) * tokens + attention
 
 
 def gemm_rate(config: BertConfig, rows: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -202,12 +208,14 @@ def train(trainer: Trainer, batches: list[np.ndarray], config: BertConfig) -> Wo
     loss, count = trainer.sums.sum(0).tolist()
     lengths = [lengths_of(trainer.setup.train, rows) for rows in batches]
     full = trainer.config.mode == "full"
+    everywhere = isinstance(trainer.model, HuggingFace)
+    padded = ("matrices", "attention") if everywhere else ("attention",)
     return Work(
         seconds,
         int(count),
         sum(int(found.sum()) for found in lengths),
-        sum(len(found) * int(found.max()) for found in lengths),
-        sum(useful_flops(config, found, full) for found in lengths),
+        sum(step_flops(config, found, full) for found in lengths),
+        sum(step_flops(config, found, full, padded) for found in lengths),
         loss / count,
     )
 
@@ -325,11 +333,11 @@ def _cost(works: list[Work]) -> float:
 
 
 def _note(works: list[Work], rates: list[float], peak: float, loss: float) -> str:
-    tokens, cells = sum(w.tokens for w in works), sum(w.cells for w in works)
-    seconds = sum(w.seconds for w in works)
+    tokens, seconds = sum(w.tokens for w in works), sum(w.seconds for w in works)
+    waste = 1 - sum(w.flops for w in works) / sum(w.computed for w in works)
     shares = [w.flops / w.seconds / rate for w, rate in zip(works, rates, strict=True)]
     return (
         f"{1 / _cost(works):7.1f} examples/s  {tokens / seconds:8.0f} tokens/s  "
-        f"padding {1 - tokens / cells:4.0%}  MFU {statistics.median(shares):4.0%}  "
+        f"padding {waste:5.1%} of FLOPs  MFU {statistics.median(shares):4.0%}  "
         f"peak {peak:5.0f} MiB  loss {loss:.3f}"
     )

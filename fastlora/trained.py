@@ -43,7 +43,7 @@ class Trained:
 
 
 def load_trained(path: Path, device: str = "auto", model: str | None = None) -> Trained:
-    """Load a finished run, or its adapter folder; logits are bit-equal to the trained model's.
+    """Load a finished run, or its adapter folder; fp32 logits are bit-equal to the trained model's.
 
     `model` says where the encoder lies, if not where the run found it. Raises UserError when
     anything is missing or belongs to another encoder or tokenizer.

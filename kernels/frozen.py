@@ -25,7 +25,7 @@ def is_packable(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or _is_native_bf16(x))
+        and (x.dtype == torch.float32 or _is_onednn_bf16(x))
         and x.numel() > 0
         and weight.is_contiguous()
         and not weight.requires_grad
@@ -36,7 +36,7 @@ def is_packable(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _is_native_bf16(x: Tensor) -> bool:
+def _is_onednn_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

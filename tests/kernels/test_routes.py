@@ -31,13 +31,6 @@ def test_packed_query_key_value(route, dtype, blocks):
     check(route, inputs, terms, dtype)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU, bf16 is among DTYPES")
-def test_packed_frozen_weights_in_bf16():
-    """On a CPU: no kernel of ours is in the reference route, so the interpreter is not either."""
-    terms = lambda factors: [Term(*factors[0], 2.0, 0.1, column=40)]  # noqa: E731
-    check("reference", make(77, 40, 120, [(8, 40)]), terms, torch.bfloat16)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("route", NAMES)
 def test_rows_of_several_adapters(route, dtype):
