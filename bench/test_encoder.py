@@ -8,7 +8,7 @@ import torch
 from implementations import PLACES
 
 from fastlora.bert.config import BertConfig
-from fastlora.bert.model import BertModel
+from fastlora.bert.model import BertModel, Layout
 from fastlora.config import LoraConfig
 from fastlora.lora import inject
 from fastlora.setup import PARTS
@@ -61,7 +61,8 @@ class Encoders:
     def states(self, name):
         """[T, H] of the last layer."""
         if name == "fastlora":
-            return self.models[name].encode(self.ids, self.mask)[0][-1]
+            layout = Layout.of(self.mask, self.ids.shape)
+            return self.models[name].encode(self.ids, layout)[-1]
         model = self.models[name]
         found = model(input_ids=self.ids, attention_mask=self.mask.long()).last_hidden_state
         return found[self.mask]

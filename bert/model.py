@@ -79,6 +79,12 @@ class Layout:
         source = real.flatten().cumsum(0).sub_(1).clamp_(min=0)
         return cls(batch, length, index, source, real[:, None, None, :])
 
+    def to(self, device: torch.device | str) -> Layout:
+        """Copy it to a device, without waiting for the copy where that is possible."""
+        tensors = (self.index, self.source, self.mask)
+        moved = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
+        return Layout(self.batch, self.length, *moved)
+
     def gather(self, tokens: Tensor) -> Tensor:
         """[T, C] -> [B * S, C], any token at padding: for a reader that masks it."""
         return tokens if self.source is None else tokens.index_select(0, self.source)
@@ -286,31 +292,29 @@ class BertModel(nn.Module):
     def encode(
         self,
         input_ids: Tensor,  # int64 [B, S]
-        attention_mask: Tensor | None = None,  # [B, S], 1 at real tokens; None means all
+        layout: Layout,  # made on the host, it spares a wait for the device
         token_type_ids: Tensor | None = None,  # int64 [B, S]; None means zeros
-    ) -> tuple[list[Tensor], Layout]:
+    ) -> list[Tensor]:
         """The real tokens' states after the embeddings and each layer: layers + 1 of [T, H].
 
-        Returns them and the layout, which pads them back to [B, S, H]. Raises ValueError when S
-        exceeds the position embeddings.
+        Raises ValueError when S exceeds the position embeddings.
         """
         limit = self.config.max_position_embeddings
         if input_ids.shape[1] > limit:
             raise ValueError(f"input_ids has length {input_ids.shape[1]} (expected <= {limit})")
-        layout = Layout.of(attention_mask, input_ids.shape)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         real = slice(None) if layout.index is None else layout.index
         flat = [t.flatten()[real] for t in (input_ids, types, positions)]
-        return self.encoder(self.embeddings(*flat), layout), layout
+        return self.encoder(self.embeddings(*flat), layout)
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # [B, S], 1 at real tokens; None means all
         token_type_ids: Tensor | None = None,
     ) -> BertOutput:
         """As `encode`, padded: hidden states are [B, S, H], zeros at padding."""
-        tokens, layout = self.encode(input_ids, attention_mask, token_type_ids)
-        states = tuple(layout.pad(t) for t in tokens)
+        layout = Layout.of(attention_mask, input_ids.shape)
+        states = tuple(layout.pad(t) for t in self.encode(input_ids, layout, token_type_ids))
         return BertOutput(states[-1], self.pooler(states[-1][:, 0]), states)

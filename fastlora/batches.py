@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlora.bert.model import Layout
 from fastlora.bert.tokenizer import Encoded
 from fastlora.data import TaskData
 
@@ -21,13 +22,14 @@ class Span:
     """The rows of one task in a batch: `start` to `start + count * width`.
 
     With width 2, the first `count` rows are the first sentences and the next `count` rows the
-    second sentences of the same examples.
+    second sentences of the same examples. `tokens` is their range of the batch's real tokens.
     """
 
     task: str
     start: int
     count: int
     width: int
+    tokens: tuple[int, int]
 
     @property
     def stop(self) -> int:
@@ -47,6 +49,7 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor
+    layout: Layout
     spans: tuple[Span, ...]
     labels: dict[str, Tensor]
     indices: dict[str, np.ndarray]
@@ -58,6 +61,7 @@ class Batch:
             input_ids=self.input_ids.to(device, non_blocking=True),
             attention_mask=self.attention_mask.to(device, non_blocking=True),
             token_type_ids=self.token_type_ids.to(device, non_blocking=True),
+            layout=self.layout.to(device),
             labels={t: y.to(device, non_blocking=True) for t, y in self.labels.items()},
         )
 
@@ -108,15 +112,18 @@ def eval_batches(datasets: Mapping[str, TaskData], tokens_per_batch: int) -> Ite
 def collate(datasets: Mapping[str, TaskData], plan_batch: np.ndarray) -> Batch:
     """Gather the planned examples ([n, 2], as `plan_epoch` gives them) into one Batch."""
     spans: list[Span] = []
-    sequences = []
+    sequences: list[tuple[np.ndarray, ...]] = []
     labels: dict[str, Tensor] = {}
     indices: dict[str, np.ndarray] = {}
     for index, (name, data) in enumerate(datasets.items()):
         examples = plan_batch[plan_batch[:, 0] == index, 1]
         if not len(examples):
             continue
-        spans.append(Span(name, spans[-1].stop if spans else 0, len(examples), len(data.columns)))
-        sequences += [_gather(column, examples) for column in data.columns]
+        own = [_gather(column, examples) for column in data.columns]
+        start, first = (spans[-1].stop, spans[-1].tokens[1]) if spans else (0, 0)
+        last = first + sum(len(ids) for _, ids, _ in own)
+        spans.append(Span(name, start, len(examples), len(own), (first, last)))
+        sequences += own
         indices[name] = examples
         if data.labels is not None:
             kind = np.int64 if data.task.kind == "classification" else np.float32
@@ -128,7 +135,8 @@ def collate(datasets: Mapping[str, TaskData], plan_batch: np.ndarray) -> Batch:
     padded[0][mask] = flat_ids
     padded[1][mask] = flat_types
     ids, types = torch.from_numpy(padded)
-    return Batch(ids, torch.from_numpy(mask), types, tuple(spans), labels, indices)
+    real = torch.from_numpy(mask)
+    return Batch(ids, real, types, Layout.of(real, real.shape), tuple(spans), labels, indices)
 
 
 def subset(data: TaskData, most: int) -> TaskData:

@@ -14,7 +14,7 @@ from cyclopts import App, Group, Parameter
 
 from fastlora.config import Precision, SearchConfig, TrainConfig
 from fastlora.errors import UserError
-from fastlora.files import read_toml
+from fastlora.files import atomic_open, read_toml
 from fastlora.inputs import adapter_folder, find_data, find_inputs
 from fastlora.tables import TABLES
 
@@ -257,7 +257,8 @@ def tune(
     from fastlora.kernels import tuner, tuning
 
     rows = tuner.tune(where, dtype, print)
-    tuning.save(tuned_file(), rows)
+    with atomic_open(tuned_file()) as file:
+        file.write(tuning.dumps(rows))
     print(f"measured block sizes in {tuned_file()}; runs on this machine use them")
 
 

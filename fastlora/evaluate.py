@@ -107,12 +107,10 @@ def score_table(
 
 def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:
     """A CSV of id, prediction and, where known, label; the file appears whole or not at all."""
-    task = data.task
-    columns = [data.ids, answers(task, outputs)]
-    header = ["id", "prediction"]
+    header, columns = ["id", "prediction"], [data.ids, answers(data.task, outputs)]
     if data.labels is not None:
-        header.append(task.label)
-        columns.append(_names(task, data.labels))
+        header.append(data.task.label)
+        columns.append(_names(data.task, data.labels))
     write_rows(path, header, zip(*columns, strict=True))
 
 

@@ -124,25 +124,22 @@ class MultitaskBert(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Mean-pooled states of the batch's sentences: fp32 [B, H]."""
-        lengths = batch.attention_mask.sum(1)
         if self.routing is not None:
-            self.routing.segments = self._segments(batch.spans, lengths)
-            self.routing.seed = draw_seed(lengths.device)
-        states, layout = self.encoder.encode(
-            batch.input_ids, batch.attention_mask, batch.token_type_ids
-        )
-        return layout.pad(states[-1].float()).sum(1) / lengths[:, None]
+            self.routing.segments = self._segments(batch.spans)
+            self.routing.seed = draw_seed(batch.input_ids.device)
+        layout = batch.layout
+        states = self.encoder.encode(batch.input_ids, layout, batch.token_type_ids)
+        return layout.pad(states[-1].float()).sum(1) / batch.attention_mask.sum(1, keepdim=True)
 
-    def _segments(self, spans: Sequence[Span], lengths: Tensor) -> list[Segment] | None:
+    def _segments(self, spans: Sequence[Span]) -> list[Segment] | None:
         """The range of real tokens that each adapter is for; None when one is for all."""
         if self.settings.keys() == {DEFAULT}:
             return None
-        ends = F.pad(lengths.cumsum(0), (1, 0)).tolist()
         segments = []
         for name in self.settings:
             # One range: what shares an adapter stands together.
             if own := [s for s in spans if name in self.adapters(s.task)]:
-                segments.append(Segment(name, ends[own[0].start], ends[own[-1].stop]))
+                segments.append(Segment(name, own[0].tokens[0], own[-1].tokens[1]))
         return segments
 
     def forward(self, batch: Batch, pooled: Tensor | None = None) -> dict[str, Tensor]:

@@ -96,18 +96,15 @@ def _what(run: _Run) -> str:
 
 
 def _head(run: _Run) -> str:
-    result = run.result
+    result, counts = run.result, run.result["parameters"]
     speed = result["examples"] / max(result["seconds"], 1e-9)
-    text = (
-        f"{_what(run)}, started {run.environment.get('started', 'at an unknown time')}. "
-        f"{result['steps']:,} steps, {result['examples']:,} examples in {result['seconds']:.0f} s "
-        f"of training ({speed:.0f} examples/s)"
+    trained = counts["lora"] + counts["other trainable"]
+    share = 100 * trained / (trained + counts["frozen"])
+    return (
+        f"{_what(run)}, started {run.environment['started']}. {result['steps']:,} steps, "
+        f"{result['examples']:,} examples in {result['seconds']:.0f} s of training "
+        f"({speed:.0f} examples/s); {trained:,} trainable parameters ({share:.2f}%)."
     )
-    if counts := result.get("parameters"):
-        trained = counts["lora"] + counts["other trainable"]
-        share = 100 * trained / (trained + counts["frozen"])
-        text += f"; {trained:,} trainable parameters ({share:.2f}%)"
-    return text + "."
 
 
 def _scores(run: _Run) -> str:

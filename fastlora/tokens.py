@@ -59,7 +59,7 @@ def trial_rate(trainer: Trainer, plan: list[np.ndarray]) -> float:
     tokens, seconds = 0, 0.0
     try:
         for batch_plan in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
-            tokens += int(collate(trainer.setup.train, batch_plan).attention_mask.sum())
+            tokens += collate(trainer.setup.train, batch_plan).spans[-1].tokens[1]
             for last in (False, True):  # the first also pays for buffers and compiled code
                 start = time.perf_counter()
                 trainer.step(batch_plan)

@@ -25,7 +25,8 @@ def is_packable(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or _is_onednn_bf16(x))
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         and x.numel() > 0
         and weight.is_contiguous()
         and not weight.requires_grad
@@ -34,10 +35,6 @@ def is_packable(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
     )
-
-
-def _is_onednn_bf16(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

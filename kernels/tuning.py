@@ -98,7 +98,7 @@ def launch(
 
 
 def load(file: Path) -> None:
-    """Put the measurements in a file before the shipped rows; ValueError if `save` wrote none."""
+    """Put a file of `dumps` before the shipped rows; ValueError where it is something else."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         for key, row in rows.items():
@@ -110,8 +110,6 @@ def load(file: Path) -> None:
         ) from error
 
 
-def save(file: Path, rows: dict[str, Config]) -> None:
-    """Write measurements for `load`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table = {key: asdict(row) for key, row in rows.items()}
-    file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+def dumps(rows: dict[str, Config]) -> str:
+    """Measurements as the text that `load` reads."""
+    return json.dumps({key: asdict(row) for key, row in rows.items()}, indent=1)

@@ -127,7 +127,8 @@ def test_collate_lays_out_every_token():
     datasets = {"sst": task_data("sst", [5, 9, 3]), "sts": task_data("sts", [4, 7])}
     plan = np.array([[1, 1], [0, 2], [1, 0], [0, 1]])
     batch = collate(datasets, plan)
-    assert batch.spans == (Span("sst", 0, 2, 1), Span("sts", 2, 2, 2))
+    sts = sum(len(sequence(datasets["sts"], column, i)) for column in (0, 1) for i in (0, 1))
+    assert batch.spans == (Span("sst", 0, 2, 1, (0, 12)), Span("sts", 2, 2, 2, (12, 12 + sts)))
     rows = [
         ("sst", 0, 2),
         ("sst", 0, 1),
@@ -154,8 +155,8 @@ def test_collate_lays_out_every_token():
 def test_joint_pairs_carry_types_beside_tasks_without():
     datasets = {"sst": task_data("sst", [5]), "quora": task_data("quora", [7, 6], joint=True)}
     batch = collate(datasets, np.array([[0, 0], [1, 1]]))
-    assert batch.spans[1] == Span("quora", 1, 1, 1)
     expected = sequence(datasets["quora"], 0, 1) % 2
+    assert batch.spans[1] == Span("quora", 1, 1, 1, (5, 5 + len(expected)))
     assert batch.token_type_ids[1].tolist() == expected.tolist()
     assert not batch.token_type_ids[0].any()
     assert batch.token_type_ids.dtype == torch.int64
@@ -169,10 +170,11 @@ def test_a_batch_without_labels():
 
 def test_to_moves_every_tensor():
     datasets = {"quora": task_data("quora", [7, 6], joint=True)}
-    batch = collate(datasets, np.array([[0, 0]])).to("meta")
+    batch = collate(datasets, np.array([[0, 0], [0, 1]])).to("meta")
     tensors = [batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.labels["quora"]]
+    tensors += [batch.layout.index, batch.layout.source, batch.layout.mask]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert batch.indices["quora"].tolist() == [0]
+    assert batch.indices["quora"].tolist() == [0, 1]
 
 
 def test_evaluation_sees_every_example_once():

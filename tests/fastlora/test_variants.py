@@ -7,7 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlora import train
+from fastlora.batches import collate
 from fastlora.checkpoint import trainable
 from fastlora.config import LoraConfig, TaskLoraConfig
 from fastlora.console import Log
@@ -113,3 +116,35 @@ def test_a_variant_that_diverges_leaves_the_others(still):
     scores = together.run().scores
     assert scores["sts@0"] is None
     assert scores["sts@1"] == pytest.approx(alone(setup, good).run().scores["sts"], abs=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Keeps the operations for whose result a host must wait: a number, or a result's shape."""
+
+    NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indices = args[1] if func.name() == "aten::index.Tensor" else ()
+        masks = any(index is not None and index.dtype == torch.bool for index in indices)
+        if masks or func.name() in self.NAMES:
+            self.found.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
+def test_a_step_waits_for_nothing_on_the_device(still, monkeypatch, adapters, precision):
+    """Batches come from the host. No LoRA dropout, for a CPU's masks read their seed."""
+    setup = still(adapters=adapters, precision=precision, dropout=0.0)
+    trainer = alone(setup, setup.config)
+    plan = trainer.plan(0)[0]
+    batch = collate(setup.train, plan)
+    assert batch.layout.index is not None
+    monkeypatch.setattr(train, "collate", lambda *_: batch)
+    with Waits() as waits:
+        trainer.step(plan)
+    assert not waits.found

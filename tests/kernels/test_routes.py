@@ -4,6 +4,7 @@ Kernels run natively on a GPU and in Triton's interpreter on a CPU, on memory po
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,3 +251,17 @@ def test_route_by_environment(monkeypatch):
     monkeypatch.delenv("FASTLORA_ROUTE", raising=False)
     assert route("cpu").name == "reference"
     assert os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda"
+
+
+def test_measured_blocks_go_before_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "MEASURED", {})
+    shipped = tuning.config(90, torch.float16, 8192)
+    measured = replace(shipped, route="triton", down=tuning.Blocks(m=16, warps=8))
+    file = tmp_path / "blocks.json"
+    file.write_text(tuning.dumps({tuning.key_of(90, torch.float16, 8192): measured}))
+    tuning.load(file)
+    assert tuning.config(90, torch.float16, 8192) == measured
+    assert tuning.config(90, torch.float16, 512) == tuning.SHIPPED["90/small"]
+    file.write_text('{"90/fp16/large": {"route": "gemm"}}')
+    with pytest.raises(ValueError, match=r"blocks\.json: not a table .*fastlora tune"):
+        tuning.load(file)
