@@ -12,7 +12,7 @@ import torch
 
 from fastlora import stages
 from fastlora.cli import main
-from fastlora.config import LoraConfig, SearchConfig, TaskLoraConfig
+from fastlora.config import LoraConfig, SearchConfig, TaskLoraConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.errors import RunError, UserError
 from fastlora.files import read_toml
@@ -27,11 +27,13 @@ from fastlora.variants import side_by_side
 HOW = SearchConfig(trials=3, together=2)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Fewer and shorter runs."""
-    monkeypatch.setattr(stages, "SHAPES", ("value", "query,value"))
-    monkeypatch.setattr(stages, "DROPOUTS", (0.0, 0.1))
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    """Fewer runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "SHAPES", ("value", "query,value"))
+        patch.setattr(stages, "DROPOUTS", (0.0, 0.1))
+        yield
 
 
 def test_low_rank_is_the_best_approximation():
@@ -66,9 +68,18 @@ def test_sweep_at_the_trained_rank_is_the_trained_model(tiny_config):
     assert torch.linalg.matrix_rank(A) == 1
 
 
-@pytest.fixture
-def searched(tiny_config):
-    config = tiny_config(tasks=("sts",))
+@pytest.fixture(scope="module")
+def searched(small, tiny_model, tiny_data, tmp_path_factory):
+    """The configuration of a finished search, which tests leave as it is."""
+    config = TrainConfig(
+        lora=LoraConfig(r=4),
+        tasks=("sts",),
+        data=tiny_data,
+        model=str(tiny_model),
+        tokens_per_batch=256,
+        device="cpu",
+        out=tmp_path_factory.mktemp("search") / "run",
+    )
     run_search(config, find_inputs(config), HOW, quiet=True)
     return config
 
@@ -106,9 +117,9 @@ def test_a_finished_search_trains_nothing_again(searched, monkeypatch):
     assert (searched.out / "search.json").read_text() == before
 
 
-def test_best_toml_trains(searched, capsys):
+def test_best_toml_trains(searched, tmp_path):
     with pytest.raises(SystemExit) as exit:
-        main(["train", "--config", f"{searched.out}/best.toml", "--out", f"{searched.out}/run"])
+        main(["train", "--config", f"{searched.out}/best.toml", "--out", str(tmp_path / "run")])
     assert exit.value.code == 0
 
 

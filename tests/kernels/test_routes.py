@@ -32,6 +32,7 @@ def test_packed_query_key_value(route, dtype, blocks):
     check(route, inputs, terms, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("route", NAMES)
 def test_rows_of_several_adapters(route, dtype):

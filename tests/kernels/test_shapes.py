@@ -9,16 +9,17 @@ from fastlora.kernels import Term
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-quick = settings(
+examples = settings(
     deadline=None,
     max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("route", NAMES)
-@quick
+@examples
 @given(
     M=st.sampled_from([1, 2, 7, 16, 61, 64, 129, 300]),
     K=st.integers(1, 150),
