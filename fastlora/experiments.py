@@ -200,7 +200,7 @@ def _draw(
             [places[row["setting"]] for row in known],
             [row[f"{task} paper"] for row in known],
             "kx",
-            label="the paper",
+            label="the paper" if known else "",
         )
         panel.set(title=task, ylabel=f"dev {BUILTIN[task].metric}")
         panel.set_xticks(list(places.values()), list(places))
