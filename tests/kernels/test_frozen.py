@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlora.kernels.frozen import Linear
 
 PACKED = [torch.float32]
-if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     PACKED.append(torch.bfloat16)
 
 pytestmark = pytest.mark.skipif(
