@@ -2,9 +2,11 @@
 
     python bench/gpu_suite.py --out DIR
 
-It needs the source tree, PyTorch, Triton, NumPy and pytest; PEFT joins where it can be imported.
-Forward, backward and both of query, key and value with LoRA on query and value, dropout 0.1, with
-and without CUDA graphs; "frozen" is the projection without LoRA, the bound of all others.
+It needs the source tree, PyTorch, Triton (and so a C compiler), NumPy and pytest; PEFT joins where
+it can be imported. Forward, backward and both of query, key and value with LoRA on query and value,
+dropout 0.1, with and without CUDA graphs; "frozen" is the projection without LoRA, the bound of all
+others. Without graphs, a time is that of a single call with the host's share in it. The JSON is
+written after the tests and after each shape, so that what stops the suite costs only the rest.
 """
 
 import argparse
@@ -16,16 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_routes.py", "test_gpu.py")
+TESTS = ("test_mask.py", "test_routes.py", "test_gpu.py")
+TESTS_SECONDS = 270
 ROWS, WIDTHS, RANKS = (256, 1024, 4096, 8192, 32768), (384, 768, 1024), (8, 32, 64)
 FULL = (768, 32)  # width and rank of which torch.compile takes part: it compiles each shape
-REPEATS, WARMUP, SECONDS = 25, 3, 0.15
+REPEATS, LEAST, WARMUP, SECONDS = 25, 5, 3, 0.15
 
 
 def source_tree(folder: Path) -> Path:
@@ -37,25 +41,32 @@ def source_tree(folder: Path) -> Path:
     return folder
 
 
-def run_tests(tree: Path) -> dict:
-    """The kernel tests in a process of their own."""
+def run_tests(tree: Path, log: Path) -> dict:
+    """The kernel tests in a process of their own, whose output is kept in `log`."""
     start = time.perf_counter()
     files = [str(ROOT / "tests" / "kernels" / name) for name in TESTS]
     # Not python -m pytest, which puts the top-level folder kernels on the path.
     command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
-    found = subprocess.run(
-        [*command, "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    print(found.stdout[-6000:], found.stderr[-2000:], flush=True)
+    with log.open("w", encoding="utf-8") as out:
+        tests = subprocess.Popen(
+            [*command, "-v", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), "TRITON_INTERPRET": "0"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            tests.wait(TESTS_SECONDS)
+        except subprocess.TimeoutExpired:
+            tests.kill()
+            tests.wait()
+    text = log.read_text(encoding="utf-8")
+    print(text[-3000:], flush=True)
     return {
-        "passed": found.returncode == 0,
+        "passed": tests.returncode == 0,
         "seconds": time.perf_counter() - start,
-        "summary": found.stdout.strip().splitlines()[-1:],
-        "failures": [line for line in found.stdout.splitlines() if line.startswith("FAILED")],
+        "summary": text.strip().splitlines()[-1:],
+        "failures": [line for line in text.splitlines() if line.startswith("FAILED")],
     }
 
 
@@ -65,7 +76,7 @@ def times_of(run) -> list[float]:
         run()
     torch.cuda.synchronize()
     times, start = [], time.perf_counter()
-    while len(times) < REPEATS and time.perf_counter() - start < SECONDS:
+    while len(times) < LEAST or (len(times) < REPEATS and time.perf_counter() - start < SECONDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -76,15 +87,16 @@ def times_of(run) -> list[float]:
 
 
 def graphed(run):
-    """`run` as a replayed CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
+    """`run` as a replayed CUDA graph.
+
+    Captured on the current stream, which must not be the default one: backward runs on the stream
+    that its forward ran on, and no other may take part in a capture.
+    """
+    for _ in range(WARMUP):
+        run()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         run()
     return graph.replay
 
@@ -97,7 +109,9 @@ def launches_of(run) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()
-    return sum(e.count for e in found.key_averages() if "Memcpy" not in e.key)
+    # Not the host's calls, nor copies and fills.
+    on_gpu = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.count for e in on_gpu if not e.key.startswith(("Memcpy", "Memset")))
 
 
 def measure(problem, name: str, build) -> list[dict]:
@@ -113,14 +127,11 @@ def measure(problem, name: str, build) -> list[dict]:
     def forward():
         return function(problem.x)
 
-    def both():
-        torch.autograd.grad(forward(), leaves, problem.grad)
-
     y = forward()
     modes = {
         "forward": forward,
-        "backward": lambda: torch.autograd.grad(y, leaves, problem.grad, retain_graph=True),
-        "both": both,
+        "backward": lambda: problem.backward(y, leaves, keep=True),
+        "both": lambda: problem.backward(forward(), leaves),
     }
     rows = []
     for mode, run in modes.items():
@@ -139,34 +150,44 @@ def measure(problem, name: str, build) -> list[dict]:
                 )
                 if not graphs and problem.M == 4096:
                     row["launches"] = launches_of(run)
-            # A contender that cannot be captured, or runs out of memory, is a result too.
-            except RuntimeError as error:
-                row["error"] = str(error).splitlines()[0]
-                torch.cuda.synchronize()
+            # A contender that cannot be captured, or runs out of memory, is a result too; Triton's
+            # errors have no common base.
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append(row)
     return rows
 
 
-def benchmarks(dtype: torch.dtype, budget: float) -> list[dict]:
+def warm_up(seconds: float = 0.5) -> None:
+    """Work until the GPU's clocks are up, so that who comes first is not the slowest."""
+    a, start = torch.randn(4096, 4096, device="cuda", dtype=torch.float16), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ a
+        torch.cuda.synchronize()
+
+
+def benchmarks(dtype: torch.dtype, budget: float) -> Iterator[list[dict]]:
     """All shapes, the most wanted first, until the budget of seconds is spent."""
     from implementations import Problem, contenders, frozen
 
     shapes = [(M, H, r) for H in WIDTHS for r in RANKS for M in ROWS]
     shapes.sort(key=lambda s: (s[1:] != FULL, s[1] != FULL[0], s))
-    rows, start = [], time.perf_counter()
+    start = time.perf_counter()
     for M, H, r in shapes:
         if time.perf_counter() - start > budget:
             print(f"budget of {budget:.0f} s spent before M={M} H={H} r={r}", flush=True)
             break
-        problem = Problem(M, H, r, 0.1, 3, (0, 2), "cuda", dtype)
+        rows, problem = [], Problem(M, H, r, 0.1, 3, (0, 2), "cuda", dtype)
+        warm_up()
         for name, build in {"frozen": frozen, **contenders("cuda")}.items():
             if name == "compiled" and (H, r) != FULL:
                 continue
             try:
                 rows += measure(problem, name, build)
-            except NotImplementedError as reason:
-                rows.append(dict(name=name, M=M, H=H, r=r, skipped=str(reason)))
-    return rows
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                rows.append(dict(name=name, M=M, H=H, r=r, skipped=reason))
+        yield rows
 
 
 def print_ratios(rows: list[dict]) -> None:
@@ -204,6 +225,7 @@ def main() -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name()
+    file = options.out / f"{name.replace(' ', '-')}.json"
     with tempfile.TemporaryDirectory() as folder:
         tree = source_tree(Path(folder))
         sys.path[:0] = [str(tree), str(ROOT / "bench")]
@@ -213,14 +235,17 @@ def main() -> int:
             "python": platform.python_version(),
             "versions": {p: installed(p) for p in ("torch", "triton", "numpy", "peft")},
             "cuda": torch.version.cuda,
-            "tests": run_tests(tree),
+            "tests": run_tests(tree, options.out / "tests.log"),
+            "benchmarks": [],
         }
         modern = torch.cuda.get_device_capability() >= (8, 0)
         dtype = torch.bfloat16 if modern else torch.float16
         result["dtype"] = str(dtype)
-        result["benchmarks"] = benchmarks(dtype, options.seconds)
-    file = options.out / f"{name.replace(' ', '-')}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for rows in benchmarks(dtype, options.seconds):
+                result["benchmarks"] += rows
+                file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print_ratios(result["benchmarks"])
     print(f"\n{file}; tests {'passed' if result['tests']['passed'] else 'FAILED'}")
     return 0 if result["tests"]["passed"] else 1

@@ -42,6 +42,7 @@ class Problem:
         like = dict(device=self.device, dtype=self.dtype)
         self.x = torch.randn(self.M, self.H, **like, requires_grad=True)
         self.grad = torch.randn(self.M, self.blocks * self.H, **like)
+        self.grads = [part.contiguous() for part in self.grad.chunk(self.blocks, -1)]
         self.weight = torch.randn(self.blocks * self.H, self.H, **like) / self.H**0.5
         self.bias = torch.randn(self.blocks * self.H, **like)
         self.factors = [
@@ -62,17 +63,26 @@ class Problem:
         """Everything that gets a gradient."""
         return [self.x, *(f for pair in self.factors for f in pair)]
 
+    def backward(
+        self, y: Tensor | list[Tensor], leaves: list[Tensor] | None = None, keep: bool = False
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the leaves; with `keep`, y can go backward again."""
+        grad = self.grad if isinstance(y, Tensor) else self.grads
+        return torch.autograd.grad(y, leaves or self.leaves, grad, retain_graph=keep)
 
-# From a problem and its probability of dropout to a function of x.
-Build = Callable[[Problem, float], Callable[[Tensor], Tensor]]
+
+# A function of x: the blocks' outputs, one by one or in one tensor.
+Function = Callable[[Tensor], Tensor | list[Tensor]]
+# From a problem and its probability of dropout.
+Build = Callable[[Problem, float], Function]
 
 
-def unfused(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
+def unfused(problem: Problem, p: float) -> Function:
     """Plain PyTorch: a linear layer a block, and a low-rank pair beside the adapted ones."""
     weights, biases = problem.weight.chunk(problem.blocks), problem.bias.chunk(problem.blocks)
     pairs = dict(zip(problem.adapted, problem.factors, strict=True))
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> list[Tensor]:
         outputs = []
         for block, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             y = F.linear(x, weight, bias)
@@ -80,26 +90,28 @@ def unfused(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
                 A, B = (f.to(x.dtype) for f in pairs[block])
                 y = y + F.linear(F.linear(F.dropout(x, p), A), B) * problem.scale
             outputs.append(y)
-        return torch.cat(outputs, -1)
+        return outputs
 
     return forward
 
 
-def frozen(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
+def frozen(problem: Problem, p: float) -> Function:
     """The projection without LoRA: what no implementation can beat."""
     return lambda x: F.linear(x, problem.weight, problem.bias)
 
 
-def compiled(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
+def compiled(problem: Problem, p: float) -> Function:
     """`torch.compile` of the unfused form."""
     if problem.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise NotImplementedError("torch.compile needs a C++ compiler")
     # Backward alone is timed on one graph again and again, which donated buffers forbid.
     torch._functorch.config.donated_buffer = False
-    return torch.compile(unfused(problem, p))
+    # Each shape by itself: all share one code object, and beyond 8 variants it would run eager.
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(unfused(problem, p), dynamic=False)
 
 
-def peft_layers(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
+def peft_layers(problem: Problem, p: float) -> Function:
     """PEFT's own LoRA layers around `nn.Linear`."""
     try:
         from peft import LoraConfig
@@ -118,17 +130,25 @@ def peft_layers(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
             config = LoraConfig(r=problem.r, lora_alpha=ALPHA, lora_dropout=p)
             layer = Linear(base, "default", config=config, r=problem.r, lora_alpha=ALPHA)
             layer.train()
+            # Versions of PEFT without `config` swallow it, and would drop nothing.
+            layer.lora_dropout["default"] = nn.Dropout(p)
             for name, factor in zip(("lora_A", "lora_B"), pairs[block], strict=True):
                 del getattr(layer, name)["default"].weight
                 getattr(layer, name)["default"].weight = factor
         layers.append(layer)
-    return lambda x: torch.cat([layer(x) for layer in layers], -1)
+
+    def forward(x: Tensor) -> list[Tensor]:
+        # As PEFT is used: without autocast, it computes its fp32 factors' products in fp32.
+        with torch.autocast(x.device.type, problem.dtype, enabled=x.dtype != torch.float32):
+            return [layer(x) for layer in layers]
+
+    return forward
 
 
 def fastlora_route(name: str) -> Build:
     """fastlora on one of its routes."""
 
-    def build(problem: Problem, p: float) -> Callable[[Tensor], Tensor]:
+    def build(problem: Problem, p: float) -> Function:
         terms = [
             Term(A, B, problem.scale, p, stream=block, column=block * problem.H)
             for block, (A, B) in zip(problem.adapted, problem.factors, strict=True)
@@ -153,10 +173,11 @@ def contenders(device: str) -> dict[str, Build]:
 def agrees(problem: Problem, build: Build) -> bool:
     """Whether outputs and gradients are right: within 2x (gradients 3x) of the unfused errors."""
 
-    def run(function: Callable[[Tensor], Tensor], kind: torch.dtype | None = None) -> list[Tensor]:
+    def run(function: Function, kind: torch.dtype | None = None) -> list[Tensor]:
         y = function(problem.x if kind is None else problem.x.to(kind))
-        grad = problem.grad.to(y.dtype)
-        return [y, *torch.autograd.grad(y, problem.leaves, grad)]
+        whole = y if isinstance(y, Tensor) else torch.cat(y, -1)
+        grads = torch.autograd.grad(whole, problem.leaves, problem.grad.to(whole.dtype))
+        return [whole, *grads]
 
     truth = Problem(**{f: getattr(problem, f) for f in problem.__dataclass_fields__})
     truth.weight, truth.bias = problem.weight.double(), problem.bias.double()
@@ -171,7 +192,7 @@ def agrees(problem: Problem, build: Build) -> bool:
     return True
 
 
-def saved_bytes(problem: Problem, function: Callable[[Tensor], Tensor]) -> int:
+def saved_bytes(problem: Problem, function: Function) -> int:
     """Bytes of activations that a forward pass keeps for backward."""
     parameters = {t.data_ptr() for t in (problem.weight, problem.bias, *problem.leaves[1:])}
     parameters |= {t.data_ptr() for t in problem.weight.chunk(problem.blocks)}
@@ -196,13 +217,13 @@ def measure(compare: Callable[..., None], name: str, mode: str, problem: Problem
     except NotImplementedError as reason:
         pytest.skip(str(reason))
 
-    def pass_of(function: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+    def pass_of(function: Function) -> Callable[[], object]:
         if mode == "forward":
             return lambda: function(problem.x)
         if mode == "both":
-            return lambda: torch.autograd.grad(function(problem.x), problem.leaves, problem.grad)
+            return lambda: problem.backward(function(problem.x))
         y = function(problem.x)
-        return lambda: torch.autograd.grad(y, problem.leaves, problem.grad, retain_graph=True)
+        return lambda: problem.backward(y, keep=True)
 
     facts = dict(name=name, agrees=agrees(problem, made[name]))
     facts["saved"] = saved_bytes(problem, functions[1]) / problem.x.nbytes

@@ -88,8 +88,8 @@ def lora_reduce(
     SLOTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """d [R, K] = sum of the partials of each piece: a row of d, BLOCK_C partials at a time."""
-    piece, rank = tl.program_id(1) // BLOCK_R, tl.program_id(1) % BLOCK_R
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    piece, rank = tl.program_id(0) // BLOCK_R, tl.program_id(0) % BLOCK_R
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     for first in range(0, PARTIALS, BLOCK_C):
         i = first + tl.arange(0, BLOCK_C)
@@ -145,7 +145,8 @@ def outer(
     d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
     tuning.launch(
         lora_reduce,
-        (triton.cdiv(K, blocks.k), len(pieces.terms) * pieces.block_r),
+        # Pieces first: only a grid's first axis goes beyond 65,535.
+        (len(pieces.terms) * pieces.block_r, triton.cdiv(K, blocks.k)),
         dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * slots, K=K, **tables),
         dict(BLOCK_C=32, **constants),
         blocks,

@@ -68,7 +68,8 @@ def _backward(
 def _unshared_backward(*arguments: Any) -> list[Tensor]:
     found, factors = _backward(*arguments), arguments[5]
     # Gradients are parts of buffers, and an operator's results may share no memory.
-    return [part.clone() for part in found[: len(factors)]] + found[len(factors) :]
+    fresh = [part.clone(memory_format=torch.contiguous_format) for part in found[: len(factors)]]
+    return fresh + found[len(factors) :]
 
 
 _FACTS = "Tensor weight, Tensor[] factors, Tensor? seed, float[] scales, SymInt[] places, str route"

@@ -42,6 +42,8 @@ def _detect(device: torch.device, dtype: torch.dtype, large: bool) -> Route:
     capability = tuning.capability(device)
     if capability < 75:
         return Route("reference", f"Triton does not support sm_{capability}")
+    if capability < 80 and dtype == torch.bfloat16:
+        return Route("reference", f"no bf16 tensor cores on sm_{capability}")
     name = tuning.config(capability, dtype, tuning.SMALL if large else 1).route
     if capability == 75:
         if problem := turing.install():

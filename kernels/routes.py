@@ -105,7 +105,7 @@ class Kernels:
         plan, blocks = _plan(call, x)
         saved = x.new_empty(self.saved_shape(call, M))
         extend = saved.shape[1] > plan.pieces.ranks
-        A, packed, B = _factors(call, plan, x.dtype, extend)
+        A, packed, B = _factors(call, plan, x.dtype, extend, refresh=True)
         if extend:
             down(x, A, saved[:, K:], plan, seed, blocks.down, copy=saved[:, :K])
             return F.linear(saved, packed, bias), saved
@@ -130,7 +130,7 @@ class Kernels:
         R, shapes = plan.pieces.ranks, call.shapes
         uniform = is_uniform(shapes, call.ranges, M)
         extend = self.vendor and uniform
-        A, packed, B = _factors(call, plan, grad.dtype, extend)
+        A, packed, B = _factors(call, plan, grad.dtype, extend, refresh=False)
         x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved)
         dx = grad.new_empty(M, K) if need_dx else None
         base = None  # where there is one, `outer` adds the terms to it
@@ -202,32 +202,37 @@ _packed: dict[tuple, list] = {}
 
 
 def _factors(
-    call: Call, plan: Plan, dtype: torch.dtype, extend: bool
+    call: Call, plan: Plan, dtype: torch.dtype, extend: bool, refresh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All terms' A [R, K], [W0 | B] [N, K + R] and B [N, R] in the compute type.
 
-    They are refreshed when a factor changed (after a step of the optimiser). Without `extend`,
-    the second is only B. See `_parts` for which rows and columns are whose.
+    They are copied again when a factor changed (after a step of the optimiser), and with `refresh`
+    into every graph that is captured. A write through `.data` counts no version: it goes unseen.
+    Without `extend`, the second is only B. See `_parts` for which rows and columns are whose.
     """
     tensors = (call.weight, *call.A, *call.B)
     owners = [StorageWeakRef(t.untyped_storage()) for t in tensors]
     offsets = (t.storage_offset() for t in tensors)
-    key = (*(owner.cdata for owner in owners), *offsets, call.shapes, dtype, extend)
+    places = tuple((s.rank, s.width, s.column) for s in call.shapes)
+    key = (*(owner.cdata for owner in owners), *offsets, places, dtype, extend)
     entry = _packed.get(key)
-    base, *versions = (t._version for t in tensors)
+    # An inference tensor counts no versions.
+    base, *versions = (-1 if t.is_inference() else t._version for t in tensors)
     if entry is None or entry[1] != base:
         for old in [k for k, e in _packed.items() if any(owner.expired() for owner in e[0])]:
             del _packed[old]
         (N, K), R = call.weight.shape, plan.pieces.ranks
-        packed = call.weight.new_zeros(N, K * extend + R, dtype=dtype)
+        # Made in inference mode, they could not be refreshed outside of it.
+        with torch.inference_mode(False):
+            packed = call.weight.new_zeros(N, K * extend + R, dtype=dtype)
+            factors = packed.new_zeros(R, K), packed, packed[:, K * extend :]
         if extend:
             packed[:, :K] = call.weight
-        factors = packed.new_zeros(R, K), packed, packed[:, K * extend :]
         entry = _packed[key] = [owners, base, None, factors]
     A, packed, B = entry[3]
     # A replayed graph must refresh: its optimiser steps leave versions as they are.
-    capturing = call.weight.is_cuda and torch.cuda.is_current_stream_capturing()
-    if entry[2] != versions or capturing:
+    refresh = refresh and call.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    if entry[2] != versions or refresh:
         torch._foreach_copy_(_parts(A, B, call.shapes), tensors[1:])
         entry[2] = versions
     return A, packed, B

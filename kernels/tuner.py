@@ -28,7 +28,10 @@ def tune(
         best, run = tuning.config(capability, dtype, rows), _problem(rows, device, dtype)
         for route, kernel in (("gemm", "down"), ("gemm", "outer"), ("triton", "fused")):
             given = getattr(best, kernel)
-            others = [replace(given, m=m, n=n, k=n, warps=w) for m, n in TILES for w in (4, 8)]
+            sizes = [dict(m=m, k=n) for m, n in TILES]
+            if kernel == "fused":
+                sizes = [dict(m=m, n=n, k=k) for m, n in TILES for k in (32, 64)]
+            others = [replace(given, **size, warps=w) for size in sizes for w in (4, 8)]
             trials = {b: replace(best, **{kernel: b}) for b in (given, *others)}
             times = {b: _time(run, key, row, route) for b, row in trials.items()}
             choice = min(times, key=times.__getitem__)

@@ -93,8 +93,10 @@ def launch(
     blocks: Blocks,
 ) -> None:
     """Run `kernel` on `grid`; the one place that does, so that tests can count and capture."""
+    tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
     if all(grid):
-        kernel[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
+        with torch.cuda.device_of(next(tensors)):  # Triton launches on the current device
+            kernel[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
 
 
 def load(file: Path) -> None:
@@ -106,7 +108,7 @@ def load(file: Path) -> None:
             MEASURED[key] = Config(row["route"], **kernels)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file}: not a table of measured block sizes ({error}); delete it or run fastlora tune"
+            f"{file}: not a table of measured block sizes ({error}); delete it"
         ) from error
 
 

@@ -7,7 +7,8 @@ Turing's instruction, though: the pass that makes MMA layouts picks "version 2.0
 sm_80 one without pipelining (cp.async came with Ampere), and relabels layout and target in the
 module's text. Everything after that is stock.
 
-It acts on launches with `num_stages=1`, which all rows for sm_75 have. Triton 3.6 does not key its
+It acts on launches with `num_stages=1`, which the fp16 row for sm_75 has (fp32 has no tensor cores
+there). Triton 3.6 does not key its
 on-disk cache by the hook: `route` installs it before the first launch, so that no kernel of ours is
 compiled without it there.
 """

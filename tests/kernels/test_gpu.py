@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracle import SEED, check, make
 
-from fastlora.kernels import Term, forced_route, lora_qkv, tuning
+from fastlora.kernels import Term, forced_route, lora_grouped, lora_qkv, tuning
+from fastlora.kernels.library import lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 KERNEL_ROUTES = ["gemm", "triton"]
@@ -34,6 +35,7 @@ def gradients(y, x, adapters):
 @pytest.mark.parametrize("route", KERNEL_ROUTES)
 def test_compiled_by_inductor(problem, route):
     x, weight, adapters = problem
+    torch._dynamo.reset()  # nothing guards the route
     with forced_route(route):
         plain = lora_qkv(x, weight, None, adapters, 0.5, 0.1, SEED)
         op = torch.compile(lora_qkv, fullgraph=True)
@@ -46,6 +48,43 @@ def test_compiled_by_inductor(problem, route):
 
 
 @pytest.mark.parametrize("route", KERNEL_ROUTES)
+def test_rows_of_two_adapters_compiled_by_inductor(problem, route):
+    x, weight, adapters = problem
+    torch._dynamo.reset()
+
+    def op(x, weight, factors):
+        terms = [
+            Term(A, B, 0.5, 0.1, stream=i, start=start, stop=stop, column=128 * i)
+            for i, ((A, B), start, stop) in enumerate(
+                zip(factors, (0, 100), (100, 256), strict=True)
+            )
+        ]
+        return lora_grouped(x, weight, None, terms, SEED)
+
+    with forced_route(route):
+        factors = list(adapters.values())
+        plain, compiled = (f(x, weight, factors) for f in (op, torch.compile(op, fullgraph=True)))
+        torch.testing.assert_close(compiled, plain)
+        for mine, theirs in zip(
+            gradients(compiled, x, adapters), gradients(plain, x, adapters), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("rows", [((0, 9), (0, 9)), ((2, 9), (0, 4))])
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+def test_opcheck(route, rows):
+    like = dict(device="cuda", requires_grad=True)
+    A, B = ([torch.randn(shape, **like) for _ in rows] for shape in ((3, 8), (4, 3)))
+    places = [place for i, ends in enumerate(rows) for place in (4 * i, 6554, i, *ends)]
+    x, bias, weight = (torch.randn(shape, device="cuda") for shape in ((9, 8), (8,), (8, 8)))
+    arguments = (x.requires_grad_(), bias, weight, A + B, SEED, [1.0, 2.0], places, route)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]  # as in test_ops.py
+    checks += ["test_aot_dispatch_dynamic"] * (rows[0] == rows[1])
+    torch.library.opcheck(lora, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
 def test_graph_replays_draw_new_masks_and_use_new_factors(problem, route):
     x, weight, adapters = problem
     with forced_route(route):
@@ -55,6 +94,7 @@ def test_graph_replays_draw_new_masks_and_use_new_factors(problem, route):
             return [y, *gradients(y, x, adapters)]
 
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 step()

@@ -11,7 +11,15 @@ import torch
 from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastlora.kernels import Term, forced_route, lora_grouped, lora_linear, lora_qkv, tuning
+from fastlora.kernels import (
+    Term,
+    forced_route,
+    lora_grouped,
+    lora_linear,
+    lora_qkv,
+    routes,
+    tuning,
+)
 from fastlora.kernels.grouped import Shape
 from fastlora.kernels.routes import ROUTES, Call
 
@@ -190,6 +198,25 @@ def test_launches_of_route_gemm(monkeypatch):
     assert counted.names == ["aten::mm", "lora_outer", "lora_reduce", "aten::mm"]
 
 
+@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
+def test_scoring_and_training_share_the_packed_weight(first):
+    """Whichever comes first; a copy of [W0 | B] more is half a model more."""
+    H = 32
+    x, weight, _, _, ((A, B),) = make(64, H, H, [(8, H)])
+    x, weight, A, B = (t.to(DEVICE, torch.float32) for t in (x, weight, A, B))
+    factors = A.requires_grad_(), B.requires_grad_()
+    before = len(routes._packed)
+    with forced_route("gemm"):
+        with first():
+            lora_linear(x, weight, None, *factors, 2.0)
+        lora_linear(x, weight, None, *factors, 2.0, 0.5).sum().backward()
+        with torch.no_grad():
+            B.add_(1)
+        y = lora_linear(x, weight, None, *factors, 2.0)
+    assert len(routes._packed) - before <= 1
+    torch.testing.assert_close(y, x @ weight.T + 2 * x @ A.T @ B.T, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("route", ["gemm", "triton"])
 def test_saved_activations_are_x_u_and_the_seed(route, capsys):
     M, H, r = 4096, 768, 32
@@ -264,5 +291,5 @@ def test_measured_blocks_go_before_shipped_ones(tmp_path, monkeypatch):
     assert tuning.config(90, torch.float16, 8192) == measured
     assert tuning.config(90, torch.float16, 512) == tuning.SHIPPED["90/small"]
     file.write_text('{"90/fp16/large": {"route": "gemm"}}')
-    with pytest.raises(ValueError, match=r"blocks\.json: not a table .*fastlora tune"):
+    with pytest.raises(ValueError, match=r"blocks\.json: not a table .*delete it"):
         tuning.load(file)
