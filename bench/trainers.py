@@ -125,7 +125,7 @@ def make_trainer(name: str, job: Job) -> Trainer:
     """A contender: "fastlora", "peft sdpa", "peft eager", "peft compiled", or "full" for "peft"."""
     setup = job.setup(full=name.startswith("full"))
     if name.endswith("fastlora"):
-        model, _, _ = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
+        model, _, _ = build_model(setup, setup.inputs.tasks, setup.config)
         to_compute(model, setup.config, setup.device)
     else:
         torch.manual_seed(setup.config.seed)

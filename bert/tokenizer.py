@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from fastlora.bert.source import CheckpointError, read_json
+from fastlora.bert.source import InputError, read_json
 
 # Case, accents, Chinese, controls, punctuation, digits: any difference in the rules shows here.
 _PROBE = "The Café's naïve ÅNGSTRÖM, 東京 2.5\u00a0%\t\u200b[MASK] don't--STOP ﬁn 😀"
@@ -30,9 +30,13 @@ class Encoded:
 
 
 class Tokenizer:
-    """A BERT tokenizer; raises ValueError for a ``tokenizers.Tokenizer`` that is none."""
+    """A BERT tokenizer; raises ValueError for a ``tokenizers.Tokenizer`` that is none.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    ``max_length`` is the most tokens of a sequence.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, max_length: int = 512) -> None:
+        self.max_length = max_length
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
@@ -44,19 +48,22 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """Read ``tokenizer.json``, or ``vocab.txt`` with the rules of ``tokenizer_config.json``.
 
-        Raises CheckpointError when the folder has neither, or for a broken file.
+        How long a sequence may be is in the model's ``config.json`` beside it, else 512. Raises
+        InputError when the folder has neither, or for a broken file.
         """
         path = folder / "tokenizer.json"
         if not path.exists():
             path = folder / "vocab.txt"
         if not path.exists():
-            raise CheckpointError(f"{folder}: found neither tokenizer.json nor vocab.txt")
+            raise InputError(f"{folder}: found neither tokenizer.json nor vocab.txt")
+        config = folder / "config.json"
+        longest = read_json(config).get("max_position_embeddings", 512) if config.exists() else 512
         read = _from_vocabulary if path.suffix == ".txt" else tokenizers.Tokenizer.from_file
         try:
-            return cls(read(str(path)))
+            return cls(read(str(path)), longest)
         # The Rust side raises a bare Exception for any malformed file.
         except Exception as error:
-            raise CheckpointError(f"{path}: not a BERT tokenizer: {error}") from error
+            raise InputError(f"{path}: not a BERT tokenizer: {error}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -74,9 +81,7 @@ class Tokenizer:
         facts = [sorted(self._backend.get_vocab().items()), self._probe]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def encode(
-        self, a: Sequence[str], b: Sequence[str] | None = None, *, max_length: int = 512
-    ) -> Encoded:
+    def encode(self, a: Sequence[str], b: Sequence[str] | None = None) -> Encoded:
         """Encode each text as ``[CLS] a [SEP]``, or each pair ``[CLS] a [SEP] b [SEP]`` with types.
 
         The longer text is cut first, to ``max_length`` tokens in all.
@@ -84,7 +89,7 @@ class Tokenizer:
         inputs: Sequence = a if b is None else list(zip(a, b, strict=True))
         ids, types = array("i"), array("b")
         lengths, truncated = [0], 0
-        self._backend.enable_truncation(max_length, strategy="longest_first")
+        self._backend.enable_truncation(self.max_length, strategy="longest_first")
         # In chunks: one Encoding object is some kilobytes, and Quora has 140,000 pairs.
         for start in range(0, len(inputs), _CHUNK):
             for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel, Parts
-from fastlora.bert.source import TOKENIZER_FILES, CheckpointError, Source, require
+from fastlora.bert.source import TOKENIZER_FILES, InputError, Source, require
 
 _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 # Buffers that old versions of transformers saved with the parameters.
@@ -24,7 +24,7 @@ def load_encoder(source: Source, parts: Parts | None = None) -> tuple[BertModel,
 
     Accepts "bert." prefixes, LayerNorm.gamma/beta, pre-training heads (cls.*, ignored) and a
     missing pooler, which is drawn from normal(0, 0.02), always the same. Returns the model and a
-    note for each such liberty. Raises CheckpointError as ``copy_tensors`` does.
+    note for each such liberty. Raises InputError as ``copy_tensors`` does.
     """
     path = source.folder / "model.safetensors"
     model = BertModel(BertConfig.from_json(source.folder / "config.json"), parts or Parts())
@@ -35,7 +35,7 @@ def load_encoder(source: Source, parts: Parts | None = None) -> tuple[BertModel,
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name in tensors:
-            raise CheckpointError(f"{path}: tensor {name!r} is there twice, once as {raw_name!r}")
+            raise InputError(f"{path}: tensor {name!r} is there twice, once as {raw_name!r}")
         if name not in _BUFFERS and not name.startswith("cls."):
             tensors[name] = tensor
     heads = sum(name.startswith("cls.") for name in raw)
@@ -89,18 +89,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **facts: str) -> No
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata; CheckpointError if it is not one."""
+    """The tensors of a safetensors file and its metadata; InputError if it is not one."""
     require(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             return tensors, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+        raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
 def copy_tensors(path: Path, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy ``found`` (read from ``path``) in place, all of it or, on CheckpointError, nothing.
+    """Copy ``found`` (read from ``path``) in place, all of it or, on InputError, nothing.
 
     Refuses missing, unexpected, misshapen, integer and non-finite tensors by name.
     """
@@ -110,15 +110,15 @@ def copy_tensors(path: Path, found: Mapping[str, Tensor], into: Mapping[str, Ten
     ):
         if names:
             more = f" ({len(names) - 1} more such)" if len(names) > 1 else ""
-            raise CheckpointError(f"{path}: tensor {min(names)!r} {problem}{more}")
+            raise InputError(f"{path}: tensor {min(names)!r} {problem}{more}")
     for name, tensor in found.items():
         if tensor.shape != into[name].shape or not tensor.is_floating_point():
-            raise CheckpointError(
+            raise InputError(
                 f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)} "
                 f"(expected floating point {list(into[name].shape)})"
             )
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite")
+            raise InputError(f"{path}: tensor {name!r} has values that are not finite")
     with torch.no_grad():
         for name, tensor in found.items():
             into[name].copy_(tensor)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastlora.bert.source import read_json, write_json
 from fastlora.bert.weights import copy_tensors, read_tensors, write_tensors
 from fastlora.config import TARGETS, LoraConfig
-from fastlora.errors import UserError, user_errors
+from fastlora.errors import UserError
 from fastlora.lora import DEFAULT, LoRALinear, is_target
 from fastlora.tasks import Task, task_from_table
 
@@ -96,7 +96,6 @@ def save_adapter(
     write_json(folder / _CONFIG, config)
 
 
-@user_errors()
 def read_settings(folder: Path) -> LoraConfig:
     """The settings to ``inject`` before ``load_adapter``, from a folder of ours or of PEFT.
 
@@ -125,11 +124,10 @@ def read_settings(folder: Path) -> LoraConfig:
             rslora=config.get("use_rslora", False),
             targets=(*named, *others),
         )
-    except UserError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
-@user_errors()
 def load_adapter(
     folder: Path, layers: Mapping[str, LoRALinear], adapter: str, base: BaseInfo
 ) -> None:
@@ -162,7 +160,6 @@ def save_heads(
     write_json(folder / _HEADS_INFO, {**base.facts, "tasks": tables, "settings": extra})
 
 
-@user_errors()
 def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     """The tasks and extra settings of saved heads: what a model to load them into is built of."""
     path = folder / _HEADS_INFO
@@ -173,7 +170,6 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     return {name: task_from_table(name, table) for name, table in tables.items()}, extra
 
 
-@user_errors()
 def load_heads(
     folder: Path, heads: nn.ModuleDict, tasks: Mapping[str, Task], base: BaseInfo
 ) -> None:

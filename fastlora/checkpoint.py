@@ -46,8 +46,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     progress: Progress,
-) -> Path:
-    """Write `folder`/step-NNNNNN and remove all but the newest two; returns the new folder."""
+) -> None:
+    """Write `folder`/step-NNNNNN and remove all but the newest two."""
     path = folder / f"step-{progress.step:06d}"
     parameters = trainable(model)
     with atomic_folder(path) as building:
@@ -63,14 +63,14 @@ def save_checkpoint(
         (building / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {file.name: _digest(file) for file in sorted(building.iterdir())}
         (building / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    # With what a killed process left half-written.
+    for old in (*_checkpoints(folder)[:-KEEP], *folder.glob(".step-*")):
         shutil.rmtree(old)
-    return path
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are as its manifest says, or None."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(_checkpoints(folder)):
         with suppress(OSError, ValueError):
             manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
             if all(_digest(path / name) == digest for name, digest in manifest.items()):
@@ -99,6 +99,11 @@ def load_checkpoint(
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     return Progress(**state["progress"])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _digest(file: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import cyclopts
 
 from fastlora.commands import app
-from fastlora.errors import RunError, UserError
+from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.files import read_toml
 
 
@@ -36,13 +36,8 @@ def _guarded(command: Callable[[], None]) -> int:
         return _fail(2, error)
     except (RunError, OSError) as error:
         return _fail(1, error)
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
-    except Exception as error:
-        # Known by name: its module imports torch, which a quick failure never did.
-        if type(error).__name__ == "Interrupted":
-            return 130
-        raise
+    except Interrupted:
+        return 130
     return 0
 
 

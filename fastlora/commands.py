@@ -28,6 +28,7 @@ RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder wit
 Data = Annotated[
     Path | None, Parameter(help="Folder of the task files; by default ./data, else the demo.")
 ]
+BadRows = Annotated[Literal["error", "skip"], Parameter(help="What a malformed row does.")]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.")]
 Encoder = Annotated[
     str | None, Parameter(help="Folder or name of the encoder, if it moved since training.")
@@ -112,11 +113,13 @@ def evaluate(
     *,
     data: Data = None,
     split: Annotated[Literal["train", "dev", "test"], Parameter(help="Which files.")] = "dev",
+    bad_rows: BadRows = "error",
     device: Device = "auto",
     model: Encoder = None,
 ) -> None:
     """Score a finished run on labelled data."""
-    folder, why = find_data(data)
+    if data is not None:
+        find_data(data, ())  # a mistake is answered at once
     adapter_folder(run)
     from fastlora.cache import load_tasks
     from fastlora.console import Log
@@ -124,9 +127,9 @@ def evaluate(
     from fastlora.trained import load_trained
 
     trained = load_trained(run, device, model)
-    datasets = load_tasks(
-        folder, trained.tasks.values(), split, trained.tokenizer, pairs=trained.extra["pairs"]
-    )
+    tasks, pairs = trained.tasks.values(), trained.extra["pairs"]
+    folder, why = find_data(data, tasks)
+    datasets = load_tasks(folder, tasks, split, trained.tokenizer, pairs=pairs, bad_rows=bad_rows)
     log = Log(quiet=False)
     log.line(f"{run} on {folder} ({why})")
     log.table(*score_table(datasets, predict(trained.model, datasets), split))
@@ -197,6 +200,7 @@ def reproduce(
     limit: Annotated[
         int | None, Parameter(help="Use at most this many examples of each task's files.")
     ] = None,
+    bad_rows: BadRows = "error",
     epochs: Annotated[int, Parameter(help="Passes over the training examples.")] = 1,
     seeds: Annotated[int, Parameter(help="Runs a row, with seeds 0, 1, ...")] = 1,
     out: Annotated[Path, Parameter(help="Folder of the runs and the tables.")] = Path("studies"),
@@ -215,6 +219,7 @@ def reproduce(
         data=data,
         model=model,
         limit=limit,
+        bad_rows=bad_rows,
         epochs=epochs,
         tokens_per_batch=tokens_per_batch,
         precision=precision,
@@ -249,16 +254,17 @@ def tune(
     precision: Annotated[Precision, Parameter(help="Type of the data to tune for.")] = "auto",
 ) -> None:
     """Measure the kernels' block sizes on this GPU and keep the fastest for later runs."""
-    from fastlora.setup import compute_of, tuned_file
+    from fastlora.setup import compute_of, tuned_file, use_measured_blocks
 
     where, dtype = compute_of(device, precision)
     if where.type != "cuda":
         raise UserError(f"device is {where}: only a CUDA GPU has block sizes to tune")
     from fastlora.kernels import tuner, tuning
 
-    rows = tuner.tune(where, dtype, print)
+    use_measured_blocks()  # of other types and GPUs: they stay
+    tuner.tune(where, dtype, print)
     with atomic_open(tuned_file()) as file:
-        file.write(tuning.dumps(rows))
+        file.write(tuning.dumps(tuning.MEASURED))
     print(f"measured block sizes in {tuned_file()}; runs on this machine use them")
 
 
@@ -269,4 +275,7 @@ def _check_alone(command: str) -> None:
 
 def _with_tasks(settings: TrainConfig, config: Path | None) -> TrainConfig:
     """With the user's own tasks; the file's other keys became flags before (cli.py)."""
-    return replace(settings, task=read_toml(config).get("task", {})) if config else settings
+    own = read_toml(config).get("task", {}) if config else {}
+    if not (isinstance(own, dict) and all(isinstance(table, dict) for table in own.values())):
+        raise UserError(f"{config}: task is {own!r} (expected tables [task.NAME])")
+    return replace(settings, task=own)

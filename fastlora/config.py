@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -208,6 +208,8 @@ class TrainConfig:
         for name in ("epochs", "max_steps", "accumulate", "limit", "save_every"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "1 or more")
+        _check(self.tasks != (), "tasks", self.tasks, "at least one task")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2^63")
         if (tokens := self.tokens_per_batch) != "auto":
             _check(tokens >= 1, "tokens_per_batch", tokens, "1 or more, or auto")
         elif self.mode == "frozen":
@@ -215,7 +217,8 @@ class TrainConfig:
         for name in ("lr", "head_lr", "clip"):
             value = getattr(self, name)
             _check(value is None or 0 < value < math.inf, name, value, "a positive number")
-        own = [name for name in BUILTIN if getattr(self, name) != TaskLoraConfig()]
+        names = (*BUILTIN, *self.task)
+        own = [name for name in names if self.task_settings(name) != TaskLoraConfig()]
         if own and self.adapters == "shared":
             raise UserError(f"{own[0]} has settings of its own, which need --adapters per-task")
         if self.add_to and (self.mode, self.adapters) != ("lora", "per-task"):
@@ -228,9 +231,14 @@ class TrainConfig:
         if task not in self.task:
             return getattr(self, task)
         own = self.task[task].get("lora", {})
-        if unknown := set(own) - {f.name for f in fields(TaskLoraConfig)}:
-            raise UserError(f"task {task!r}: unknown key lora.{min(unknown)}")
-        return TaskLoraConfig(**own)
+        try:
+            found = TaskLoraConfig(**own)
+            found.over(LoraConfig())  # checks what it sets
+        except TypeError as error:
+            known = ", ".join(f.name for f in fields(TaskLoraConfig))
+            hint = f"expected some of {known}, as for a built-in task"
+            raise UserError(f"task {task!r}: lora is {own!r} ({error}; {hint})") from None
+        return found
 
     def with_own(self, task: str, own: TaskLoraConfig) -> TrainConfig:
         """The configuration with a task's own settings in place."""
@@ -259,25 +267,13 @@ class TrainConfig:
         return _plain(table)
 
 
-def _seconds(_type: Any, tokens: Sequence[Any]) -> float:
-    """A time such as 90s, 30m or 2h."""
-    match = re.fullmatch(r"(\d+)([smh])", text := tokens[0].value)
-    if not match:
-        raise UserError(f"budget is {text!r} (expected seconds, minutes or hours: 90s, 30m, 2h)")
-    return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
-
-
 @dataclass(frozen=True)
 class SearchConfig:
     """How long a search takes, and in what company."""
 
     budget: Annotated[
-        float | None,
-        Parameter(
-            group=_search,
-            help="Time for all of it, as 90s, 30m or 2h; else short runs on half of the examples.",
-            converter=_seconds,
-        ),
+        timedelta | None,
+        _option(_search, "Time, as 90s, 30m or 2h; else short runs on half of the examples."),
     ] = None
     trials: Annotated[
         int, _option(_search, "Short runs of learning rate and warmup, 1 or more.")
@@ -290,6 +286,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         for name in ("trials", "together"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        ok = self.budget is None or self.budget > timedelta(0)
+        _check(ok, "budget", str(self.budget), "more than no time")
 
 
 def _plain(value: Any) -> Any:

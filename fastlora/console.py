@@ -41,6 +41,7 @@ class Log:
             column.justify = "right"
         for row in rows:
             table.add_row(*row)
+        for row in (header, *rows):
             self._keep("  ".join(f"{cell:<12}" for cell in row))
         if not self.brief:
             self.console.print(table)

@@ -73,7 +73,7 @@ def read_rows(
     """
     wanted = [*task.columns, *([task.label] if labelled else [])]
     text = _text(path, read_content(path) if content is None else content)
-    header = ["task", *wanted] if mixed else wanted
+    header = ["task"] if mixed else wanted  # columns that only other tasks have may be missing
     records = _json_records(text) if path.suffix == ".jsonl" else _csv_records(path, text, header)
     ids: list[str] = []
     texts, labels, numbers, problems = [], [], [], []

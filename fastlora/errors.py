@@ -1,14 +1,16 @@
-"""The two ways a command fails; the command line turns them into exit codes."""
+"""The ways in which a command ends badly; the command line turns them into exit codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fastlora.bert.source import InputError
 
-class UserError(Exception):
-    """Usage, configuration or data is wrong, found before training starts: exit code 2.
+# Usage, configuration or data is wrong, found before training starts: exit code 2.
+UserError = InputError
 
-    The message is one line: what, where, what was found, what was expected, what to do.
-    """
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved: exit code 130."""
 
 
 class RunError(Exception):
@@ -17,7 +19,7 @@ class RunError(Exception):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn the ValueError that minBERT, which knows no users, raises for files into UserError."""
+    """Turn the ValueError that the kernels, which know no users, raise into UserError."""
     try:
         yield
     except ValueError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora import pages
 from fastlora.config import TrainConfig
 from fastlora.console import Log, number
-from fastlora.errors import RunError
+from fastlora.errors import Interrupted, RunError
 from fastlora.files import atomic_open
 from fastlora.inputs import Inputs
 from fastlora.runs import open_run
@@ -23,7 +23,6 @@ from fastlora.session import run_prepared
 from fastlora.setup import Setup, prepare, read_encoder
 from fastlora.tables import COURSE, TABLES, Row, Table
 from fastlora.tasks import BUILTIN
-from fastlora.train import Interrupted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
 
 NOTES = """\
 Scores are of the dev files. The paper's encoder is BERT-base. Its learning rate is not known: rows
-have this library's own, only the last has the course's, at which LoRA hardly trains; it is left
-out of the comparison. Trainable parameters include the heads. Seconds are of training steps:
+have this library's own, only the last has the course's, which is meant for full fine-tuning; it is
+left out of the comparison. Trainable parameters include the heads. Seconds are of training steps:
 loading, scoring and the frozen encoder's one pass are not in them."""
 
 # Of a row: its setting, and by task the mean score, the spread over seeds and the paper's score.
@@ -106,16 +105,15 @@ def _run_row(
 
 
 def _result(setup: Setup, place: Path, label: str, log: Log) -> dict[str, Any]:
-    """A run's result.json; trains the run if it has none yet."""
-    file = place / "result.json"
-    new = not file.is_file()
+    """A run's result.json; trains the run if it is not complete."""
+    new = not (place / "adapter" / "README.md").is_file()  # the last that a run writes
     if new:
         run_prepared(setup, quiet=log.console.quiet, brief=True)
     else:
         open_run(place, setup.config)
     # What has ended needs no checkpoint, and a study has many runs.
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = json.loads((place / "result.json").read_text(encoding="utf-8"))
     if new:
         scores = "  ".join(f"{task} {number(score)}" for task, score in result["scores"].items())
         log.line(f"{label}  {scores}  {result['seconds']:.1f} s")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from fastlora.bert.source import Source, resolve
 from fastlora.config import DEFAULT_TASKS, TARGETS, TrainConfig
-from fastlora.errors import UserError, user_errors
+from fastlora.errors import UserError
 from fastlora.files import cache_folder
 from fastlora.tasks import BUILTIN, Task, task_from_table
 
@@ -32,15 +32,15 @@ def find_inputs(config: TrainConfig) -> Inputs:
     for settings in vars(config).values():
         for target in getattr(settings, "targets", None) or ():
             _check_name("target", target, TARGETS)
-    folder, why_data = find_data(config.data)
-    tasks = find_tasks(config.tasks, config.task, folder)
+    known = known_tasks(config.task)
+    folder, why_data = find_data(config.data, known.values())
+    tasks = find_tasks(config.tasks, known, folder)
     model, why_model = config.model, "as given"
     if model is None:
         demo = why_data.startswith("demo")
         model = "minilm" if demo else "bert-base-uncased"
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
-    with user_errors():
-        return Inputs(folder, why_data, tasks, model, why_model, resolve(model))
+    return Inputs(folder, why_data, tasks, model, why_model, resolve(model))
 
 
 def adapter_folder(path: Path) -> Path:
@@ -51,14 +51,14 @@ def adapter_folder(path: Path) -> Path:
     raise UserError(f"{path}: holds no trained adapter and heads (expected a finished run folder)")
 
 
-def find_data(given: Path | None) -> tuple[Path, str]:
-    """The data folder and why it is the one."""
+def find_data(given: Path | None, tasks: Iterable[Task]) -> tuple[Path, str]:
+    """The folder of the tasks' files and why it is the one."""
     if given is not None:
         if not given.is_dir():
             raise UserError(f"{given}: no such folder (--data names the task files' folder)")
         return given.resolve(), "as given"
     local = Path("data")
-    if any(has_files(local, task) for task in BUILTIN.values()):
+    if any(has_files(local, task) for task in tasks):
         return local.resolve(), "./data holds the task files"
     from fastlora.demo import write_demo
 
@@ -67,15 +67,20 @@ def find_data(given: Path | None) -> tuple[Path, str]:
     return folder, "demo corpus, made here: no --data and no task files in ./data"
 
 
-def find_tasks(
-    names: tuple[str, ...] | None, own: Mapping[str, Any], folder: Path
-) -> dict[str, Task]:
-    """The tasks asked for, or those of the defaults and the user's own whose files are there."""
+def known_tasks(own: Mapping[str, Any]) -> dict[str, Task]:
+    """The built-in tasks and the user's own, given as tables."""
     known = dict(BUILTIN)
     for name, table in own.items():
         if name in known:
             raise UserError(f"task {name!r} is built in; give your own another name")
         known[name] = task_from_table(name, {k: v for k, v in table.items() if k != "lora"})
+    return known
+
+
+def find_tasks(
+    names: tuple[str, ...] | None, known: Mapping[str, Task], folder: Path
+) -> dict[str, Task]:
+    """The tasks asked for, or those of the defaults and the user's own whose files are there."""
     if names is not None:
         for name in names:
             _check_name("task", name, known)
@@ -84,7 +89,7 @@ def find_tasks(
                     raise UserError(f"{path}: no such file (task {name!r} needs it)")
         return {name: known[name] for name in names}
     # The paper's three tasks; CFIMDB's long reviews join when asked for.
-    defaults = [known[name] for name in (*DEFAULT_TASKS, *own)]
+    defaults = [t for n, t in known.items() if n in DEFAULT_TASKS or n not in BUILTIN]
     found = {task.name: task for task in defaults if has_files(folder, task)}
     if not found:
         files = ", ".join(file for t in defaults for s, file in t.files.items() if s != "test")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlora.bert.model import SelfAttention
 from fastlora.config import TARGETS, LoraConfig
+from fastlora.errors import UserError
 from fastlora.kernels import Term, lora_grouped
 
 DEFAULT = "default"
@@ -174,14 +175,14 @@ def inject(
 
     `model` is any module with `nn.Linear` layers (minBERT, Hugging Face BERT, ...); `settings` are
     one adapter's, or {adapter name: settings}. Returns the new layers by module name, which share
-    one `Routing`. Raises ValueError when a target matches no linear layer.
+    one `Routing`. Raises UserError when a target matches no linear layer.
     """
     adapters = {DEFAULT: settings} if isinstance(settings, LoraConfig) else dict(settings)
     model.requires_grad_(False)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for target in {t: None for s in adapters.values() for t in s.targets}:
         if not any(is_target(name, target) for name in linears):
-            raise ValueError(
+            raise UserError(
                 f"LoRA target {target!r} matches no linear layer of {type(model).__name__} "
                 f"(expected one of {', '.join(TARGETS)}, or the end of a module's name)"
             )
@@ -210,12 +211,13 @@ def merge(model: nn.Module, *adapters: str) -> None:
 
     Raises RuntimeError when a layer has something merged already.
     """
-    for layer in lora_layers(model).values():
-        own = tuple(name for name in adapters or (DEFAULT,) if name in layer.settings)
-        if own and layer.merged:
+    layers, wanted = lora_layers(model).values(), adapters or (DEFAULT,)
+    for layer in layers:
+        if layer.merged and any(name in layer.settings for name in wanted):
             names = " and ".join(layer.merged)
             raise RuntimeError(f"adapter {names} is merged already: unmerge it first")
-        if own:
+    for layer in layers:
+        if own := tuple(name for name in wanted if name in layer.settings):
             terms = [layer.settings[n].scale * layer.lora_B[n] @ layer.lora_A[n] for n in own]
             layer.unmerged = layer.weight.clone()
             layer.weight.copy_(layer.weight.float() + sum(terms))

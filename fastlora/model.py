@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastlora.batches import Batch, Span
 from fastlora.bert.model import BertModel
 from fastlora.config import LoraConfig
+from fastlora.errors import UserError
 from fastlora.kernels import Dropout, draw_seed
 from fastlora.lora import DEFAULT, Routing, Segment, draw_number, inject, plain
 from fastlora.tasks import Task
@@ -86,7 +87,7 @@ class MultitaskBert(nn.Module):
 
     The order of `tasks` is that of the rows in a batch; `pairs` is "separate" or "joint" encoding.
     Tasks named "sts@0", "sts@1" are variants of one: each has its own adapters and head, and the
-    random numbers that "sts" alone would have.
+    random numbers that "sts" alone would have. Raises UserError for a name that no module can have.
     """
 
     def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
@@ -98,6 +99,8 @@ class MultitaskBert(nn.Module):
         self.routing: Routing | None = None
         seed = draw_number()
         for name, task in tasks.items():
+            if hasattr(self.heads, name):
+                raise UserError(f"task {name!r}: PyTorch's modules use this name; choose another")
             kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
             if not task.is_pair or pairs == "joint":
                 kind = SentenceHead

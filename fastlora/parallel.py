@@ -79,12 +79,17 @@ def local_device(name: str) -> torch.device:
         name = "cuda" if available else "cpu"
     try:
         device = torch.device(name)
+        expected = device.type in ("cpu", "cuda")
     except RuntimeError:
-        raise UserError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)") from None
+        expected = False
+    if not expected:
+        raise UserError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)")
     if device.type == "cuda":
         if not available:
             raise UserError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if (count := torch.cuda.device_count()) <= device.index:
+            raise UserError(f"device is '{device}' but PyTorch finds {count} CUDA GPUs here")
         torch.cuda.set_device(device)
     return device

@@ -25,12 +25,12 @@ def sweep(
     """A variant's mean score with its adapters cut to each rank, and an error.
 
     The error is the standard error of the score's distance to the best one, on the same examples
-    (paired bootstrap, Efron & Tibshirani 1993). All adapters end at the lowest rank.
+    (paired bootstrap, Efron & Tibshirani 1993). Its adapters end at the lowest rank.
     """
     dev = {n: data for n, data in trainer.setup.dev.items() if is_variant(n, variant)}
     ranks, outputs = sorted(among, reverse=True), []
     for rank in ranks:
-        truncate(trainer.model, rank)
+        truncate(trainer.model, rank, variant)
         outputs.append(predict(trainer.model, dev))
     scores = _mean_scores(dev, outputs, {name: np.arange(len(d)) for name, d in dev.items()})
     rng, draws = np.random.default_rng(0), []
@@ -56,14 +56,15 @@ def _mean_scores(
 
 
 @torch.no_grad()
-def truncate(model: MultitaskBert, rank: int) -> None:
-    """Replace every B A by its best approximation of a rank (Eckart & Young 1936)."""
+def truncate(model: MultitaskBert, rank: int, variant: int) -> None:
+    """Replace a variant's every B A by its best approximation of a rank (Eckart & Young 1936)."""
     for layer in lora_layers(model).values():
-        for name, A in layer.lora_A.items():
-            B = layer.lora_B[name]
-            low_A, low_B = low_rank(A, B, rank)
-            A.zero_()[: len(low_A)] = low_A
-            B.zero_()[:, : len(low_A)] = low_B
+        for name in layer.settings:
+            if is_variant(name, variant):
+                A, B = layer.lora_A[name], layer.lora_B[name]
+                low_A, low_B = low_rank(A, B, rank)
+                A.zero_()[: len(low_A)] = low_A
+                B.zero_()[:, : len(low_A)] = low_B
 
 
 def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def write_report(folder: Path) -> None:
         f"# {run.name}",
         _head(run),
         "## Dev scores",
-        _scores(run),
+        table(*run.result["table"]),
         *_training(run),
         *_predictions(run),
         *(section for adapter in run.adapters for section in _ranks(run, adapter)),
@@ -105,16 +105,6 @@ def _head(run: _Run) -> str:
         f"{result['examples']:,} examples in {result['seconds']:.0f} s of training "
         f"({speed:.0f} examples/s); {trained:,} trainable parameters ({share:.2f}%)."
     )
-
-
-def _scores(run: _Run) -> str:
-    rows = []
-    for name, task in run.tasks.items():
-        labels = Counter(label for label, _ in run.answers[name])
-        majority = max(labels.values()) / labels.total() if task.labels else None
-        score = number(run.result["scores"][name])
-        rows.append([name, task.metric, score, number(majority), f"{labels.total():,}"])
-    return table(["task", "metric", "dev", "majority class", "examples"], rows)
 
 
 def _training(run: _Run) -> Iterator[str]:
@@ -242,7 +232,9 @@ def _model_card(run: _Run) -> str:
     if run.adapters:
         places = [str(adapter_place(Path("adapter"), name)) for name in run.adapters]
         loading += PEFT.format(base=run.base, place='")  # or ("'.join(places))
-    # Where this machine keeps data and model is nobody's business.
+    if DEFAULT in run.adapters and len(run.adapters) > 1:
+        loading += "\n# A task's rows had both: the shared adapter and the task's own."
+    # Where this machine keeps its files is nobody's business; the name of the base is above.
     settings = {
         k: v for k, v in run.settings.items() if k not in ("data", "model", "device", "add_to")
     }
@@ -250,7 +242,7 @@ def _model_card(run: _Run) -> str:
         f"---\nbase_model: {json.dumps(run.base)}\nlibrary_name: {library}\ntags: [{tags}]\n---",
         f"# {run.name}",
         f"{_what(run)}. Scores on the dev data:",
-        _scores(run),
+        table(*run.result["table"]),
         "Loading it, with this folder as `adapter`:",
         f"```python\n{loading}\n```",
         f"```toml\n{tomlkit.dumps(settings)}```\n",

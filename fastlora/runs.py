@@ -29,12 +29,13 @@ def default_folder(config: TrainConfig) -> Path:
     return Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
 
 
-def open_run(folder: Path, config: TrainConfig) -> TrainConfig:
+def open_run(folder: Path, config: TrainConfig, name: str = "run.toml") -> TrainConfig:
     """Create a run folder, or check that it is this run's (else UserError).
 
-    Returns the configuration; an existing run's --tokens-per-batch is what "auto" means.
+    `name` is the file of its settings. Returns the configuration; an existing run's
+    --tokens-per-batch is what "auto" means.
     """
-    file = folder / "run.toml"
+    file = folder / name
     if file.exists():
         found = read_toml(file)
         if config.tokens_per_batch == "auto":
@@ -47,19 +48,19 @@ def open_run(folder: Path, config: TrainConfig) -> TrainConfig:
             raise UserError(f"{folder}: holds a run with other settings ({what}); use a new --out")
         return config
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is no run folder (no run.toml); use a new --out")
+        raise UserError(f"{folder}: exists and holds other things (no {name}); use a new --out")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_open(folder / "env.json") as out:
         started = f"{datetime.now():%Y-%m-%d %H:%M}"
         json.dump({"started": started, **environment()}, out, indent=1)
-    write_config(folder, config)
+    write_config(file, config)
     return config
 
 
-def write_config(folder: Path, config: TrainConfig) -> None:
-    """Write run.toml, the settings that run it again."""
-    with atomic_open(folder / "run.toml") as out:
-        out.write("# Run it again: fastlora-train --config run.toml\n")
+def write_config(file: Path, config: TrainConfig) -> None:
+    """Write the settings of a run, for --config."""
+    with atomic_open(file) as out:
+        out.write(f"# Train with it: fastlora-train --config {file.name}\n")
         out.write(tomlkit.dumps(config.to_table()))
 
 
@@ -94,11 +95,11 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         with atomic_open(path) as out:
-            for line in lines:
-                # A killed process can leave half a line, only ever the last one.
-                if line.endswith("}") and json.loads(line)["step"] <= step:
+            # A killed process can leave half a line, only ever the last one.
+            for line in text[: text.rfind("\n") + 1].splitlines():
+                if json.loads(line)["step"] <= step:
                     out.write(line + "\n")
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)

@@ -17,24 +17,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 import tomlkit
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from fastlora.config import SearchConfig, TaskLoraConfig, TrainConfig
 from fastlora.console import Log
-from fastlora.errors import UserError
+from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_open
 from fastlora.inputs import Inputs
 from fastlora.pages import plot, table, write_pages
+from fastlora.parallel import Ranks
 from fastlora.runs import default_folder, open_run
-from fastlora.setup import prepare, read_encoder
+from fastlora.session import facts_of
+from fastlora.setup import memory_errors, prepare, read_encoder
 from fastlora.stages import RANK_STAGE, Found, Search
 from fastlora.tasks import BUILTIN
-from fastlora.train import Interrupted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SETTINGS = "search.toml"  # of trial 0
 COLUMNS = ["stage", "lr", "warmup", "r", "dropout", "targets", "seed"]
 COST = """\
 The cost of the search is {spent:.0f} s: {share:.0%} of the {all:.0f} s that training each of its
@@ -49,15 +51,16 @@ def run_search(
 
     Raises as `Search.run`, and UserError before it begins.
     """
-    if config.mode != "lora" or config.adapters == "shared+per-task":
-        raise UserError("search finds LoRA settings of shared or of per-task adapters, only")
+    if config.mode != "lora" or config.adapters == "shared+per-task" or config.add_to:
+        raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
     if config.tokens_per_batch == "auto":
         raise UserError("tokens_per_batch is 'auto' (a search expects a number)")
     log, setup = Log(quiet), replace(prepare(config, inputs), loaded=read_encoder(inputs.source))
     folder = config.out or default_folder(config)
-    if how.join and not (folder / "run.toml").is_file():
+    if how.join and not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
-    base = open_run(folder, setup.config)
+    base = open_run(folder, setup.config, SETTINGS)
+    log.facts([*facts_of(setup, Ranks(setup.device)), ("search", str(folder))])
     shared = base.adapters == "shared"
     done, best, limits = {}, base, how
     for part in ("jointly",) if shared else tuple(setup.train):
@@ -68,7 +71,8 @@ def run_search(
             limits = replace(how, budget=how.budget / len(setup.train))
         search = Search(own, place, limits, log)
         try:
-            found = search.run()
+            with memory_errors(own.config, own.device):
+                found = search.run()
         except Interrupted:
             log.line(f"stopped; the same command with --out {folder} goes on")
             raise
@@ -83,7 +87,8 @@ def run_search(
 def _alone(config: TrainConfig, task: str) -> TrainConfig:
     """The configuration of a task's adapter as the only one of a run."""
     own = config.task_settings(task)
-    blank: dict[str, Any] = {name: TaskLoraConfig() for name in BUILTIN}
+    for name in (*BUILTIN, *config.task):
+        config = config.with_own(name, TaskLoraConfig())
     return replace(
         config,
         adapters="shared",
@@ -91,7 +96,6 @@ def _alone(config: TrainConfig, task: str) -> TrainConfig:
         lora=own.over(config.lora),
         lr=own.lr or config.lr,
         warmup=config.warmup if own.warmup is None else own.warmup,
-        **blank,
     )
 
 
@@ -121,7 +125,12 @@ def write_search(
 
 def _facts(search: Search, found: Found) -> dict[str, Any]:
     """All trials and what came of them, as plain types."""
-    trials = [(study, trial) for study in search.studies() for trial in study.get_trials()]
+    trials = [
+        (study, trial)
+        for study in search.studies()
+        for trial in study.get_trials()
+        if trial.state != TrialState.FAIL  # those were queued again
+    ]
     full = search.study("defaults").best_trial.user_attrs["seconds"]
     seedless = [{**trial.params, "seed": None} for _, trial in trials]
     ranks = _ranks(search)

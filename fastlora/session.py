@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import nn
@@ -22,19 +23,19 @@ from fastlora.adapters import (
 from fastlora.bert.weights import fingerprint, save_encoder
 from fastlora.config import TaskLoraConfig, TrainConfig
 from fastlora.console import Log
-from fastlora.errors import RunError, UserError
-from fastlora.evaluate import predict, score_table, scores_of, write_predictions
+from fastlora.errors import Interrupted, UserError
+from fastlora.evaluate import predict, score_table, write_predictions
 from fastlora.files import atomic_folder, atomic_open
 from fastlora.inputs import Inputs, adapter_folder, find_inputs
 from fastlora.lora import lora_layers, parameter_report
 from fastlora.model import MultitaskBert
-from fastlora.parallel import Ranks, out_of_memory
+from fastlora.parallel import Ranks
 from fastlora.report import write_report
 from fastlora.runs import default_folder, describe_gpu, open_run, write_config
-from fastlora.setup import Setup, build_model, check_vocabulary, find_route, prepare, to_compute
+from fastlora.setup import Setup, build_model, find_route, memory_errors, prepare, to_compute
 from fastlora.tasks import Task
 from fastlora.tokens import find_tokens
-from fastlora.train import Interrupted, Result, Trainer, owner
+from fastlora.train import Result, Trainer, owner
 
 ENCODER = "encoder"
 
@@ -65,17 +66,8 @@ def run_prepared(
     """`run_training` with inputs that are read; `brief` shows the progress bar alone."""
     ranks = Ranks(setup.device)
     try:
-        return _run(setup, ranks, Log(quiet, shown=ranks.first, brief=brief), dry_run)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        config = setup.config
-        ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
-        raise RunError(
-            f"out of memory on {setup.device} ({' '.join(str(error).split())}); {ask}lower "
-            f"--tokens-per-batch (it is {config.tokens_per_batch}) or raise --accumulate (it is "
-            f"{config.accumulate})"
-        ) from error
+        with memory_errors(setup.config, setup.device):
+            return _run(setup, ranks, Log(quiet, shown=ranks.first, brief=brief), dry_run)
     finally:
         ranks.close()
 
@@ -84,11 +76,10 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
     folder, inputs = setup.config.out or default_folder(setup.config), setup.inputs
     config, old = _finished(setup.config, inputs.tasks)
     tasks = {**old, **inputs.tasks}
-    model, base_sha, notes = build_model(inputs.source, tasks, config, setup.loaded)
+    model, base_sha, notes = build_model(setup, tasks, config)
     base = BaseInfo(inputs.source.name, base_sha, setup.tokenizer.fingerprint)
     if config.add_to:
         _keep(model, adapter_folder(config.add_to), old, base)
-    check_vocabulary(model.encoder, setup.tokenizer)
     if ranks.first and not dry_run:
         setup = replace(setup, config=open_run(folder, setup.config))
         log.file = folder / "train.log"
@@ -97,8 +88,6 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
     if dry_run:
         return None
     to_compute(model, setup.config, setup.device)
-    if setup.config.compile:
-        model.encoder.encoder.compile(dynamic=True)
     trainer = Trainer(_with_tokens(setup, model, folder, ranks, log), model, folder, ranks, log)
     if trainer.resume():
         log.line(f"continuing after step {trainer.progress.step}")
@@ -106,10 +95,10 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
         result = trainer.run()
     except Interrupted:
         log.line(f"stopped after step {trainer.progress.step}, saved; go on with:")
-        log.line(f"  fastlora-train --resume {folder}")
+        log.line(f"  fastlora-train --resume {quote(str(folder))}")
         raise
     if ranks.first:
-        result = _finish(setup, model, trainer, folder, base, log)
+        _finish(trainer, result, folder, base)
     ranks.barrier()
     if log.brief and trainer.stop:
         raise Interrupted  # too late to stop this run, but others were to follow
@@ -153,78 +142,68 @@ def _with_tokens(setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks,
     tokens = int(ranks.sum(torch.tensor(tokens, device=setup.device)))
     config = replace(setup.config, tokens_per_batch=tokens)
     if measure:
-        write_config(folder, config)
+        write_config(folder / "run.toml", config)
     return replace(setup, config=config)
 
 
 def _banner(
     setup: Setup, model: MultitaskBert, folder: Path, notes: list[str], ranks: Ranks, log: Log
 ) -> None:
-    config, inputs, device = setup.config, setup.inputs, setup.device
-    name, why = find_route(device, setup.dtype)
-    hardware = (
-        describe_gpu(device.index or 0)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    peers = f", {ranks.world} processes" if ranks.world > 1 else ""
     report = parameter_report(model)
     training = report["lora"] + report["other trainable"]
     share = 100 * training / (training + report["frozen"])
-    log.facts(
-        [
-            ("device", f"{hardware}{peers}, {config.precision}, kernels: {name} ({why})"),
-            (
-                "trainable",
-                f"{share:.2f}%: LoRA {report['lora']:,}, heads and others "
-                f"{report['other trainable']:,}; frozen {report['frozen']:,}",
-            ),
-            ("model", f"{inputs.model} ({inputs.why_model}) from {inputs.source.folder}"),
-            ("data", f"{inputs.folder} ({inputs.why_data})"),
-            ("examples", "; ".join(_counts(setup))),
-            ("run", str(folder)),
-        ]
-    )
+    parts = f"LoRA {report['lora']:,}, heads and others {report['other trainable']:,}"
+    trainable = f"{share:.2f}%: {parts}; frozen {report['frozen']:,}"
+    device, *others = facts_of(setup, ranks)
+    log.facts([device, ("trainable", trainable), *others, ("run", str(folder))])
     for note in notes:
         log.line(f"note       {note}")
 
 
-def _counts(setup: Setup) -> list[str]:
-    """Each task's examples, and what was dropped, cut or empty, where anything was."""
-    lines = []
-    for name, data in setup.train.items():
-        dev = setup.dev[name]
-        line = f"{name} {len(data):,} train, {len(dev):,} dev"
+def facts_of(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
+    """What a run computes on and with, and why, as the banner's lines."""
+    inputs, device = setup.inputs, setup.device
+    name, why = find_route(device, setup.dtype)
+    hardware = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = describe_gpu(device.index or 0)
+    if ranks.world > 1:
+        hardware += f", {ranks.world} processes"
+    examples = []
+    for task, data in setup.train.items():
+        dev = setup.dev[task]
+        line = f"{task} {len(data):,} train, {len(dev):,} dev"
         for what in ("dropped", "truncated", "empty"):
             line += f", {getattr(data, what) + getattr(dev, what)} {what}"
-        lines.append(line)
-    return lines
+        examples.append(line)
+    return [
+        ("device", f"{hardware}, {setup.config.precision}, kernels: {name} ({why})"),
+        ("model", f"{inputs.model} ({inputs.why_model}) from {inputs.source.folder}"),
+        ("data", f"{inputs.folder} ({inputs.why_data})"),
+        ("examples", "; ".join(examples)),
+    ]
 
 
-def _finish(
-    setup: Setup, model: MultitaskBert, trainer: Trainer, folder: Path, base: BaseInfo, log: Log
-) -> Result:
+def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> None:
     """Write adapter, heads, predictions, scores and the report; print the table."""
+    setup, model, log = trainer.setup, trainer.model, trainer.log
     save_trained(setup, model, folder / "adapter", base)
     # A finished run that is started again has evaluated nothing yet.
     outputs = trainer.outputs or predict(model, setup.dev, trainer.dev_features)
-    scores = scores_of(setup.dev, outputs)
     for name, data in setup.dev.items():
         write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
-    progress = trainer.progress
-    result = Result(scores, progress.step, progress.examples, progress.seconds)
-    facts = {"history": progress.scores, "parameters": parameter_report(model)}
+    shown = score_table(setup.dev, outputs, "dev")
+    facts = {"history": trainer.progress.scores, "parameters": parameter_report(model)}
     with atomic_open(folder / "result.json") as file:
-        json.dump({**facts, **vars(result)}, file, indent=1)
+        json.dump({**facts, "table": shown, **vars(result)}, file, indent=1)
     write_report(folder)
-    log.table(*score_table(setup.dev, outputs, "dev"))
+    log.table(*shown)
     speed = result.examples / max(result.seconds, 1e-9)
     log.line(
         f"{result.steps} steps, {result.examples:,} examples in {result.seconds:.0f} s of training "
         f"({speed:.0f} examples/s); adapter and heads in {folder / 'adapter'}, report in "
         f"{folder / 'report.html'}"
     )
-    return result
 
 
 def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from fastlora.bert.weights import fingerprint, load_encoder
 from fastlora.cache import load_tasks
 from fastlora.config import LoraConfig, Precision, TrainConfig
 from fastlora.data import TaskData
-from fastlora.errors import UserError, user_errors
+from fastlora.errors import RunError, UserError, user_errors
 from fastlora.files import cache_folder
 from fastlora.inputs import Inputs
 from fastlora.kernels import Dropout, Linear, Route, route, tuning
 from fastlora.lora import DEFAULT
 from fastlora.model import MultitaskBert
-from fastlora.parallel import local_device
+from fastlora.parallel import local_device, out_of_memory
 from fastlora.tasks import Task
 
 PARTS = Parts(Linear, Dropout)
@@ -74,7 +75,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
     """
     device = local_device(config.device)
     use_measured_blocks()
-    tokenizer = read_tokenizer(inputs.source)
+    tokenizer = Tokenizer.from_folder(inputs.source.folder)
     splits = {
         split: load_tasks(
             inputs.folder,
@@ -88,6 +89,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         for split in ("train", "dev")
     }
     resolved = resolve(config, inputs, device)
+    find_route(device, DTYPES[resolved.precision])  # what is wrong there is said before it starts
     return Setup(resolved, inputs, tokenizer, splits["train"], splits["dev"], device)
 
 
@@ -104,31 +106,34 @@ def resolve(config: TrainConfig, inputs: Inputs, device: torch.device) -> TrainC
     )
 
 
-def read_tokenizer(source: Source) -> Tokenizer:
-    """The tokenizer of a model's folder; UserError when it has none."""
-    with user_errors():
-        return Tokenizer.from_folder(source.folder)
-
-
 def read_encoder(source: Source) -> Loaded:
     """The encoder of a model's folder; UserError when it has none that fits."""
-    with user_errors():
-        encoder, notes = load_encoder(source, PARTS)
+    encoder, notes = load_encoder(source, PARTS)
     return Loaded(encoder, fingerprint(encoder), notes)
 
 
 def build_model(
-    source: Source, tasks: Mapping[str, Task], config: TrainConfig, loaded: Loaded | None = None
+    setup: Setup,
+    tasks: Mapping[str, Task],
+    config: TrainConfig,
+    settings: Mapping[str, LoraConfig] | None = None,
 ) -> tuple[MultitaskBert, str, list[str]]:
     """The model in fp32 with its trainable parts chosen by `config.mode`.
 
-    It gets a copy of `loaded`, which is left as it is, or loads the encoder of `source`.
+    It gets a copy of `setup.loaded`, which is left as it is, or loads the encoder. `settings` are
+    those of the adapters, by default the configuration's.
 
     Returns:
         The model, the fingerprint of the encoder as loaded, and notes on the checkpoint.
+
+    Raises:
+        UserError: when the encoder does not fit the tokenizer, the targets or the tasks' names.
     """
-    base = deepcopy(loaded) if loaded else read_encoder(source)
+    base = deepcopy(setup.loaded) if setup.loaded else read_encoder(setup.inputs.source)
     encoder = base.encoder
+    if (size := encoder.config.vocab_size) < setup.tokenizer.vocab_size:
+        found = setup.tokenizer.vocab_size
+        raise UserError(f"the tokenizer has {found} tokens but the model {size}")
     # After loading, so that a run draws the same heads and adapters with a copied encoder.
     torch.manual_seed(config.seed)
     encoder.encoder.recompute = config.grad_checkpoint
@@ -139,8 +144,7 @@ def build_model(
         # Mean pooling leaves BERT's own pooler out of every loss.
         encoder.pooler.requires_grad_(False)
     else:
-        with user_errors():
-            model.adapt(adapter_settings(config, tasks))
+        model.adapt(settings or adapter_settings(config, tasks))
     return model, base.sha256, base.notes
 
 
@@ -152,22 +156,32 @@ def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, Lor
     }
 
 
-def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> MultitaskBert:
-    """Move to the device; frozen encoder weights are stored once in the compute type."""
+def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> None:
+    """Move to the device, with frozen encoder weights once in the compute type; maybe compile."""
     dtype = DTYPES[config.precision]
     model.to(device)
     if config.mode != "full":
         for name, parameter in model.encoder.named_parameters():
             if not parameter.requires_grad and ".lora_" not in name:
                 parameter.data = parameter.data.to(dtype)
-    return model
+    if config.compile:
+        model.encoder.encoder.compile(dynamic=True)
 
 
-def check_vocabulary(encoder: BertModel, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer whose ids the embeddings do not have."""
-    size = encoder.config.vocab_size
-    if tokenizer.vocab_size > size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model {size}")
+@contextmanager
+def memory_errors(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Turn what says that memory ran out into a RunError that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
+        raise RunError(
+            f"out of memory on {device} ({' '.join(str(error).split())}); {ask}lower "
+            f"--tokens-per-batch (it is {config.tokens_per_batch}) or raise --accumulate (it is "
+            f"{config.accumulate})"
+        ) from error
 
 
 def compute_of(device: str, precision: Precision) -> tuple[torch.device, torch.dtype]:

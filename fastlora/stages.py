@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from fastlora.batches import subset
 from fastlora.config import TARGETS, SearchConfig, TrainConfig
 from fastlora.console import Log
-from fastlora.errors import RunError
+from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.ranks import RANKS, smallest_within_error, sweep
 from fastlora.setup import Setup
 from fastlora.variants import side_by_side, variant_name, variant_parameters
@@ -46,6 +46,7 @@ REDUCTION = 3  # one in three goes on to the next rung
 OVER = 1.5  # how far a search may go over its budget, when it says so at its start
 LONG = 0.5  # the share of all examples of the run whose ranks are cut
 SHORT_DEV = 400  # dev examples a task that score a short run
+IF_GONE = "if those are gone, start this search again without --join"
 Params = dict[str, Any]
 
 
@@ -61,22 +62,33 @@ class Found:
 
 
 class Search:
-    """A search in a folder, going on where the journal there ends."""
+    """A search in a folder, going on where the journal there ends.
+
+    Raises UserError when it began with another number of trials.
+    """
 
     def __init__(self, setup: Setup, folder: Path, how: SearchConfig, log: Log) -> None:
         self.setup, self.how, self.log = setup, how, log
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
         self.short_dev = {name: subset(data, SHORT_DEV) for name, data in setup.dev.items()}
+        begun = self.study("defaults")
         if not how.join:
+            given = begun.user_attrs.get("trials", how.trials)
+            if given != how.trials:
+                raise UserError(f"{folder}: holds a search with --trials {given}; use a new --out")
+            begun.set_user_attr("trials", given)
             for study in self.studies():
-                _again(study, older_than=0.0)
+                _again(study, _in_state(study, TrialState.RUNNING))
+        while "trials" not in begun.user_attrs:
+            time.sleep(1)  # the leader has just begun
+        self.trials: int = begun.user_attrs["trials"]
 
     def run(self) -> Found:
         """All stages.
 
         Raises:
-            RunError: when every run of a stage diverges, or the budget is too small.
+            RunError: when no run of a stage has a score, or the budget is too small.
             Interrupted: after a signal; the next call goes on.
         """
         config = self.setup.config
@@ -99,8 +111,8 @@ class Search:
             for dropout in _with(defaults["dropout"], DROPOUTS)
         ]
         last_runs = SEEDS * WIDER + SEEDS - 1
-        rungs = self.rungs(full, self.how.trials + len(shapes), 2 * LONG + last_runs)
-        rates_study = self.stage("rates", rates[: self.how.trials], rungs, self.how.trials)
+        rungs = self.rungs(full, self.trials + len(shapes), 2 * LONG + last_runs)
+        rates_study = self.stage("rates", rates[: self.trials], rungs, self.trials)
         # Short runs like high rates: in a longer one, the rates as given get another chance.
         r = max(*RANKS, defaults["r"])
         largest = [{**best_of(rates_study).params, "r": r}, {**defaults, "r": r}]
@@ -127,7 +139,7 @@ class Search:
         # Imported here: it takes most of a second.
         from scipy.stats import ttest_rel
 
-        p_value = float(ttest_rel(ours, theirs).pvalue)
+        p_value = float(ttest_rel(ours, theirs).pvalue) if ours != theirs else 1.0
         chosen = best if np.mean(ours) > np.mean(theirs) else defaults
         return Found(chosen, self.configure(chosen), theirs, ours, p_value)
 
@@ -139,6 +151,7 @@ class Search:
         """
         if self.how.budget is None:
             return [MOST * rung for rung in RUNGS]
+        budget = self.how.budget.total_seconds()
         train, dev, short_dev = (
             sum(map(len, data.values()))
             for data in (self.setup.train, self.setup.dev, self.short_dev)
@@ -148,14 +161,14 @@ class Search:
         second = full / (train + SCORING * dev)  # of an example
         scoring = second * SCORING * short_dev * sum(runs)
         training = second * train * WIDER * float(np.dot(runs, RUNGS))
-        left = self.how.budget - self.spent() - full * later - scoring
+        left = budget - self.spent() - full * later - scoring
         if left < LEAST * training and "rates" not in optuna.get_all_study_names(self.storage):
-            needed = self.how.budget - left + LEAST * training
+            needed = budget - left + LEAST * training
             text = (
-                f"--budget is {self.how.budget:.0f} s, but a full run takes {full:.0f} s, so "
+                f"--budget is {budget:.0f} s, but a full run takes {full:.0f} s, so "
                 f"that {needed:.0f} s are needed"
             )
-            if needed > OVER * self.how.budget:
+            if needed > OVER * budget:
                 raise RunError(f"{text}; raise --budget, or lower --limit or --epochs")
             self.log.line(f"note       {text}")
         return [min(MOST, max(LEAST, left / training)) * rung for rung in RUNGS]
@@ -184,7 +197,6 @@ class Search:
             storage=self.storage,
             study_name=name,
             direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=0),
             pruner=optuna.pruners.SuccessiveHalvingPruner(1, REDUCTION),
             load_if_exists=True,
         )
@@ -202,22 +214,30 @@ class Search:
     ) -> optuna.Study:
         """Train the candidates, and more that Optuna draws up to `trials`, as far as they get."""
         study, wanted = self.study(name), max(trials, len(candidates))
+        # Other draws than those of the process that was here before, or is here as well.
+        study.sampler = optuna.samplers.TPESampler(seed=len(study.get_trials(deepcopy=False)))
         while self.how.join and len(study.get_trials(deepcopy=False)) < len(candidates):
             time.sleep(1)  # the leader has not written them yet
         if "rungs" not in study.user_attrs:
             study.set_user_attr("rungs", list(rungs))
         for params in candidates[len(study.get_trials(deepcopy=False)) :]:
             study.enqueue_trial(params)
-        space = _space(candidates)
+        space, waiting = _space(candidates), 0
         while True:
             group: list[Trial] = []
             while len(group) < self.how.together and _left(study, wanted):
                 group.append(study.ask(space))
             if group:
-                self.train(study, group)
-            elif _in_state(study, TrialState.RUNNING):
-                time.sleep(1)  # another process is at it, or has died
-                _again(study, older_than=_patience(study))
+                try:
+                    self.train(study, group)
+                except BaseException:
+                    _again(study, group)  # for whoever goes on
+                    raise
+            elif others := len(_in_state(study, TrialState.RUNNING)):
+                if others != waiting:
+                    self.log.line(f"waiting for {others} trials of other processes; {IF_GONE}")
+                waiting = others
+                time.sleep(1)
             else:
                 return study
 
@@ -226,21 +246,23 @@ class Search:
         last = len(study.user_attrs["rungs"]) - 1
         for rung in range(last + 1):
             values = self.rung(study, group, rung)
+            group = [trial for trial in group if trial.number in values]
             # Best first: the pruner compares with those that it was asked about before.
             group.sort(key=lambda trial: -values[trial.number])
             behind = [trial for trial in group if rung < last and trial.should_prune()]
             for trial in behind:
-                study.tell(trial, state=TrialState.PRUNED)
+                study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
             group = [trial for trial in group if trial not in behind]
             if not group:
                 return
         for trial in group:
-            study.tell(trial, values[trial.number])
+            study.tell(trial, values[trial.number], skip_if_finished=True)
 
     def rung(self, study: optuna.Study, group: Sequence[Trial], rung: int) -> dict[int, float]:
         """Train on a rung's examples, and note in the trials what came of it; values by number.
 
-        A value is the mean score of the tasks, or -1 of a run that diverged.
+        A value is the mean score of the tasks, or -1 where one has none, as in a run that diverged.
+        A trial that another process has meanwhile given up has no value.
         """
         start, rungs = time.perf_counter(), study.user_attrs["rungs"]
         setup = replace(self.setup, dev=self.short_dev) if len(rungs) > 1 else self.setup
@@ -248,25 +270,31 @@ class Search:
         trainer = side_by_side(setup, configs, Log(quiet=True))
         trainer.total = max(1, round(rungs[rung] * trainer.total))
         scores = trainer.run().scores
+        if trainer.stop:  # the signal came while it scored
+            raise Interrupted
         values = {}
+        ours = {trial.number for trial in _in_state(study, TrialState.RUNNING)}
         for i, trial in enumerate(group):
+            if trial.number not in ours:
+                continue
             own = {task: scores[variant_name(task, i)] for task in self.setup.train}
             found = [score for score in own.values() if score is not None]
             values[trial.number] = float(np.mean(found)) if len(found) == len(own) else -1.0
             trial.report(values[trial.number], REDUCTION**rung)
             trial.set_user_attr("scores", own)
             trial.set_user_attr("parameters", variant_parameters(trainer, i))
-        if study.study_name == RANK_STAGE:
-            first = max(range(len(group)), key=lambda i: values[group[i].number])
+        if study.study_name == RANK_STAGE and values and (most := max(values.values())) >= 0:
+            first = next(i for i, trial in enumerate(group) if values.get(trial.number) == most)
             cut = sweep(trainer, first, {*RANKS, self.setup.config.lora.r})
             group[first].set_user_attr("sweep", list(cut.items()))
         seconds = time.perf_counter() - start
         for trial in group:
-            before = trial.user_attrs.get("seconds", 0.0)
-            trial.set_user_attr("seconds", before + seconds / len(group))
+            if trial.number in values:
+                before = trial.user_attrs.get("seconds", 0.0)
+                trial.set_user_attr("seconds", before + seconds / len(group))
         self.log.line(
             f"{study.study_name:<10} side by side on {rungs[rung]:.0%} of the examples: "
-            f"{len(group)}; best {max(values.values()):.4f}, {seconds:.0f} s"
+            f"{len(group)}; best {max(values.values(), default=-1.0):.4f}, {seconds:.0f} s"
         )
         return values
 
@@ -277,10 +305,13 @@ def value_of(study: optuna.Study, params: Params) -> float:
 
 
 def best_of(study: optuna.Study) -> FrozenTrial:
-    """The best trial that went all the way; RunError when all diverged."""
+    """The best trial that went all the way; RunError when none has a score."""
     best = study.best_trial
     if best.value is None or best.value < 0:
-        raise RunError(f"every run of the stage {study.study_name!r} diverged; lower --lr")
+        raise RunError(
+            f"no run of the stage {study.study_name!r} has a score: they diverged (lower --lr), or "
+            "the dev labels are all alike"
+        )
     return best
 
 
@@ -310,17 +341,10 @@ def _left(study: optuna.Study, wanted: int) -> bool:
     return bool(waiting) or len(study.get_trials(deepcopy=False)) - len(failed) < wanted
 
 
-def _patience(study: optuna.Study) -> float:
-    """Seconds after which a running trial's process counts as dead."""
-    done = [t.duration.total_seconds() for t in study.get_trials(deepcopy=False) if t.duration]
-    return 3 * max(done) if done else 3600.0
-
-
-def _again(study: optuna.Study, older_than: float) -> None:
-    """Queue the trials anew that have been running for so many seconds: their process is gone."""
-    now = time.time()
-    for trial in _in_state(study, TrialState.RUNNING):
-        started = trial.datetime_start
-        if started is None or now - started.timestamp() >= older_than:
+def _again(study: optuna.Study, trials: Sequence[Trial | FrozenTrial]) -> None:
+    """Queue those of the trials that are still running anew: their process is gone."""
+    running = {trial.number for trial in _in_state(study, TrialState.RUNNING)}
+    for trial in trials:
+        if trial.number in running:
             study.enqueue_trial(trial.params)
-            study.tell(trial.number, state=TrialState.FAIL)
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)

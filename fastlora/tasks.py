@@ -78,8 +78,8 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
         if not ok:
             raise UserError(f"task {name!r}: {key} is {table.get(key)!r} (expected {expected})")
 
-    if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise UserError(f"task {name!r}: expected a name of lower-case letters, digits and _")
+    if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "default":  # the shared adapter's
+        raise UserError(f"task {name!r}: expected another name of lower-case letters, digits and _")
     get: Callable[[str], Any] = table.get
     kind, columns, label, files, labels, low, high = map(get, (*_COMMON, "labels", "low", "high"))
     check("kind", kind in tuple(_KEYS), "classification or regression")

@@ -25,7 +25,7 @@ from fastlora.checkpoint import (
 )
 from fastlora.config import TaskLoraConfig, TrainConfig
 from fastlora.console import Bar, Log, losses_text, number
-from fastlora.errors import RunError
+from fastlora.errors import Interrupted, RunError
 from fastlora.evaluate import Features, predict, scores_of
 from fastlora.lora import VARIANT
 from fastlora.model import MultitaskBert, task_losses
@@ -35,10 +35,6 @@ from fastlora.setup import Setup
 
 LOG_EVERY = 10
 _STEP_SEED = 0x9E3779B97F4A7C15
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +112,12 @@ class Trainer:
         self.units: dict[str, list[nn.Parameter]] = {name: [] for name in unit.values()}
         for name, parameter in trainable(model).items():
             self.units[unit.get(owner(name), "")].append(parameter)
+        self.dead: list[nn.Parameter] = []  # of variants that diverged
         self.unit_of = np.array([list(self.units).index(unit[task]) for task in setup.train])
         fp16 = self.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        # It starts at its first use, and a rank may have no examples in the first step.
+        self.scaler.scale(torch.zeros((), device=self.device))
         self.progress = Progress()
         self.stop = False
         # Per task, on the device until logged: [summed loss, examples].
@@ -210,6 +209,8 @@ class Trainer:
             if part < len(batch_plan):
                 self.seed_part(part, parts)
                 self.scaler.scale(self.loss(batch_plan, part, parts)).backward()
+        for parameter in self.dead:
+            parameter.grad = None
         stop = self.ranks.sum_gradients(self.parameters, self.stop)
         self.scaler.unscale_(self.optimizer)
         for parameters in self.units.values():
@@ -264,8 +265,11 @@ class Trainer:
         pairs = zip(self.setup.train, sums, strict=True)
         losses = {name: total / count for name, (total, count) in pairs if count}
         progress = self.progress
-        finite = all(math.isfinite(value) for value in losses.values())
-        if not finite and not self.setup.variants:  # a variant's end is not the others'
+        diverged = [name for name, value in losses.items() if not math.isfinite(value)]
+        if self.setup.variants:  # the end of one is not the others'
+            for name in diverged:
+                self.dead += self.units.pop(self.model.unit(name), [])
+        elif diverged:
             raise RunError(
                 f"the loss diverged by step {progress.step} ({losses_text(losses)}); lower --lr "
                 f"(it is {self.config.lr:g}) or raise --warmup"

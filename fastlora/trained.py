@@ -12,7 +12,7 @@ from fastlora.bert.source import Source, resolve
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
 from fastlora.data import Rows, encode_rows, read_rows
-from fastlora.errors import UserError, user_errors
+from fastlora.errors import UserError
 from fastlora.evaluate import answers, predict
 from fastlora.files import atomic_folder
 from fastlora.inputs import adapter_folder
@@ -20,7 +20,7 @@ from fastlora.lora import lora_layers, merge, unmerge
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
 from fastlora.session import ENCODER
-from fastlora.setup import PARTS
+from fastlora.setup import PARTS, use_measured_blocks
 from fastlora.tasks import Task
 
 PROBE = (
@@ -51,10 +51,10 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     folder = adapter_folder(path)
     tasks, extra = adapters.read_heads(folder)
     full = extra["mode"] == "full"
-    with user_errors():
-        source = resolve(str(folder / ENCODER) if full else model or extra["model"])
-        tokenizer = Tokenizer.from_folder(source.folder)
-        encoder, _ = load_encoder(source, PARTS)
+    source = resolve(str(folder / ENCODER) if full else model or extra["model"])
+    tokenizer = Tokenizer.from_folder(source.folder)
+    encoder, _ = load_encoder(source, PARTS)
+    use_measured_blocks()
     base = adapters.BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])
     names = []

@@ -2,26 +2,25 @@
 
 Each has its own adapters and heads, named NAME@i, its own learning rates, warmup and decay; model,
 data, their order, sizes of steps and seed are those of the first. A variant ends as its
-configuration alone would, to rounding (and to the encoder's own dropout, where that is on).
+configuration alone would, to rounding (and to the encoder's own dropout, where that is on; in
+fp16, all skip the steps that overflow in one of them, until that one is given up).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import torch
+from typing import TypeVar
 
 from fastlora.checkpoint import trainable
 from fastlora.config import TrainConfig
 from fastlora.console import Log
-from fastlora.errors import user_errors
 from fastlora.lora import VARIANT
-from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
-from fastlora.setup import Setup, adapter_settings, read_encoder, to_compute
+from fastlora.setup import Setup, adapter_settings, build_model, to_compute
 from fastlora.train import Trainer, owner
+
+T = TypeVar("T")
 
 
 def side_by_side(setup: Setup, configs: Sequence[TrainConfig], log: Log) -> Trainer:
@@ -29,25 +28,24 @@ def side_by_side(setup: Setup, configs: Sequence[TrainConfig], log: Log) -> Trai
 
     The score of a task under configuration i is the trainer's for task "NAME@i".
     """
-    indices = range(len(configs))
-    tasks = {variant_name(n, i): task for i in indices for n, task in setup.inputs.tasks.items()}
+
+    def each(named: Mapping[str, T]) -> dict[str, T]:
+        return {variant_name(n, i): v for i in range(len(configs)) for n, v in named.items()}
+
+    tasks = setup.inputs.tasks
     settings = {
         variant_name(name, i): lora
         for i, config in enumerate(configs)
-        for name, lora in adapter_settings(config, setup.inputs.tasks).items()
+        for name, lora in adapter_settings(config, tasks).items()
     }
-    loaded = deepcopy(setup.loaded) if setup.loaded else read_encoder(setup.inputs.source)
-    torch.manual_seed(configs[0].seed)
-    model = MultitaskBert(loaded.encoder, tasks, configs[0].pairs)
-    with user_errors():
-        model.adapt(settings)
+    model, *_ = build_model(setup, each(tasks), configs[0], settings)
     to_compute(model, setup.config, setup.device)
     together = replace(
         setup,
         config=configs[0],
         variants=tuple(configs),
-        train={variant_name(n, i): data for i in indices for n, data in setup.train.items()},
-        dev={variant_name(n, i): data for i in indices for n, data in setup.dev.items()},
+        train=each(setup.train),
+        dev=each(setup.dev),
     )
     return Trainer(together, model, None, Ranks(setup.device), log)
 

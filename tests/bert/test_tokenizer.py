@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import transformers
 
-from fastlora.bert.source import CheckpointError
+from fastlora.bert.source import InputError
 from fastlora.bert.tokenizer import Tokenizer
 
 GOLDEN = [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
@@ -63,12 +63,13 @@ def test_texts_match_transformers(ours, theirs):
 
 
 @pytest.mark.parametrize("max_length", [512, 48, 13, 8])
-def test_pairs_match_transformers(ours, theirs, max_length):
+def test_pairs_match_transformers(ours, theirs, monkeypatch, max_length):
     long = "long " * (max_length + 60)
     a = [*TEXTS, long, "short", long]
     b = [*reversed(TEXTS), "short", long, long]
     expected = theirs(a, b, truncation="longest_first", max_length=max_length)
-    encoded = ours.encode(a, b, max_length=max_length)
+    monkeypatch.setattr(ours, "max_length", max_length)
+    encoded = ours.encode(a, b)
     assert sequences(encoded) == expected["input_ids"]
     assert sequences(encoded, encoded.types) == expected["token_type_ids"]
     assert encoded.types.dtype == np.int8
@@ -108,7 +109,7 @@ def test_pairs_of_different_counts_are_refused(ours):
 
 
 def test_folder_without_files(tmp_path):
-    with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor vocab\.txt"):
+    with pytest.raises(InputError, match=r"neither tokenizer\.json nor vocab\.txt"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -122,5 +123,5 @@ def test_folder_without_files(tmp_path):
 )
 def test_broken_files_are_named(tmp_path, name, text, cause):
     (tmp_path / name).write_text(text)
-    with pytest.raises(CheckpointError, match=f"{name}: .*{cause}"):
+    with pytest.raises(InputError, match=f"{name}: .*{cause}"):
         Tokenizer.from_folder(tmp_path)

@@ -187,14 +187,13 @@ def test_nothing_is_kept_of_a_file_with_errors(folder, tokenizer, entries):
         load(folder, tokenizer, task_from_table("own", table), "test")
 
 
-@pytest.mark.parametrize("name", ["sha256", "facts.json", "labels.npy", "ids0.npy", "types0.npy"])
-@pytest.mark.parametrize("harm", ["removed", "emptied", "cut", "flipped"])
+@pytest.mark.parametrize("name", ["facts.json", "labels.npy", "ids0.npy", "types0.npy"])
+@pytest.mark.parametrize("harm", ["removed", "emptied", "cut"])
 def test_a_damaged_entry_is_written_anew(folder, tokenizer, entries, encoded, name, harm):
     first = load(folder, tokenizer, pairs="joint")
     file = entries()[0] / name
     whole = file.read_bytes()
-    end = bytes([whole[-1] ^ 1])
-    ruin = {"emptied": b"", "cut": whole[:-1], "flipped": whole[:-1] + end}
+    ruin = {"emptied": b"", "cut": whole[:-1]}
     if harm == "removed":
         file.unlink()
     else:

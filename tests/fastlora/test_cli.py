@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,9 @@ def test_quiet_prints_nothing(tiny_model, tiny_data, tmp_path, capsys):
         (["--resume", "nowhere"], "nowhere/run.toml: no such file"),
         (["--precision", "fp8"], "fp8"),
         (["--device", "tpu"], "device is 'tpu'"),
+        (["--device", "mps"], "device is 'mps' (expected auto, cpu, cuda or cuda:N)"),
+        (["--seed", "-1"], "seed is -1 (expected 0 or more"),
+        (["--tasks", ","], "tasks is () (expected at least one task)"),
         (["--lr", "-1"], "lr is -1.0 (expected a positive number)"),
     ],
 )
@@ -128,13 +132,46 @@ def test_config_file_and_flags(tiny_model, tiny_data, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("rank = 3\n", "rank"), ("r = [\n", "not a readable TOML"), ("[task.x]\nkind = 1\n", "task")],
+    [
+        ("rank = 3\n", "rank"),
+        ("r = [\n", "not a readable TOML"),
+        ("[task.x]\nkind = 1\n", "task"),
+        ("task = 'sst'\n", "task is 'sst' (expected tables [task.NAME])"),
+        ("adapters = 'per-task'\n[task.x]\nlora = {rank = 2}\n", "'rank'"),
+        ("adapters = 'per-task'\n[task.x]\nlora = {r = '2'}\n", "task 'x': lora is {'r': '2'}"),
+        ("[task.x]\nlora = {r = 2}\n", "x has settings of its own, which need"),
+    ],
 )
 def test_wrong_config_file(text, message, tmp_path, capsys):
     file = tmp_path / "c.toml"
     file.write_text(text)
     code, out, err = call(["train", "--config", file], capsys)
     assert code == 2 and message in out + err
+
+
+def test_data_here_may_be_of_ones_own_tasks(tiny_model, tiny_data, tmp_path, capsys, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "dev"):
+        shutil.copy(tiny_data / f"ids-sst-{split}.csv", tmp_path / "data" / f"mine-{split}.csv")
+    (tmp_path / "c.toml").write_text(
+        f"model = '{tiny_model}'\nmax_steps = 1\nout = 'run'\n"
+        "[task.mine]\nkind = 'classification'\ncolumns = ['sentence']\n"
+        "label = 'sentiment'\nlabels = ['0', '1', '2', '3', '4']\n"
+        "files = {train = 'mine-train.csv', dev = 'mine-dev.csv'}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(["train", "--config", "c.toml"], capsys)
+    assert code == 0 and "./data holds the task files" in out and "mine 96 train" in out
+    code, out, _ = call(["eval", "run"], capsys)
+    assert code == 0 and re.search(r"^mine\s+accuracy", out, re.M)
+
+
+def test_texts_are_cut_to_the_encoders_positions(tiny_model, tiny_data, tmp_path, capsys):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    with (data / "ids-sst-train.csv").open("a") as file:
+        file.write("\t".join(["99", "long", "good " * 100, "3"]) + "\n")
+    code, out, _ = call(train_flags(tiny_model, data, tmp_path / "run"), capsys)
+    assert code == 0 and "sst 97 train, 24 dev, 0 dropped, 1 truncated" in out
 
 
 def test_eval(finished, tiny_data, capsys):
@@ -144,6 +181,15 @@ def test_eval(finished, tiny_data, capsys):
     for task in ("sst", "quora", "sts"):
         number = re.search(rf"^{task}\s+\w+\s+([\d.-]+|n/a)", out, re.M)[1]
         assert re.search(rf"^{task}\s+\w+\s+{re.escape(number)}\s", trained, re.M)
+
+
+def test_eval_can_leave_bad_rows_out(finished, tiny_data, tmp_path, capsys):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    with (data / "quora-dev.csv").open("a") as file:
+        file.write("99\tx\ta\tb\t\n")
+    code, _, err = call(["eval", finished, "--data", data], capsys)
+    assert code == 2 and "--bad-rows skip" in err
+    assert call(["eval", finished, "--data", data, "--bad-rows", "skip"], capsys)[0] == 0
 
 
 def test_eval_uses_the_cache_and_predict_does_not(

@@ -166,6 +166,17 @@ def test_merge_is_exact_and_undone_bit_for_bit():
     assert torch.equal(model(IDS).last_hidden_state, expected)
 
 
+def test_merge_is_of_all_layers_or_none():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    inject(
+        model, {"one": LoraConfig(r=2, targets=("b",)), "two": LoraConfig(r=2, targets=("a", "b"))}
+    )
+    merge(model, "one")
+    with pytest.raises(RuntimeError, match="adapter one is merged already"):
+        merge(model, "two")
+    assert model["a"].merged == ()
+
+
 def test_segments_route_rows_to_adapters():
     settings = {"a": LoraConfig(r=2), "b": LoraConfig(r=5, alpha=40)}
     layer = LoRALinear.from_linear(nn.Linear(8, 6), settings).eval()

@@ -37,7 +37,7 @@ def tokens_of(config):
 def forward_and_backward(config):
     """The gradients by name of one step, and the bytes kept from its forward to its backward."""
     setup = prepare(config, find_inputs(config))
-    model, _, _ = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
+    model, _, _ = build_model(setup, setup.inputs.tasks, setup.config)
     to_compute(model, setup.config, setup.device)
     trainer = train.Trainer(setup, model, config.out, Ranks(setup.device), Log(quiet=True))
     trainer.seed_part(0, 1)
@@ -203,7 +203,7 @@ def test_another_runtime_error_is_not_taken_for_memory(tiny_config, monkeypatch)
 def test_a_batch_that_does_not_fit_has_no_rate(tiny_config, monkeypatch):
     config = tiny_config()
     setup = prepare(config, find_inputs(config))
-    model, _, _ = build_model(setup.inputs.source, setup.inputs.tasks, setup.config)
+    model, _, _ = build_model(setup, setup.inputs.tasks, setup.config)
     trainer = train.Trainer(setup, model, config.out, Ranks(setup.device), Log(quiet=True))
     assert 0 < tokens.trial_rate(trainer, trainer.plan(0)) < math.inf
     assert all(p.grad is None for p in model.parameters())

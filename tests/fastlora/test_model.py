@@ -22,7 +22,7 @@ def built(tiny_config):
         config = tiny_config(**changes)
         inputs = find_inputs(config)
         setup = prepare(config, inputs)
-        model, *_ = build_model(inputs.source, inputs.tasks, setup.config)
+        model, *_ = build_model(setup, inputs.tasks, setup.config)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

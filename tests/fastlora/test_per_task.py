@@ -133,6 +133,15 @@ def test_rows_of_mixed_tasks(finished, tmp_path, capsys, monkeypatch, suffix):
             assert alone == row
 
 
+def test_a_file_of_one_task_needs_its_columns_only(finished, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("task,sentence\nsst,a good film\n")
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", str(finished), str(path), "--device", "cpu"])
+    assert exit.value.code == 0
+    assert [row["task"] for row in rows_of(tmp_path / "rows.predictions.csv")] == ["sst"]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -153,7 +162,7 @@ def test_mixed_rows_are_read_strictly(finished, tmp_path, capsys, rows, message)
     assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_logits_of_both_kinds_of_adapters_are_bit_equal_on_reload(tiny_config):
+def test_only_its_own_tasks_use_an_adapter_beside_the_shared_one(tiny_config):
     config = tiny_config(adapters="shared+per-task", lr=1e-2)
     run_training(config, quiet=True)
     trained = load_trained(config.out, "cpu")

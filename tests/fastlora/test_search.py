@@ -1,27 +1,34 @@
 """The search: ranks by truncation, stages, resuming, helping, and what it leaves."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from fastlora import stages
 from fastlora.cli import main
 from fastlora.config import LoraConfig, SearchConfig, TaskLoraConfig, TrainConfig
 from fastlora.console import Log
-from fastlora.errors import RunError, UserError
+from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.files import read_toml
 from fastlora.inputs import find_inputs
 from fastlora.ranks import low_rank, smallest_within_error, sweep
 from fastlora.search import run_search
+from fastlora.session import run_training
 from fastlora.setup import prepare
 from fastlora.stages import Search
-from fastlora.train import Interrupted, Trainer
+from fastlora.train import Trainer
 from fastlora.variants import side_by_side
 
 HOW = SearchConfig(trials=3, together=2)
@@ -146,7 +153,89 @@ def test_an_interrupted_search_goes_on(tiny_config, monkeypatch):
     run_search(config, find_inputs(config), HOW, quiet=True)
     facts = json.loads((config.out / "search.json").read_text())["jointly"]
     states = [trial["state"] for trial in facts["trials"] if trial["stage"] == "rates"]
-    assert states.count("fail") == 2 and len(states) == 5  # they were queued again
+    assert len(states) == 3 and "fail" not in states
+    journal = JournalStorage(JournalFileBackend(str(config.out / "journal.log")))
+    trials = optuna.load_study(study_name="rates", storage=journal).trials
+    assert [trial.state for trial in trials].count(TrialState.FAIL) == 2  # queued again
+
+
+def test_a_search_interrupted_while_it_cuts_ranks_goes_on(tiny_config, monkeypatch):
+    config = tiny_config(tasks=("sts",))
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "sweep", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_search(config, find_inputs(config), HOW, quiet=True)
+    run_search(config, find_inputs(config), HOW, quiet=True)
+    assert "Ranks, from one run" in (config.out / "report.md").read_text()
+
+
+def test_a_signal_while_scoring_stops_the_search(tiny_config, monkeypatch):
+    config = tiny_config(tasks=("sts",))
+    evaluate = Trainer.evaluate
+
+    def signalled(self):
+        signal.raise_signal(signal.SIGINT)
+        evaluate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", signalled)
+        with pytest.raises(Interrupted):
+            run_search(config, find_inputs(config), HOW, quiet=True)
+
+
+def test_out_of_memory_says_what_to_lower(tiny_config, monkeypatch):
+    config = tiny_config(tasks=("sts",))
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "run", full)
+    with pytest.raises(RunError, match="lower --tokens-per-batch"):
+        run_search(config, find_inputs(config), HOW, quiet=True)
+
+
+def test_a_trial_that_another_process_gave_up_is_left_to_whoever_took_it(tiny_config, tmp_path):
+    """A leader that is started again cannot know that a helper is still at a trial."""
+    setup = prepare(config := tiny_config(tasks=("sts",)), find_inputs(config))
+    setup = replace(setup, config=setup.config)
+    helper = Search(setup, tmp_path, HOW, Log(quiet=True))
+    study = helper.study("defaults")
+    train = helper.train
+
+    def given_up(study, group):
+        if not study.get_trials(states=(TrialState.FAIL,)):
+            Search(setup, tmp_path, HOW, Log(quiet=True))
+        train(study, group)
+
+    helper.train = given_up
+    params = {"lr": 1e-3, "warmup": 0.1, "r": 2, "dropout": 0.0, "targets": "value", "seed": 0}
+    helper.stage("defaults", [params])
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_equal_scores_are_no_significant_difference(tiny_config, tmp_path, monkeypatch):
+    setup = prepare(config := tiny_config(tasks=("sts",)), find_inputs(config))
+    search = Search(setup, tmp_path, HOW, Log(quiet=True))
+    monkeypatch.setattr(Search, "stage", lambda self, name, *_: self.study(name))
+    monkeypatch.setattr(stages, "value_of", lambda *_: 0.5)
+    defaults = {"lr": 1e-3, "warmup": 0.1, "r": 2, "dropout": 0.0, "targets": "value", "seed": 0}
+    found = search.compare(defaults, {**defaults, "r": 4})
+    assert found.p_value == 1.0 and found.params == defaults
+
+
+def test_another_number_of_trials_needs_another_folder(searched):
+    with pytest.raises(UserError, match="holds a search with --trials 3"):
+        run_search(searched, find_inputs(searched), replace(HOW, trials=5), quiet=True)
+
+
+def test_a_search_and_a_run_do_not_share_a_folder(searched, tiny_config):
+    with pytest.raises(UserError, match=r"other things \(no run.toml\)"):
+        run_training(searched, quiet=True)
+    config = tiny_config(tasks=("sts",), max_steps=1)
+    run_training(config, quiet=True)
+    with pytest.raises(UserError, match=r"other things \(no search.toml\)"):
+        run_search(config, find_inputs(config), HOW, quiet=True)
 
 
 def test_each_tasks_adapter(tiny_config):
@@ -163,21 +252,22 @@ def test_each_tasks_adapter(tiny_config):
 
 def test_a_budget_too_small_says_what_is_needed(tiny_config):
     config = tiny_config(tasks=("sts",))
+    how = replace(HOW, budget=timedelta(seconds=0.01))
     with pytest.raises(RunError, match=r"--budget is 0 s.* s are needed"):
-        run_search(config, find_inputs(config), replace(HOW, budget=0.01), quiet=True)
+        run_search(config, find_inputs(config), how, quiet=True)
 
 
 def test_short_runs_get_what_the_budget_leaves(tiny_config, tmp_path):
     config = tiny_config(tasks=("sts",))
     setup = prepare(config, find_inputs(config))
-    search = Search(setup, tmp_path, SearchConfig(budget=71.0), Log(quiet=True))
+    search = Search(setup, tmp_path, SearchConfig(budget=timedelta(seconds=71)), Log(quiet=True))
     second = 10 / (96 + stages.SCORING * 24)
     scoring = second * stages.SCORING * 24 * 30 * (1 + 1 / 3)
     training = second * stages.WIDER * 96 * 30 * (0.125 + 0.25 / 3)
     assert search.rungs(full=10.0, short=30, later=2) == pytest.approx(
         [rung * (71 - 20 - scoring) / training for rung in (0.125, 0.25)]
     )
-    search.how = SearchConfig(budget=1e6)
+    search.how = SearchConfig(budget=timedelta(days=9))
     assert search.rungs(10.0, 30, 2) == [0.0625, 0.125]  # at most half of all examples
 
 
@@ -194,6 +284,8 @@ def test_two_processes_share_a_search(tiny_config):
         time.sleep(0.1)
     helper = subprocess.Popen([*command, "--join"])
     assert (leader.wait(300), helper.wait(300)) == (0, 0)
+    worked = [json.loads(line) for line in (config.out / "journal.log").read_text().splitlines()]
+    assert len({line["worker_id"] for line in worked if "intermediate_value" in line}) == 2
     facts = json.loads((config.out / "search.json").read_text())["jointly"]
     assert {trial["state"] for trial in facts["trials"]} == {"complete", "pruned"}
 
@@ -201,11 +293,13 @@ def test_two_processes_share_a_search(tiny_config):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budget", "soon"], "budget is 'soon' (expected seconds, minutes or hours"),
+        (["--budget", "soon"], 'unable to convert "soon" into timedelta'),
+        (["--budget", "0s"], "budget is '0:00:00' (expected more than no time)"),
         (["--trials", "0"], "trials is 0"),
         (["--mode", "full"], "search finds LoRA settings"),
         (["--join"], "holds no search to help with"),
         (["--tokens-per-batch", "auto"], "tokens_per_batch is 'auto'"),
+        (["--adapters", "per-task", "--add-to", "runs/old"], "adapters of a new run"),
     ],
 )
 def test_misuse(tiny_data, tiny_model, tmp_path, capsys, flags, message):

@@ -123,6 +123,7 @@ def test_wrong_ranges_are_refused(low, high, message):
         task_from_table("own", {**table, "kind": "regression", "low": low, "high": high})
 
 
-def test_bad_name():
-    with pytest.raises(UserError, match="task 'My-Task': expected a name of lower-case"):
-        task_from_table("My-Task", TABLE)
+@pytest.mark.parametrize("name", ["My-Task", "default"])
+def test_bad_name(name):
+    with pytest.raises(UserError, match=f"task '{name}': expected another name of lower-case"):
+        task_from_table(name, TABLE)

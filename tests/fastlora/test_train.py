@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 
 from fastlora import session, train
 from fastlora.cache import load_tasks
-from fastlora.checkpoint import latest_checkpoint
+from fastlora.checkpoint import Progress, latest_checkpoint, save_checkpoint
 from fastlora.config import LoraConfig, TrainConfig
 from fastlora.errors import RunError, UserError
-from fastlora.evaluate import predict
+from fastlora.evaluate import predict, scores_of
+from fastlora.parallel import local_device
+from fastlora.runs import Metrics
 from fastlora.train import schedule
 from fastlora.trained import load_trained, merge_encoder
 
@@ -91,8 +93,10 @@ def test_lora_leaves_the_encoder_bit_identical(tiny_config):
 
 @pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
 @pytest.mark.parametrize("mode", ["lora", "frozen", "full"])
-def test_reloading_gives_the_same_predictions(tiny_config, mode, adapters):
-    config = tiny_config(mode=mode, adapters=adapters, lr=5e-3)
+def test_reloading_gives_the_same_predictions(tiny_config, mode, adapters, monkeypatch):
+    config, ends = tiny_config(mode=mode, adapters=adapters, lr=5e-3), []
+    finish = session._finish
+    monkeypatch.setattr(session, "_finish", lambda *a: ends.append(a[0].outputs) or finish(*a))
     result = run(config)
     trained = load_trained(config.out, "cpu")
     data = load_tasks(config.data, trained.tasks.values(), "dev", trained.tokenizer)
@@ -102,7 +106,8 @@ def test_reloading_gives_the_same_predictions(tiny_config, mode, adapters):
         column = [float(line.split(",")[1]) for line in saved]
         again = outputs[name].argmax(-1) if own.task.outputs > 1 else outputs[name][:, 0].clip(0, 5)
         np.testing.assert_allclose(column, again, atol=1e-4)
-    assert result.scores == session.scores_of(data, outputs)
+        np.testing.assert_array_equal(outputs[name], ends[0][name])
+    assert result.scores == scores_of(data, outputs)
 
 
 def test_same_configuration_gives_the_same_run(tiny_config, tmp_path):
@@ -166,6 +171,15 @@ def test_killed_run_continues_bit_for_bit(tiny_config, tmp_path):
         process.wait()
     subprocess.run(_command(killed), check=True, env=environment, cwd=tmp_path)
     assert_same(final(whole.out), final(killed.out))
+
+
+@pytest.mark.slow
+def test_a_process_without_examples_in_the_first_step(tiny_config, tmp_path):
+    """In fp16, whose scaling starts at the first loss."""
+    config = tiny_config(precision="fp16", tokens_per_batch=1, max_steps=3)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29512"]
+    command = [sys.executable, *launch, "-m", "fastlora.cli", "--", *_command(config)[3:]]
+    subprocess.run(command, check=True, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -240,7 +254,7 @@ def test_another_configuration_does_not_touch_a_run(tiny_config):
 def test_foreign_folder_is_refused(tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"no run folder \(no run.toml\)"):
+    with pytest.raises(UserError, match=r"holds other things \(no run.toml\)"):
         run(tiny_config())
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
@@ -301,3 +315,40 @@ def test_schedules():
     assert schedule(replace(config, schedule="constant"), 99, 100) == 1.0
     cosine = [schedule(replace(config, schedule="cosine"), s, 100) for s in (10, 55, 99)]
     assert cosine == pytest.approx([1.0, 0.5, 0.0], abs=1e-3)
+
+
+def test_the_newest_checkpoint_is_that_of_most_steps(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
+    (tmp_path / ".step-000007-killed").mkdir()
+    for step in (999_999, 1_000_000, 1_000_001):
+        save_checkpoint(tmp_path, model, optimizer, scaler, Progress(step=step))
+    assert latest_checkpoint(tmp_path).name == "step-1000001"
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1000000", "step-1000001"}
+
+
+def test_half_a_line_of_a_killed_process_is_cut_away(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": {"sst": 1.2}')
+    Metrics(tmp_path, 5).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="device is 'cuda:1' but PyTorch finds 1 CUDA GPUs here"):
+        local_device("cuda:1")
+
+
+def test_names_that_modules_use_are_refused(tiny_config):
+    table = {
+        "kind": "classification",
+        "columns": ["sentence"],
+        "label": "sentiment",
+        "labels": ["0", "1", "2", "3", "4"],
+        "files": {"train": "ids-sst-train.csv", "dev": "ids-sst-dev.csv"},
+    }
+    config = tiny_config(tasks=("type",), task={"type": table})
+    with pytest.raises(UserError, match="task 'type': PyTorch's modules use this name"):
+        run(config)
+    assert not config.out.exists()

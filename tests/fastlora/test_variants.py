@@ -17,8 +17,9 @@ from fastlora.console import Log
 from fastlora.errors import UserError
 from fastlora.inputs import find_inputs
 from fastlora.parallel import Ranks
+from fastlora.ranks import sweep
 from fastlora.setup import build_model, prepare
-from fastlora.train import Trainer
+from fastlora.train import LOG_EVERY, Trainer
 from fastlora.variants import side_by_side
 
 VARIANTS = [
@@ -45,7 +46,7 @@ def still(tiny_config, tiny_model, tmp_path):
 
 
 def alone(setup, config):
-    model, *_ = build_model(setup.inputs.source, setup.inputs.tasks, config)
+    model, *_ = build_model(setup, setup.inputs.tasks, config)
     return Trainer(replace(setup, config=config), model, None, Ranks(setup.device), Log(quiet=True))
 
 
@@ -95,11 +96,14 @@ def test_a_tasks_gradients_do_not_change_in_company(still, others):
 
 
 def test_a_tasks_own_learning_rate(still):
-    setup = still(adapters="shared+per-task", lr=1e-3, sts=TaskLoraConfig(lr=5e-3))
+    settings = {"lr": 1e-3, "head_lr": 3e-3, "sts": TaskLoraConfig(lr=5e-3)}
+    setup = still(adapters="shared+per-task", **settings)
     trainer = alone(setup, setup.config)
     of = {id(p): group["peak"] for group in trainer.optimizer.param_groups for p in group["params"]}
     for name, parameter in trainable(trainer.model).items():
-        expected = 5e-3 if name.endswith("lora_A.sts") or name.endswith("lora_B.sts") else 1e-3
+        expected = 3e-3 if name.startswith("heads.") else 1e-3
+        if name.endswith(("lora_A.sts", "lora_B.sts")):
+            expected = 5e-3
         assert of[id(parameter)] == expected
 
 
@@ -116,6 +120,25 @@ def test_a_variant_that_diverges_leaves_the_others(still):
     scores = together.run().scores
     assert scores["sts@0"] is None
     assert scores["sts@1"] == pytest.approx(alone(setup, good).run().scores["sts"], abs=1e-4)
+    ranks = sweep(together, 1)
+    assert all(np.isfinite(score) for score, _ in ranks.values())
+
+
+def test_in_fp16_a_variant_that_diverged_stops_the_others_for_a_while_only(still):
+    setup = still(tasks=("sts",), epochs=8, precision="fp16", lr=1e-3)
+    bad = replace(setup.config, lr=1e30, head_lr=1e30)
+    together = side_by_side(setup, [bad, setup.config], Log(quiet=True))
+    together.run()
+    steps = {
+        name: together.optimizer.state[p]["step"] for name, p in trainable(together.model).items()
+    }
+    good = next(steps[name] for name in steps if name.endswith("lora_B.default@1"))
+    assert together.progress.step - LOG_EVERY <= good < together.progress.step
+
+
+def test_a_search_keeps_what_saves_memory(still):
+    setup = still(tasks=("sts",), grad_checkpoint=True)
+    assert side_by_side(setup, [setup.config], Log(quiet=True)).model.encoder.encoder.recompute
 
 
 class Waits(TorchDispatchMode):
