@@ -76,7 +76,7 @@ class Search:
         if not how.join:
             given = begun.user_attrs.get("trials", how.trials)
             if given != how.trials:
-                raise UserError(f"{folder}: holds a search with --trials {given}; use a new --out")
+                raise UserError(f"{folder}: holds a search of --trials {given}; use a new --out")
             begun.set_user_attr("trials", given)
             for study in self.studies():
                 _again(study, _in_state(study, TrialState.RUNNING))

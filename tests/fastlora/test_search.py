@@ -225,7 +225,7 @@ def test_equal_scores_are_no_significant_difference(tiny_config, tmp_path, monke
 
 
 def test_another_number_of_trials_needs_another_folder(searched):
-    with pytest.raises(UserError, match="holds a search with --trials 3"):
+    with pytest.raises(UserError, match="holds a search of --trials 3"):
         run_search(searched, find_inputs(searched), replace(HOW, trials=5), quiet=True)
 
 
