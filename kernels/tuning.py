@@ -49,11 +49,11 @@ class Config:
 SHIPPED = {
     "any": Config(),
     # No tensor cores: smaller tiles, for accumulators in registers.
-    "any/fp32": Config(down=Blocks(k=32), fused=Blocks(32, k=16), outer=Blocks(32, k=32, warps=8)),
+    "any/fp32": Config("gemm", Blocks(32, k=32), Blocks(32, 32, 16), Blocks(16, k=16, warps=8)),
     # One stage: Turing cannot copy to shared memory in the background (see turing.py).
     "75/fp16": Config(down=Blocks(stages=1), fused=Blocks(k=32, stages=1)),
     "80/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
-    "80": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=128, k=32, warps=8, stages=3)),
+    "80": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=64, k=32, warps=8, stages=3)),
     "90/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
     "90": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=128, k=64, warps=8, stages=3)),
 }

@@ -95,9 +95,9 @@ def sample(dtype, M=8, H=768, r=32, p=0.1):
     return x, bias, grad, Call(weight, *factors, torch.tensor(1), shapes, ((0, M), (0, M)))
 
 
-def all_launches(dtype, p=0.1):
+def all_launches(dtype, p=0.1, r=32):
     """Every kind of launch that the routes make on a dtype."""
-    x, bias, grad, call = sample(dtype, p=p)
+    x, bias, grad, call = sample(dtype, r=r, p=p)
     halves = call._replace(ranges=((0, 4), (0, 8)))
     for route in (ROUTES["gemm"], ROUTES["triton"]):
         for made in (call, halves):
@@ -105,7 +105,7 @@ def all_launches(dtype, p=0.1):
             route.backward(grad, x, saved, made, need_dx=True)
 
 
-def variants(capability, dtype, row, p=0.1):
+def variants(capability, dtype, row, p=0.1, r=32):
     """{(kernel, constants): (arguments, blocks)} of `all_launches`."""
     found = {}
 
@@ -113,7 +113,7 @@ def variants(capability, dtype, row, p=0.1):
         found.setdefault((kernel, tuple(sorted(constants.items()))), (arguments, blocks))
 
     with launches_to(capture, capability, row):
-        all_launches(dtype, p)
+        all_launches(dtype, p, r)
     return found
 
 

@@ -101,6 +101,19 @@ def test_shipped_configuration(capability, dtype, row_name):
             assert mma, f"{name} {flags} has no tensor-core instruction"
 
 
+@pytest.mark.parametrize(("capability", "dtype", "row_name"), CASES)
+def test_widest_tiles_of_ranks(capability, dtype, row_name):
+    """A tile has up to 64 ranks; the table is of 32."""
+    found = aot.variants(capability, dtype, tuning.SHIPPED[row_name], r=64)
+    for (kernel, constants), (arguments, blocks) in found.items():
+        compiled = aot.compile_launch(capability, kernel, arguments, dict(constants), blocks)
+        _, stack, mma, *_ = aot.inspect(compiled)
+        name = f"{kernel.__name__} {dict(constants)}"
+        assert stack == 0, f"{name} spills {stack} bytes"
+        assert compiled.metadata.shared <= SHARED_LIMIT[capability]
+        assert mma or dtype == SINGLE or kernel.__name__ == "lora_reduce", name
+
+
 def test_table(capsys):
     gemm = max(2 * M * 3 * H * H / FLOPS, 2 * M * 4 * H / BYTES)
     header = ("chip", "type", "row", "kernel", "flags", "regs", "stack", "shared", "mma",
