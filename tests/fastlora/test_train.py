@@ -176,9 +176,11 @@ def test_killed_run_continues_bit_for_bit(tiny_config, tmp_path):
 @pytest.mark.slow
 def test_a_process_without_examples_in_the_first_step(tiny_config, tmp_path):
     """In fp16, whose scaling starts at the first loss."""
-    config = tiny_config(precision="fp16", tokens_per_batch=1, max_steps=3)
+    own = ["--precision", "fp16", "--max-steps", "3"]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29512"]
-    command = [sys.executable, *launch, "-m", "fastlora.cli", "--", *_command(config)[3:]]
+    train = _command(tiny_config())[3:]
+    train[train.index("--tokens-per-batch") + 1] = "1"
+    command = [sys.executable, *launch, "-m", "fastlora.cli", "--", *train, *own]
     subprocess.run(command, check=True, cwd=tmp_path)
 
 
