@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_mask.py", "test_routes.py", "test_gpu.py")
-TESTS_SECONDS = 270
+TESTS_SECONDS = 240  # with the benchmarks', under eight minutes
 ROWS, WIDTHS, RANKS = (256, 1024, 4096, 8192, 32768), (384, 768, 1024), (8, 32, 64)
 FULL = (768, 32)  # width and rank of which torch.compile takes part: it compiles each shape
 REPEATS, LEAST, WARMUP, SECONDS = 25, 5, 3, 0.15
@@ -184,14 +184,16 @@ def benchmarks(dtype: torch.dtype, budget: float) -> Iterator[list[dict]]:
                 continue
             try:
                 rows += measure(problem, name, build)
+            except NotImplementedError as reason:
+                rows.append(dict(name=name, M=M, H=H, r=r, skipped=str(reason)))
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                rows.append(dict(name=name, M=M, H=H, r=r, skipped=reason))
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                rows.append(dict(name=name, M=M, H=H, r=r, error=what))
         yield rows
 
 
-def print_ratios(rows: list[dict]) -> None:
-    """Each contender's time over fastlora's, at the full shapes, forward and backward."""
+def print_times(rows: list[dict]) -> None:
+    """The times of who agrees with the reference, at the full shapes, forward and backward."""
     chosen = [r for r in rows if (r["H"], r["r"]) == FULL and r.get("mode") == "both"]
     for graphs in (False, True):
         switch = "on" if graphs else "off"
@@ -200,7 +202,7 @@ def print_ratios(rows: list[dict]) -> None:
             cells = {
                 r["name"]: r.get("median_ms")
                 for r in chosen
-                if (r["M"], r["graphs"]) == (M, graphs)
+                if (r["M"], r["graphs"]) == (M, graphs) and r.get("agrees", True)
             }
             line = "  ".join(f"{n} {ms:.3f} ms" for n, ms in cells.items() if ms)
             print(f"M={M:<6} {line}")
@@ -246,7 +248,7 @@ def main() -> int:
             for rows in benchmarks(dtype, options.seconds):
                 result["benchmarks"] += rows
                 file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print_ratios(result["benchmarks"])
+    print_times(result["benchmarks"])
     print(f"\n{file}; tests {'passed' if result['tests']['passed'] else 'FAILED'}")
     return 0 if result["tests"]["passed"] else 1
 

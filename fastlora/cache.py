@@ -40,8 +40,8 @@ def load_tasks(
         path = folder / task.files[split]
         content = read_content(path)
         source = [hashlib.sha256(content).hexdigest(), path.suffix, task.to_table()]
-        words = [tokenizer.fingerprint, tokenizer.definition, tokenizer.max_length]
-        rules = [*words, pairs, bad_rows, limit]
+        words = [tokenizer.fingerprint, tokenizer.definition]
+        rules = [*words, tokenizer.max_length, pairs, bad_rows, limit]
         key = hashlib.sha256(json.dumps([_FORMAT, source, rules]).encode()).hexdigest()
         entry = cache_folder() / "tokens" / key
         found = _read(entry, task)

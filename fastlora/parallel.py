@@ -7,6 +7,7 @@ wrapper around the model is needed and tasks absent from one rank's rows cost no
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 
 import torch
@@ -77,13 +78,9 @@ def local_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if available else "cpu"
-    try:
-        device = torch.device(name)
-        expected = device.type in ("cpu", "cuda")
-    except RuntimeError:
-        expected = False
-    if not expected:
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,2})?", name):
         raise UserError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)")
+    device = torch.device(name)
     if device.type == "cuda":
         if not available:
             raise UserError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")

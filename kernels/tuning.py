@@ -49,7 +49,9 @@ class Config:
 SHIPPED = {
     "any": Config(),
     # No tensor cores: smaller tiles, for accumulators in registers.
-    "any/fp32": Config("gemm", Blocks(32, k=32), Blocks(32, 32, 16), Blocks(16, k=16, warps=8)),
+    "any/fp32": Config(
+        down=Blocks(32, k=32), fused=Blocks(32, 32, 16), outer=Blocks(16, k=16, warps=8)
+    ),
     # One stage: Turing cannot copy to shared memory in the background (see turing.py).
     "75/fp16": Config(down=Blocks(stages=1), fused=Blocks(k=32, stages=1)),
     "80/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),

@@ -8,9 +8,8 @@ sm_80 one without pipelining (cp.async came with Ampere), and relabels layout an
 module's text. Everything after that is stock.
 
 It acts on launches with `num_stages=1`, which the fp16 row for sm_75 has (fp32 has no tensor cores
-there). Triton 3.6 does not key its
-on-disk cache by the hook: `route` installs it before the first launch, so that no kernel of ours is
-compiled without it there.
+there). Triton 3.6 does not key its on-disk cache by the hook: `route` installs it before the first
+launch, so that no kernel of ours is compiled without it there.
 """
 
 from __future__ import annotations

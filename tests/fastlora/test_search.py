@@ -197,7 +197,6 @@ def test_out_of_memory_says_what_to_lower(tiny_config, monkeypatch):
 def test_a_trial_that_another_process_gave_up_is_left_to_whoever_took_it(tiny_config, tmp_path):
     """A leader that is started again cannot know that a helper is still at a trial."""
     setup = prepare(config := tiny_config(tasks=("sts",)), find_inputs(config))
-    setup = replace(setup, config=setup.config)
     helper = Search(setup, tmp_path, HOW, Log(quiet=True))
     study = helper.study("defaults")
     train = helper.train

@@ -200,7 +200,7 @@ def test_launches_of_route_gemm(monkeypatch):
 
 @pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
 def test_scoring_and_training_share_the_packed_weight(first):
-    """Whichever comes first; a copy of [W0 | B] more is half a model more."""
+    """One copy of [W0 | B] serves both, whichever comes first."""
     H = 32
     x, weight, _, _, ((A, B),) = make(64, H, H, [(8, H)])
     x, weight, A, B = (t.to(DEVICE, torch.float32) for t in (x, weight, A, B))
