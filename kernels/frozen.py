@@ -12,12 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _BATCH_HINT = 1024  # rows that oneDNN chooses its layout for; others are as fast
 
 # By place in memory and shape: the storage (held weakly: once it has expired, its place may be
 # another's), the version of the weight, and its packed copy.
 _packed: dict[tuple, tuple[StorageWeakRef, int, Tensor]] = {}
+
+
+def _count_version(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let a step count as a change of the parameters: PyTorch's fused optimisers count none."""
+    groups = optimizer.param_groups
+    torch.autograd.graph.increment_version([p for group in groups for p in group["params"]])
+
+
+# It is how packed copies, here and in routes.py, know that they are old.
+register_optimizer_step_post_hook(_count_version)
 
 
 def is_packable(x: Tensor, weight: Tensor) -> bool:

@@ -136,6 +136,21 @@ def test_factors_changed_in_place_are_used(route):
 
 
 @pytest.mark.parametrize("route", NAMES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_factors_are_used_after_a_step_of_an_optimiser(route, fused):
+    """A fused one leaves the versions of its parameters as they are."""
+    x, weight = torch.randn(9, 16, device=DEVICE), torch.randn(12, 16, device=DEVICE)
+    A, B = (torch.randn(s, device=DEVICE).requires_grad_() for s in ((4, 16), (12, 4)))
+    optimizer = torch.optim.AdamW([A, B], lr=0.1, fused=fused)
+    with forced_route(route):
+        for _ in range(2):
+            lora_linear(x, weight, None, A, B, 1.0).square().sum().backward()
+            optimizer.step()
+            found = lora_linear(x, weight, None, A, B, 1.0)
+            torch.testing.assert_close(found, x @ (weight + B @ A).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("route", NAMES)
 def test_negative_cases(route):
     """B = 0 changes nothing, p = 0 ignores the seed, W0 stays, an adapter changes the output."""
     x, weight, bias = (torch.randn(s, device=DEVICE) for s in ((64, 32), (32, 32), (32,)))
