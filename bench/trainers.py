@@ -50,7 +50,7 @@ class Job:
     precision: Any = "fp32"
     threads: int = os.cpu_count() or 1
 
-    def setup(self, full: bool) -> Setup:
+    def setup(self, full: bool, graphs: bool = False) -> Setup:
         """SST, Quora and STS, query and value adapted; a constant rate, so any number of steps."""
         config = TrainConfig(
             lora=LoraConfig(r=RANK),
@@ -64,6 +64,7 @@ class Job:
             schedule="constant",
             precision=self.precision,
             device=self.device,
+            cuda_graphs=graphs,
         )
         return prepare(config, find_inputs(config))
 
@@ -122,9 +123,12 @@ class HuggingFace(MultitaskBert):
 
 
 def make_trainer(name: str, job: Job) -> Trainer:
-    """A contender: "fastlora", "peft sdpa", "peft eager", "peft compiled", or "full" for "peft"."""
-    setup = job.setup(full=name.startswith("full"))
-    if name.endswith("fastlora"):
+    """A contender: "fastlora", "peft sdpa", "peft eager", "peft compiled", or "full" for "peft".
+
+    And "fastlora graphs", with CUDA graphs.
+    """
+    setup = job.setup(full=name.startswith("full"), graphs=name.endswith("graphs"))
+    if "fastlora" in name:
         model, _, _ = build_model(setup, setup.inputs.tasks, setup.config)
         to_compute(model, setup.config, setup.device)
     else:

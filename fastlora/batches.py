@@ -1,5 +1,6 @@
 """Batches: a seeded plan of each epoch, and the padded tensors of one batch of mixed tasks."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -109,8 +110,14 @@ def eval_batches(datasets: Mapping[str, TaskData], tokens_per_batch: int) -> Ite
         yield collate(datasets, part)
 
 
-def collate(datasets: Mapping[str, TaskData], plan_batch: np.ndarray) -> Batch:
-    """Gather the planned examples ([n, 2], as `plan_epoch` gives them) into one Batch."""
+def collate(
+    datasets: Mapping[str, TaskData], plan_batch: np.ndarray, positions: int | None = None
+) -> Batch:
+    """Gather the planned examples ([n, 2], as `plan_epoch` gives them) into one Batch.
+
+    With an encoder's `positions`, sentences of no task are added, so that few shapes of batches
+    occur: CUDA graphs are made for each shape.
+    """
     spans: list[Span] = []
     sequences: list[tuple[np.ndarray, ...]] = []
     labels: dict[str, Tensor] = {}
@@ -128,8 +135,13 @@ def collate(datasets: Mapping[str, TaskData], plan_batch: np.ndarray) -> Batch:
         if data.labels is not None:
             kind = np.int64 if data.task.kind == "classification" else np.float32
             labels[name] = torch.from_numpy(data.labels[examples].astype(kind))
+    longest = max(lengths.max() for lengths, _, _ in sequences)
+    if positions:
+        longest, fill = _fill(np.concatenate([lengths for lengths, _, _ in sequences]), positions)
+        zeros = np.zeros(fill.sum(), np.int8)
+        sequences.append((fill, zeros, zeros))
     lengths, flat_ids, flat_types = map(np.concatenate, zip(*sequences, strict=True))
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    mask = np.arange(longest) < lengths[:, None]
     # Padding is masked everywhere, so any id of the vocabulary does; 0 always is one.
     padded = np.zeros((2, *mask.shape), np.int64)
     padded[0][mask] = flat_ids
@@ -137,6 +149,27 @@ def collate(datasets: Mapping[str, TaskData], plan_batch: np.ndarray) -> Batch:
     ids, types = torch.from_numpy(padded)
     real = torch.from_numpy(mask)
     return Batch(ids, real, types, Layout.of(real, real.shape), tuple(spans), labels, indices)
+
+
+def _fill(lengths: np.ndarray, positions: int) -> tuple[int, np.ndarray]:
+    """The length of a batch's square, and those of sentences to add to it.
+
+    Each has a token at least, for the mean over none is none, and the square has some padding.
+    """
+    length = min(positions, 32 * math.ceil(lengths.max() / 32))
+    rows, tokens = _grid(len(lengths) + 1, 4), _grid(int(lengths.sum()) + 1, 16)
+    while not (count := rows - len(lengths)) <= (rest := tokens - lengths.sum()) < count * length:
+        if rest < count:
+            tokens = _grid(tokens + 1, 16)
+        else:
+            rows = _grid(rows + 1, 4)
+    return length, rest // count + (np.arange(count) < rest % count)
+
+
+def _grid(number: int, steps: int) -> int:
+    """`number` rounded up to one of `steps` numbers between powers of two."""
+    step = max(1, 2 ** (number.bit_length() - 1) // steps)
+    return step * math.ceil(number / step)
 
 
 def subset(data: TaskData, most: int) -> TaskData:

@@ -191,6 +191,9 @@ class TrainConfig:
     ] = "auto"
     device: Annotated[str, _option(_speed, "auto, cpu, cuda or cuda:N.")] = "auto"
     compile: Annotated[bool, _option(_speed, "Compile the encoder with torch.compile.")] = False
+    cuda_graphs: Annotated[
+        bool, _option(_speed, "Replay the encoder's passes as CUDA graphs, for small batches.")
+    ] = False
     grad_checkpoint: Annotated[
         bool, _option(_speed, "Less memory, 1.6x the time: backward computes layers again.")
     ] = False
@@ -223,6 +226,12 @@ class TrainConfig:
             raise UserError(f"{own[0]} has settings of its own, which need --adapters per-task")
         if self.add_to and (self.mode, self.adapters) != ("lora", "per-task"):
             raise UserError("add_to is given, which needs --adapters per-task")
+        fixed = (self.mode, self.adapters, self.accumulate) == ("lora", "shared", 1)
+        if self.cuda_graphs and (self.compile or self.grad_checkpoint or not fixed):
+            raise UserError(
+                "cuda_graphs is given (expected one shared adapter, and neither --accumulate, "
+                "--compile nor --grad-checkpoint)"
+            )
         _check(0 <= self.warmup <= 1, "warmup", self.warmup, "a share between 0 and 1")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 

@@ -53,6 +53,8 @@ def run_search(
     """
     if config.mode != "lora" or config.adapters == "shared+per-task" or config.add_to:
         raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
+    if config.cuda_graphs:
+        raise UserError("cuda_graphs is given (a search trains several adapters in one pass)")
     if config.tokens_per_batch == "auto":
         raise UserError("tokens_per_batch is 'auto' (a search expects a number)")
     log, setup = Log(quiet), replace(prepare(config, inputs), loaded=read_encoder(inputs.source))

@@ -74,6 +74,8 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         UserError: for anything wrong with the device, the precision, the tokenizer or the data.
     """
     device = local_device(config.device)
+    if config.cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs is given but the device is {device}")
     use_measured_blocks()
     tokenizer = Tokenizer.from_folder(inputs.source.folder)
     splits = {

@@ -27,6 +27,7 @@ from fastlora.config import TaskLoraConfig, TrainConfig
 from fastlora.console import Bar, Log, losses_text, number
 from fastlora.errors import Interrupted, RunError
 from fastlora.evaluate import Features, predict, scores_of
+from fastlora.graphs import GraphedEncoder
 from fastlora.lora import VARIANT
 from fastlora.model import MultitaskBert, task_losses
 from fastlora.parallel import Ranks
@@ -123,7 +124,13 @@ class Trainer:
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
         self.frozen = self.config.mode == "frozen"
-        self.train_features: Features | None = None
+        # What gives a batch's pooled states, if not the model itself; and, where batches come in
+        # few shapes for that, the encoder's positions.
+        self.train_features: Features | GraphedEncoder | None = None
+        self.positions: int | None = None
+        if self.config.cuda_graphs:
+            self.train_features = GraphedEncoder(model)
+            self.positions = model.encoder.config.max_position_embeddings
         self.dev_features: Features | None = None
         self.outputs: dict[str, np.ndarray] = {}  # of the dev data, after the last epoch
         lengths = [len(self.plan(epoch)) for epoch in range(self.config.epochs)]
@@ -234,7 +241,8 @@ class Trainer:
 
         Each task's summed loss is added to the running sums.
         """
-        batch = collate(self.setup.train, batch_plan[part::parts]).to(self.device)
+        planned = batch_plan[part::parts]
+        batch = collate(self.setup.train, planned, self.positions).to(self.device)
         counts = np.bincount(self.unit_of[batch_plan[:, 0]])
         features = self.train_features
         with self.autocast():

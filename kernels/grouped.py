@@ -40,6 +40,11 @@ def rank_offsets(shapes: Sequence[Shape]) -> list[int]:
     return [0, *accumulate(padded(shape.rank) for shape in shapes)]
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def is_uniform(shapes: Sequence[Shape], ranges: Ranges, rows: int) -> bool:
     """Whether every term covers all rows, and no two of them the same columns."""
     if any(start != 0 or stop != rows for start, stop in ranges):
@@ -89,10 +94,17 @@ class Plan(NamedTuple):
         second result, are the most pieces that apply to any row.
         """
         device = self.pieces.table.device
-        return _tiles(self.ranges, self.pieces.terms, self.rows, size, device)
+        found = _tiles(self.ranges, self.pieces.terms, self.rows, size, device)
+        if capturing():
+            _captured.append(found[0])
+        return found
 
 
 make_pieces = lru_cache(maxsize=1024)(Pieces)
+
+
+# Captured graphs know tables by address: theirs must outlive the cache's entries.
+_captured: list[Tensor] = []
 
 
 @lru_cache(maxsize=1024)

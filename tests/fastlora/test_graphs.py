@@ -1,0 +1,218 @@
+"""CUDA graphs of the encoder, with a recorder of PyTorch's operations in place of a GPU's."""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import wraps
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastlora.batches import collate
+from fastlora.cli import main
+from fastlora.console import Log
+from fastlora.errors import UserError
+from fastlora.evaluate import predict
+from fastlora.inputs import find_inputs
+from fastlora.kernels import backward, dropout, forced_route, forward, grouped, routes
+from fastlora.parallel import Ranks
+from fastlora.setup import build_model, prepare, to_compute
+from fastlora.train import Trainer
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_assert_async")
+POSITIONS = 64  # of the tiny model
+CAPTURING = []  # the graph, while there is one
+fork_rng = torch.random.fork_rng
+
+
+class Graph:
+    """Operations on fixed tensors, as a CUDA graph holds them: a replay runs no Python of ours."""
+
+    def __init__(self):
+        self.calls = []
+
+    def record(self, function, args, kwargs):
+        found = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, found))
+        return found
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, found in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(found), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in WAITS, f"{name} waits for the device, which no capture survives"
+        return CAPTURING[-1].record(function, args, kwargs or {})
+
+
+@contextmanager
+def capture(graph, pool):
+    assert pool == "pool"
+    CAPTURING.append(graph)
+    try:
+        with Recorder():
+            yield
+    finally:
+        CAPTURING.pop()
+
+
+def recorded(launch):
+    """A kernel's launcher that is one operation of a graph; the interpreter is none of PyTorch."""
+
+    @wraps(launch)
+    def call(*args, **kwargs):
+        if not CAPTURING:
+            return launch(*args, **kwargs)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return CAPTURING[-1].record(launch, args, kwargs)
+
+    return call
+
+
+def philox(seed, stream, rows, columns, p, dtype=torch.bool):
+    """The mask as a GPU draws it; the CPU's own reads the seed on the host."""
+    return dropout.philox_keep(seed, stream, rows, columns, p).to(dtype)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """`torch.cuda`, as far as graphs use it."""
+    fakes = {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "graph_pool_handle": lambda: "pool",
+        "Stream": object,
+        "stream": lambda _: nullcontext(),
+        "synchronize": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork_rng(devices=()))
+    for module in (grouped, routes):
+        monkeypatch.setattr(module, "capturing", lambda: bool(CAPTURING))
+    monkeypatch.setattr(routes, "keep_mask", philox)
+    monkeypatch.setattr(dropout, "keep_mask", philox)
+    for module, name in ((forward, "down"), (forward, "fused"), (backward, "outer")):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
+
+
+def make_trainer(config, graphs):
+    setup = prepare(config, find_inputs(config))
+    setup = replace(setup, config=replace(setup.config, cuda_graphs=graphs))
+    model, _, _ = build_model(setup, setup.inputs.tasks, setup.config)
+    to_compute(model, setup.config, setup.device)
+    return Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+
+
+def trained(trainer, plan):
+    """The losses of some steps and the weights after them."""
+    losses = []
+    for batch_plan in plan:
+        trainer.sums.zero_()
+        trainer.step(batch_plan)
+        trainer.progress.step += 1
+        losses.append(trainer.sums[:, 0].clone())
+    return torch.stack(losses), [p.detach().clone() for p in trainer.parameters]
+
+
+def shape_of(trainer, plan):
+    batch = collate(trainer.setup.train, plan, POSITIONS)
+    return (*batch.input_ids.shape, len(batch.layout.index))
+
+
+@pytest.mark.parametrize(
+    "route", ["reference", "gemm", pytest.param("triton", marks=pytest.mark.slow)]
+)
+def test_graphs_train_as_the_encoder_does(tiny_config, recorder, route):
+    """The same losses and weights: new batches, masks and weights reach a replayed graph."""
+    check_graphs(tiny_config(tokens_per_batch=64, lr=1e-2, warmup=0.0, max_steps=100), route)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("route", ["reference", "gemm", "triton"])
+def test_graphs_train_on_a_gpu(tiny_config, route):
+    config = tiny_config(tokens_per_batch=64, lr=1e-2, warmup=0.0, max_steps=100)
+    check_graphs(replace(config, device="cuda", precision="fp32"), route)
+
+
+def check_graphs(config, route):
+    plain, graphed = (make_trainer(config, graphs) for graphs in (False, True))
+    plain.positions = POSITIONS  # the same filled batches, whose masks are the same
+    first, *others = plain.plan(0)
+    alike = next(p for p in others if shape_of(plain, p) == shape_of(plain, first))
+    plan = [first, alike, first]
+    expected = trained(plain, plan)
+    with forced_route(route):
+        found = trained(graphed, plan)
+    assert len(graphed.train_features.graphs) == 1
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[0][0], found[0][2])
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_evaluating_between_replays_changes_nothing(tiny_config, recorder):
+    config = tiny_config(tokens_per_batch=64, lr=1e-2, max_steps=100)
+    once, twice = (make_trainer(config, graphs=True) for _ in range(2))
+    plan = once.plan(0)[:1] * 4
+    expected = trained(once, plan)
+    first, _ = trained(twice, plan[:2])
+    predict(twice.model, twice.setup.dev)
+    second, weights = trained(twice, plan[2:])
+    assert torch.equal(torch.cat([first, second]), expected[0])
+    assert all(map(torch.equal, weights, expected[1]))
+
+
+def test_sentences_of_no_task_change_no_gradient(tiny_config):
+    found = []
+    for positions in (None, POSITIONS):
+        trainer = make_trainer(tiny_config(tokens_per_batch=256), graphs=False)
+        trainer.positions = positions
+        trainer.model.eval()  # no masks: their shapes differ
+        loss = trainer.loss(trainer.plan(0)[0])
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in trainer.parameters if p.grad is not None)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("positions", [20, POSITIONS])
+def test_filled_batches_have_few_shapes(tiny_config, positions):
+    config = tiny_config(tokens_per_batch=256, epochs=3)
+    trainer = make_trainer(config, graphs=False)
+    shapes, bare_shapes, real, computed = set(), set(), 0, 0
+    for plan in (plan for epoch in range(3) for plan in trainer.plan(epoch)):
+        batch = collate(trainer.setup.train, plan, positions)
+        bare = collate(trainer.setup.train, plan)
+        rows, length = bare.input_ids.shape
+        assert torch.equal(batch.input_ids[:rows, :length], bare.input_ids)
+        assert torch.equal(batch.attention_mask[:rows, :length], bare.attention_mask)
+        assert batch.attention_mask.sum(1).min() >= 1
+        assert batch.layout.index is not None and batch.input_ids.shape[1] <= positions
+        tokens = int(bare.attention_mask.sum())
+        shapes.add((*batch.input_ids.shape, len(batch.layout.index)))
+        bare_shapes.add((rows, length, tokens))
+        real += tokens
+        computed += len(batch.layout.index)
+    assert len(shapes) < len(bare_shapes) / 2
+    assert computed < 1.1 * real
+
+
+def test_what_graphs_cannot_do_is_said(tiny_config, capsys):
+    for wrong in ({"accumulate": 2}, {"compile": True}, {"adapters": "per-task"}, {"mode": "full"}):
+        with pytest.raises(UserError, match="cuda_graphs is given"):
+            tiny_config(cuda_graphs=True, **wrong)
+    with pytest.raises(UserError, match="the device is cpu"):
+        config = tiny_config(cuda_graphs=True)
+        prepare(config, find_inputs(config))
+    with pytest.raises(SystemExit, match="2"):
+        main(["search", "--cuda-graphs", "--device", "cpu"])
+    assert "several adapters" in capsys.readouterr().err
