@@ -72,7 +72,8 @@ class LoraConfig:
         _check(self.r >= 1, "r", self.r, "1 or more")
         _check(0 < self.alpha < math.inf, "alpha", self.alpha, "a positive number")
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= p < 1")
-        _check(len(self.targets) > 0, "targets", self.targets, "at least one matrix")
+        ok = len(self.targets) > 0 and not isinstance(self.targets, str)
+        _check(ok, "targets", self.targets, "a list of one matrix or more")
 
     @property
     def scale(self) -> float:

@@ -178,9 +178,12 @@ def _verdict(task: str, records: Sequence[Record]) -> str:
 def _draw(
     figure: Figure, panels: list[Axes], tasks: Sequence[str], records: Sequence[Record]
 ) -> None:
-    """A panel a task: a line a variant over the settings, and the paper's scores as crosses."""
+    """A panel a task: a line a variant over the settings, and the paper's scores as crosses.
+
+    The course's learning rate is left out: so far below, it would press all others together.
+    """
     places = {setting: i for i, setting in enumerate(dict.fromkeys(r["setting"] for r in records))}
-    variants = dict.fromkeys(record["variant"] for record in records)
+    variants = [v for v in dict.fromkeys(r["variant"] for r in records) if v != COURSE]
     figure.set_size_inches(2 * len(tasks) + 6, 5)  # room for six ranks and ten variants
     for panel, task in zip(panels, tasks, strict=True):
         for i, variant in enumerate(variants):
@@ -190,7 +193,7 @@ def _draw(
                 [row[task] for row in rows],
                 [row[f"{task} spread"] or 0 for row in rows],
                 fmt="o" + ("-" if i < 4 else "--"),
-                color=f"C{i % 4}" if variant != COURSE else "grey",
+                color=f"C{i % 4}",
                 label=variant,
             )
         known = [r for r in records if r[f"{task} paper"] is not None]
@@ -198,6 +201,7 @@ def _draw(
             [places[row["setting"]] for row in known],
             [row[f"{task} paper"] for row in known],
             "kx",
+            zorder=3,
             label="the paper" if known else "",
         )
         panel.set(title=task, ylabel=f"dev {BUILTIN[task].metric}")

@@ -18,18 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastlora.kernels import tuning
+from fastlora.kernels import grouped, tuning
 from fastlora.kernels.dropout import LANES, keep_mask
 from fastlora.kernels.frozen import frozen_dx, frozen_linear
-from fastlora.kernels.grouped import (
-    Plan,
-    Ranges,
-    Shape,
-    capturing,
-    is_uniform,
-    make_pieces,
-    rank_offsets,
-)
+from fastlora.kernels.grouped import Plan, Ranges, Shape, is_uniform, make_pieces, rank_offsets
 
 
 class Call(NamedTuple):
@@ -239,7 +231,7 @@ def _factors(
         entry = _packed[key] = [owners, base, None, factors]
     A, packed, B = entry[3]
     # A replayed graph must refresh: its optimiser steps leave versions as they are.
-    if entry[2] != versions or (refresh and capturing()):
+    if entry[2] != versions or (refresh and grouped.capturing()):
         torch._foreach_copy_(_parts(A, B, call.shapes), tensors[1:])
         entry[2] = versions
     return A, packed, B

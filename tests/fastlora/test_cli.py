@@ -139,6 +139,7 @@ def test_config_file_and_flags(tiny_model, tiny_data, tmp_path, capsys):
         ("task = 'sst'\n", "task is 'sst' (expected tables [task.NAME])"),
         ("adapters = 'per-task'\n[task.x]\nlora = {rank = 2}\n", "'rank'"),
         ("adapters = 'per-task'\n[task.x]\nlora = {r = '2'}\n", "task 'x': lora is {'r': '2'}"),
+        ("adapters = 'per-task'\n[task.x]\nlora = {targets = 'query'}\n", "targets is 'query'"),
         ("[task.x]\nlora = {r = 2}\n", "x has settings of its own, which need"),
     ],
 )

@@ -96,8 +96,7 @@ def recorder(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork_rng(devices=()))
-    for module in (grouped, routes):
-        monkeypatch.setattr(module, "capturing", lambda: bool(CAPTURING))
+    monkeypatch.setattr(grouped, "capturing", lambda: bool(CAPTURING))
     monkeypatch.setattr(routes, "keep_mask", philox)
     monkeypatch.setattr(dropout, "keep_mask", philox)
     for module, name in ((forward, "down"), (forward, "fused"), (backward, "outer")):
