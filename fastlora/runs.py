@@ -37,7 +37,8 @@ def open_run(folder: Path, config: TrainConfig, name: str = "run.toml") -> Train
     """
     file = folder / name
     if file.exists():
-        found = read_toml(file)
+        # A file of an earlier version lacks options that came later.
+        found = {**TrainConfig().to_table(), **read_toml(file)}
         if config.tokens_per_batch == "auto":
             config = replace(config, tokens_per_batch=found.get("tokens_per_batch", "auto"))
         wanted = config.to_table()

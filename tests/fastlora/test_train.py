@@ -21,7 +21,7 @@ from fastlora.config import LoraConfig, TrainConfig
 from fastlora.errors import RunError, UserError
 from fastlora.evaluate import predict, scores_of
 from fastlora.parallel import local_device
-from fastlora.runs import Metrics
+from fastlora.runs import Metrics, open_run
 from fastlora.train import schedule
 from fastlora.trained import load_trained, merge_encoder
 
@@ -242,6 +242,18 @@ def test_compiled_run_trains(tiny_config, tmp_path):
 def test_divergence_is_a_run_error(tiny_config):
     with pytest.raises(RunError, match=r"diverged by step 10 .*lower --lr"):
         run(tiny_config(mode="full", lr=1e30, head_lr=1e30, warmup=0.0, epochs=3, clip=1e30))
+
+
+def test_a_run_of_a_version_without_an_option_goes_on(tiny_config):
+    config = tiny_config()
+    run(config)
+    file = config.out / "run.toml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith("cuda_graphs")))
+    assert file.read_text().count("\n") == len(lines) - 1
+    run(config)
+    with pytest.raises(UserError, match="cuda_graphs False -> True"):
+        open_run(config.out, replace(config, cuda_graphs=True))
 
 
 def test_another_configuration_does_not_touch_a_run(tiny_config):
