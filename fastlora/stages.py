@@ -41,7 +41,7 @@ RATES, WARMUPS = (1.0, 2.0, 0.5, 4.0, 0.25), (0.06, 0.2)  # rates as factors of 
 # most of all examples that the search takes as its own.
 RUNGS, LEAST, MOST = (0.125, 0.25), 0.05, 0.5
 RANK_STAGE = "ranks"
-SCORING, WIDER = 0.4, 1.3  # of an example, against training on it; of runs with more targets
+SCORING, WIDER = 0.4, 1.5  # of an example, against training on it; of runs with more targets
 REDUCTION = 3  # one in three goes on to the next rung
 OVER = 1.5  # how far a search may go over its budget, when it says so at its start
 LONG = 0.5  # the share of all examples of the run whose ranks are cut

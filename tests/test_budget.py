@@ -11,7 +11,7 @@ PACKAGES = ("fastlora", "kernels", "bert")
 # up three times: from 5,900, when the paper's tables, the search and the reports came; from 7,630,
 # with what mends some thirty faults that a review of every room found; and from 7,681, with CUDA
 # graphs of the encoder and steps of fused optimisers that count as changes.
-LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 7820, 350, 80
+LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 7824, 350, 80
 
 
 def sources(package):

@@ -109,7 +109,12 @@ def test_search_leaves_its_findings(searched):
     assert {trial["state"] for trial in facts["trials"]} == {"complete", "pruned"}
     ours, theirs = facts["scores"]["best"], facts["scores"]["defaults"]
     assert len(ours) == len(theirs) and len(ours) in (1, 3)
-    assert facts["cost"]["spent"] > 0 and facts["cost"]["share"] > 0
+    cost, trials = facts["cost"], facts["trials"]
+    other_seeds = [t["seconds"] for t in trials if t["stage"] in ("final-1", "final-2")]
+    assert len(other_seeds) == 2 * (len(ours) - 1)
+    assert cost["compared"] == pytest.approx(sum(other_seeds))
+    assert cost["all"] == pytest.approx(cost["count"] * cost["full"] + sum(other_seeds))
+    assert cost["share"] == pytest.approx(sum(t["seconds"] for t in trials) / cost["all"])
     best = read_toml(folder / "best.toml")
     assert best["r"] == facts["best"]["r"] and best["tasks"] == ["sts"]
     text = (folder / "report.md").read_text()
