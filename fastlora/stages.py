@@ -39,7 +39,7 @@ SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
 RATES, WARMUPS = (1.0, 2.0, 0.5, 4.0, 0.25), (0.06, 0.2)  # rates as factors of the one given
 # The examples of a short run, rung by rung, as shares of the search's own; and the least and the
 # most of all examples that the search takes as its own.
-RUNGS, LEAST, MOST = (0.125, 0.25), 0.05, 0.5
+RUNGS, LEAST, MOST = (0.125, 0.25), 0.25, 0.5
 RANK_STAGE = "ranks"
 SCORING, WIDER = 0.4, 1.5  # of an example, against training on it; of runs with more targets
 REDUCTION = 3  # one in three goes on to the next rung

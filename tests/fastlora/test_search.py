@@ -264,12 +264,12 @@ def test_a_budget_too_small_says_what_is_needed(tiny_config):
 def test_short_runs_get_what_the_budget_leaves(tiny_config, tmp_path):
     config = tiny_config(tasks=("sts",))
     setup = prepare(config, find_inputs(config))
-    search = Search(setup, tmp_path, SearchConfig(budget=timedelta(seconds=71)), Log(quiet=True))
+    search = Search(setup, tmp_path, SearchConfig(budget=timedelta(seconds=81)), Log(quiet=True))
     second = 10 / (96 + stages.SCORING * 24)
     scoring = second * stages.SCORING * 24 * 30 * (1 + 1 / 3)
     training = second * stages.WIDER * 96 * 30 * (0.125 + 0.25 / 3)
     assert search.rungs(full=10.0, short=30, later=2) == pytest.approx(
-        [rung * (71 - 20 - scoring) / training for rung in (0.125, 0.25)]
+        [rung * (81 - 20 - scoring) / training for rung in (0.125, 0.25)]
     )
     search.how = SearchConfig(budget=timedelta(days=9))
     assert search.rungs(10.0, 30, 2) == [0.0625, 0.125]  # at most half of all examples
