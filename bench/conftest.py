@@ -15,7 +15,7 @@ import torch
 from implementations import PLACES
 from trainers import Contender, Job
 
-ROUNDS = {"cpu": 11, "cuda": 50}
+ROUNDS = {"cpu": 9, "cuda": 50}
 
 
 def pytest_addoption(parser):

@@ -9,7 +9,7 @@ from trainers import race
 
 CONTENDERS = ["peft sdpa", "peft eager", "peft compiled", "full fastlora", "full sdpa"]
 CONTENDERS += ["fastlora graphs"]
-ROUNDS = 15
+ROUNDS = 13
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
