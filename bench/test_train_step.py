@@ -7,8 +7,14 @@ itself with CUDA graphs.
 import pytest
 from trainers import race
 
-CONTENDERS = ["peft sdpa", "peft eager", "peft compiled", "full fastlora", "full sdpa"]
-CONTENDERS += ["fastlora graphs"]
+CONTENDERS = [
+    "peft sdpa",
+    "peft eager",
+    "peft compiled",
+    "full fastlora",
+    "full sdpa",
+    "fastlora graphs",
+]
 ROUNDS = 13
 
 

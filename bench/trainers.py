@@ -123,9 +123,9 @@ class HuggingFace(MultitaskBert):
 
 
 def make_trainer(name: str, job: Job) -> Trainer:
-    """A contender: "fastlora", "peft sdpa", "peft eager", "peft compiled", or "full" for "peft".
+    """A contender: "fastlora", "fastlora graphs", or "peft" with "sdpa", "eager" or "compiled".
 
-    And "fastlora graphs", with CUDA graphs.
+    With "full" for "peft", and in "full fastlora", every weight trains.
     """
     setup = job.setup(full=name.startswith("full"), graphs=name.endswith("graphs"))
     if "fastlora" in name:

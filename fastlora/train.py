@@ -126,10 +126,10 @@ class Trainer:
         self.frozen = self.config.mode == "frozen"
         # What gives a batch's pooled states, if not the model itself; and, where batches come in
         # few shapes for that, the encoder's positions.
-        self.train_features: Features | GraphedEncoder | None = None
+        self.train_states: Features | GraphedEncoder | None = None
         self.positions: int | None = None
         if self.config.cuda_graphs:
-            self.train_features = GraphedEncoder(model)
+            self.train_states = GraphedEncoder(model)
             self.positions = model.encoder.config.max_position_embeddings
         self.dev_features: Features | None = None
         self.outputs: dict[str, np.ndarray] = {}  # of the dev data, after the last epoch
@@ -153,7 +153,7 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         if self.frozen:
-            self.train_features = Features(self.model, self.setup.train)
+            self.train_states = Features(self.model, self.setup.train)
             self.dev_features = Features(self.model, self.setup.dev)
         self.metrics = None
         if self.folder is not None and self.ranks.first:
@@ -244,7 +244,7 @@ class Trainer:
         planned = batch_plan[part::parts]
         batch = collate(self.setup.train, planned, self.positions).to(self.device)
         counts = np.bincount(self.unit_of[batch_plan[:, 0]])
-        features = self.train_features
+        features = self.train_states
         with self.autocast():
             outputs = self.model(batch, features and features(batch))
         losses = task_losses(self.model.tasks, outputs, batch.labels)
