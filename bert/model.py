@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -65,10 +65,15 @@ class Layout:
     index: Tensor | None = None  # int64 [T], their positions in the flattened [B * S]
     source: Tensor | None = None  # int64 [B * S], the token at each position, any at padding
     mask: Tensor | None = None  # bool [B, 1, 1, S], True at real keys
+    derived: dict[tuple, Tensor] = field(default_factory=dict, compare=False)  # by any layer
 
     @classmethod
-    def of(cls, attention_mask: Tensor | None, shape: torch.Size) -> Layout:
-        """From a [B, S] mask of 1 and 0 (or booleans); None means that all tokens are real."""
+    def of(cls, attention_mask: Tensor | None, shape: torch.Size, tokens: int = 0) -> Layout:
+        """From a [B, S] mask of 1 and 0 (or booleans); None means that all tokens are real.
+
+        Padding makes up for fewer real tokens than `tokens`, where there is some: last of all, and
+        computed like the others.
+        """
         batch, length = shape
         if attention_mask is None:
             return cls(batch, length)
@@ -76,18 +81,19 @@ class Layout:
         index = real.flatten().nonzero().squeeze(1)
         if len(index) == real.numel():
             return cls(batch, length)
+        if missing := max(0, tokens - len(index)):
+            index = torch.cat((index, real.flatten().logical_not().nonzero()[:missing, 0]))
         source = real.flatten().cumsum(0).sub_(1).clamp_(min=0)
         return cls(batch, length, index, source, real[:, None, None, :])
 
     def to(self, device: torch.device | str) -> Layout:
         """Copy it to a device, without waiting for the copy where that is possible."""
-        tensors = (self.index, self.source, self.mask)
-        moved = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
-        return Layout(self.batch, self.length, *moved)
 
-    def gather(self, tokens: Tensor) -> Tensor:
-        """[T, C] -> [B * S, C], any token at padding: for a reader that masks it."""
-        return tokens if self.source is None else tokens.index_select(0, self.source)
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        index, source, mask = map(move, (self.index, self.source, self.mask))
+        return Layout(self.batch, self.length, index, source, mask)
 
     def pad(self, tokens: Tensor) -> Tensor:
         """[T, C] -> [B, S, C], zeros at padding."""
@@ -172,7 +178,7 @@ class SelfAttention(nn.Module):
         if qkv.device.type == "cpu" and (p or layout.length < LONG):
             keep = None
             if p:  # the dropout of ones is its own scaled mask: [B, h, S, S]
-                ones = qkv.new_ones(layout.batch, self.heads * layout.length**2)
+                ones = qkv.new_ones(()).expand(layout.batch, self.heads * layout.length**2)
                 keep = self.dropout(ones).view(layout.batch, self.heads, layout.length, -1)
             return cpu_attention(qkv, keep, layout, self.heads)
         qkv = layout.pad(qkv).view(layout.batch, layout.length, 3, self.heads, -1)

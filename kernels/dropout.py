@@ -10,10 +10,12 @@ probability to 2^-16.
 
 import threading
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LANES = 1 << 16
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -55,13 +57,13 @@ def keep_mask(
     """Keep mask [rows, columns] on the seed's device."""
     if seed.device.type != "cpu":
         return philox_keep(seed, stream, rows, columns, p).to(dtype)
-    lanes = _lanes(int(seed), stream, rows * columns).view(rows, columns)
+    draw = _lanes_uncompiled if torch.compiler.is_compiling() else _lanes
+    lanes = draw(int(seed), stream, rows * columns).view(rows, columns)
     limits = _limits(threshold(p), (rows + _PERIOD).bit_length())[int(seed) % _PERIOD :][:rows]
     # Written in its final type at once: a product with booleans costs ten times one with floats.
     return torch.ge(lanes, limits, out=torch.empty(rows, columns, dtype=dtype))
 
 
-@torch.compiler.disable
 def _lanes(seed: int, stream: int, count: int) -> Tensor:
     """Random uint8 [count]; SFC64 started as its authors do, with 16 outputs thrown away."""
     # Setting a generator's state takes a fifth of making a new one.
@@ -70,6 +72,9 @@ def _lanes(seed: int, stream: int, count: int) -> Tensor:
     state = {"state": np.array([seed, stream, _W0, 1], np.uint64)}
     _own.generator.state = {**_FRESH, "state": state}
     return torch.from_numpy(_own.generator.random_raw(count // 8 + 17)[16:].view(np.uint8)[:count])
+
+
+_lanes_uncompiled = torch.compiler.disable(_lanes)
 
 
 @lru_cache(maxsize=64)
@@ -126,4 +131,20 @@ class Dropout(nn.Dropout):
         keep = keep.view(input.shape)
         if residual is None:
             return input * keep.mul_(keep_scale(self.p))
-        return torch.addcmul(residual, input, keep, value=keep_scale(self.p))
+        return _DropAdd.apply(input, keep, residual, keep_scale(self.p))
+
+
+class _DropAdd(torch.autograd.Function):
+    """residual + scale keep input; autograd's own addcmul multiplies twice for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, keep: Tensor, residual: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(keep)
+        return torch.addcmul(residual, input, keep, value=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return keep.mul(grad).mul_(ctx.scale), None, grad, None

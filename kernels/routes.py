@@ -68,17 +68,14 @@ class Reference:
         terms = zip(call.shapes, call.ranges, call.A, call.B, _us(call, saved), strict=True)
         for s, (start, stop), A, B, u in terms:
             g = grad[start:stop, s.column : s.column + s.width]
-            v = (g @ B.to(x.dtype)).mul_(s.scale)  # [M_t, r]
+            v = torch.addmm(u, g, B.to(x.dtype), beta=0, alpha=s.scale)  # [M_t, r]
             branch = x[start:stop]
             keep = _keep(branch, s, call.seed)
-            dA.append(v.T @ (branch if keep is None else branch * keep))
-            dB.append(g.T @ u)
-            if dx is None:
-                continue
-            if keep is None:
-                dx[start:stop].addmm_(v, A.to(x.dtype))
-            else:
-                dx[start:stop].addcmul_(v @ A.to(x.dtype), keep)
+            if dx is not None:
+                part, A = dx[start:stop], A.to(x.dtype)
+                part.addmm_(v, A) if keep is None else part.addcmul_(v @ A, keep)
+            dA.append(v.T @ (branch if keep is None else keep.mul_(branch)))
+            dB.append((u.T @ g).T)
         return dx, dA + dB
 
 

@@ -114,6 +114,19 @@ def test_dropout_module_scales_masks_and_backpropagates():
     assert drop.train()(torch.empty(0, 4)).shape == (0, 4)
 
 
+def test_dropout_module_adds_a_residual():
+    x, residual = (torch.randn(64, 33, requires_grad=True) for _ in range(2))
+    torch.manual_seed(0)
+    dropped = Dropout(0.25)(x)
+    torch.manual_seed(0)
+    y = Dropout(0.25)(x, residual)
+    torch.testing.assert_close(y, dropped + residual)
+    weights = torch.randn_like(x)
+    grad, through = torch.autograd.grad((y * weights).sum(), (x, residual))
+    torch.testing.assert_close(grad, torch.autograd.grad((dropped * weights).sum(), x)[0])
+    torch.testing.assert_close(through, weights)
+
+
 def test_cheap_mask_is_used_on_the_cpu(monkeypatch):
     def forbidden(*_):
         raise AssertionError("Philox in tensor operations is for other devices")
