@@ -12,7 +12,6 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.batches import Batch
+from fastlora.batches import Batch, collate
 from fastlora.bert.config import BertConfig
 from fastlora.checkpoint import trainable
 from fastlora.config import LoraConfig, TrainConfig
@@ -139,24 +138,34 @@ def make_trainer(name: str, job: Job) -> Trainer:
 
 
 def step_flops(
-    config: BertConfig, lengths: np.ndarray, full: bool, padded: Sequence[str] = ()
+    config: BertConfig, lengths: np.ndarray, full: bool, tokens: int = 0, longest: int = 0
 ) -> float:
     """What one step on sentences of these lengths takes: products only.
 
     Forward, dx and (in full fine-tuning) dW of every matrix; LoRA needs no dx below layer 0's
-    adapters. Attention's products run forward and twice backward. `padded` says what sees every
-    sentence at the longest one's length: "matrices", "attention".
+    adapters. Attention's products run forward and twice backward. Matrices see `tokens`, if not
+    these, and attention sees every sentence at the length `longest`, if not at its own.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
     weights = layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    longest = np.full(len(lengths), lengths.max())
-    tokens = (longest if "matrices" in padded else lengths).sum()
-    squares = ((longest if "attention" in padded else lengths).astype(np.float64) ** 2).sum()
+    tokens = tokens or lengths.sum()
+    seen = np.full(len(lengths), longest) if longest else lengths
+    squares = (seen.astype(np.float64) ** 2).sum()
     attention = layers * 12 * width * squares
     if full:
         return 6 * weights * tokens + attention
     lora = layers * 2 * 2 * RANK * width
     return (4 * weights - 2 * 3 * width**2 + 6 * lora) * tokens + attention
+
+
+def computed_flops(trainer: Trainer, rows: np.ndarray, config: BertConfig) -> float:
+    """What one step takes with what it computes of padding."""
+    batch = collate(trainer.setup.train, rows, trainer.positions)
+    (count, longest), index = batch.input_ids.shape, batch.layout.index
+    everything = index is None or isinstance(trainer.model, HuggingFace)
+    lengths = batch.attention_mask.sum(1).numpy()
+    tokens = count * longest if everything else len(index)
+    return step_flops(config, lengths, trainer.config.mode == "full", tokens, longest)
 
 
 def gemm_rate(config: BertConfig, rows: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -212,14 +221,12 @@ def train(trainer: Trainer, batches: list[np.ndarray], config: BertConfig) -> Wo
     loss, count = trainer.sums.sum(0).tolist()
     lengths = [lengths_of(trainer.setup.train, rows) for rows in batches]
     full = trainer.config.mode == "full"
-    everywhere = isinstance(trainer.model, HuggingFace)
-    padded = ("matrices", "attention") if everywhere else ("attention",)
     return Work(
         seconds,
         int(count),
         sum(int(found.sum()) for found in lengths),
         sum(step_flops(config, found, full) for found in lengths),
-        sum(step_flops(config, found, full, padded) for found in lengths),
+        sum(computed_flops(trainer, rows, config) for rows in batches),
         loss / count,
     )
 
@@ -238,7 +245,9 @@ def serve(connection: Any, name: str, job: Job) -> None:
         answer: Any = None
         if request == "restart":
             trainer.progress.step = 0
-            trainer.optimizer.state.clear()
+            for moments in trainer.optimizer.state.values():  # in place, for graphs hold them
+                for moment in moments.values():
+                    moment.zero_()
             with torch.no_grad():
                 for key, parameter in trainable(trainer.model).items():
                     parameter.copy_(weights[key])

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.bert.model import Layout
@@ -44,7 +45,8 @@ class Batch:
 
     `input_ids` and `token_type_ids` are int64 [B, S], `attention_mask` is bool [B, S]. `labels`
     maps a task to int64 [n] (classes) or float32 [n] (values); `indices` maps it to the examples'
-    positions in their TaskData.
+    positions in their TaskData. With `rows`, an int64 list of the block's rows, spans count in
+    it, and `real` maps a task to float32 [n], 0 for an example that only fills up.
     """
 
     input_ids: Tensor
@@ -54,6 +56,15 @@ class Batch:
     spans: tuple[Span, ...]
     labels: dict[str, Tensor]
     indices: dict[str, np.ndarray]
+    rows: Tensor | None = None
+    real: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All that are on the device."""
+        layout = self.layout
+        single = (self.input_ids, self.attention_mask, self.token_type_ids, self.rows)
+        found = (*single, layout.index, layout.source, layout.mask)
+        return [t for t in (*found, *self.labels.values(), *self.real.values()) if t is not None]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device, without waiting for the copy where that is possible."""
@@ -64,6 +75,8 @@ class Batch:
             token_type_ids=self.token_type_ids.to(device, non_blocking=True),
             layout=self.layout.to(device),
             labels={t: y.to(device, non_blocking=True) for t, y in self.labels.items()},
+            rows=None if self.rows is None else self.rows.to(device, non_blocking=True),
+            real={t: r.to(device, non_blocking=True) for t, r in self.real.items()},
         )
 
 
@@ -115,8 +128,8 @@ def collate(
 ) -> Batch:
     """Gather the planned examples ([n, 2], as `plan_epoch` gives them) into one Batch.
 
-    With an encoder's `positions`, sentences of no task are added, so that few shapes of batches
-    occur: CUDA graphs are made for each shape.
+    With an encoder's `positions`, sentences of no task and examples that are not real are added,
+    so that few shapes of batches occur: CUDA graphs are made for each shape.
     """
     spans: list[Span] = []
     sequences: list[tuple[np.ndarray, ...]] = []
@@ -148,7 +161,25 @@ def collate(
     padded[1][mask] = flat_types
     ids, types = torch.from_numpy(padded)
     real = torch.from_numpy(mask)
-    return Batch(ids, real, types, Layout.of(real, real.shape), tuple(spans), labels, indices)
+    # oneDNN makes a kernel for each number of tokens (3 ms, in bf16), and is faster at round ones.
+    layout = Layout.of(real, real.shape, _grid(int(lengths.sum()), 16))
+    batch = Batch(ids, real, types, layout, tuple(spans), labels, indices)
+    return _with_room(batch) if positions else batch
+
+
+def _with_room(batch: Batch) -> Batch:
+    """The batch with as many examples a task as its sentences allow, those it lacks not real."""
+    spans: list[Span] = []
+    rows, labels, real = [], {}, {}
+    for span in batch.spans:
+        most = len(batch.input_ids) // span.width
+        spans.append(replace(span, start=spans[-1].stop if spans else 0, count=most))
+        own = torch.arange(span.start, span.stop).view(span.width, span.count)
+        missing = 0, most - span.count
+        rows.append(F.pad(own, missing).flatten())
+        real[span.task] = F.pad(torch.ones(span.count), missing)
+        labels[span.task] = F.pad(batch.labels[span.task], missing)
+    return replace(batch, spans=tuple(spans), rows=torch.cat(rows), labels=labels, real=real)
 
 
 def _fill(lengths: np.ndarray, positions: int) -> tuple[int, np.ndarray]:

@@ -193,7 +193,7 @@ class TrainConfig:
     device: Annotated[str, _option(_speed, "auto, cpu, cuda or cuda:N.")] = "auto"
     compile: Annotated[bool, _option(_speed, "Compile the encoder with torch.compile.")] = False
     cuda_graphs: Annotated[
-        bool, _option(_speed, "Replay the encoder's passes as CUDA graphs, for small batches.")
+        bool, _option(_speed, "Replay each step as a CUDA graph, for small batches.")
     ] = False
     grad_checkpoint: Annotated[
         bool, _option(_speed, "Less memory, 1.6x the time: backward computes layers again.")

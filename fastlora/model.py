@@ -132,7 +132,9 @@ class MultitaskBert(nn.Module):
             self.routing.seed = draw_seed(batch.input_ids.device)
         layout = batch.layout
         states = self.encoder.encode(batch.input_ids, layout, batch.token_type_ids)
-        return layout.pad(states[-1].float()).sum(1) / batch.attention_mask.sum(1, keepdim=True)
+        real = batch.attention_mask.float()
+        sums = torch.bmm(real.unsqueeze(1), layout.pad(states[-1].float())).squeeze(1)
+        return sums / real.sum(1, keepdim=True)
 
     def _segments(self, spans: Sequence[Span]) -> list[Segment] | None:
         """The range of real tokens that each adapter is for; None when one is for all."""
@@ -151,6 +153,7 @@ class MultitaskBert(nn.Module):
         `pooled` are its sentences' states [B, H], where they are known.
         """
         rows = self.embed(batch) if pooled is None else pooled
+        rows = rows if batch.rows is None else rows.index_select(0, batch.rows)
         return {
             span.task: self.heads[span.task](*rows[span.start : span.stop].split(span.count))
             for span in batch.spans
@@ -158,19 +161,20 @@ class MultitaskBert(nn.Module):
 
 
 def task_losses(
-    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Batch
 ) -> dict[str, Tensor]:
     """Each task's summed loss [] over its examples: cross-entropy, or squared error.
 
     The squared error is counted in the variance of labels spread evenly over the task's range, so
     that always answering the middle costs about 1, as always answering the majority class does.
     """
-    losses = {}
+    found = {}
     for name, output in outputs.items():
-        task = tasks[name]
+        task, labels = tasks[name], batch.labels[name]
         if task.kind == "classification":
-            losses[name] = F.cross_entropy(output.float(), labels[name], reduction="sum")
+            losses = F.cross_entropy(output.float(), labels, reduction="none")
         else:
-            error = (output.float().squeeze(-1) - labels[name]) / (task.high - task.low)
-            losses[name] = 12 * error.square().sum()
-    return losses
+            error = (output.float().squeeze(-1) - labels) / (task.high - task.low)
+            losses = 12 * error.square()
+        found[name] = losses @ batch.real[name] if name in batch.real else losses.sum()
+    return found

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastlora.batches import collate, plan_epoch
+from fastlora.batches import Batch, collate, plan_epoch
 from fastlora.checkpoint import (
     Progress,
     latest_checkpoint,
@@ -25,9 +25,9 @@ from fastlora.checkpoint import (
 )
 from fastlora.config import TaskLoraConfig, TrainConfig
 from fastlora.console import Bar, Log, losses_text, number
-from fastlora.errors import Interrupted, RunError
+from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.evaluate import Features, predict, scores_of
-from fastlora.graphs import GraphedEncoder
+from fastlora.graphs import GraphedStep
 from fastlora.lora import VARIANT
 from fastlora.model import MultitaskBert, task_losses
 from fastlora.parallel import Ranks
@@ -124,12 +124,13 @@ class Trainer:
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
         self.frozen = self.config.mode == "frozen"
-        # What gives a batch's pooled states, if not the model itself; and, where batches come in
-        # few shapes for that, the encoder's positions.
-        self.train_states: Features | GraphedEncoder | None = None
-        self.positions: int | None = None
+        self.train_features: Features | None = None
+        self.graphed: GraphedStep | None = None
+        self.positions: int | None = None  # the encoder's, where batches come in few shapes
         if self.config.cuda_graphs:
-            self.train_states = GraphedEncoder(model)
+            if ranks.world > 1:
+                raise UserError("cuda_graphs is given (expected one process, not torchrun's)")
+            self.graphed = GraphedStep(self.whole, self.optimizer, self.scaler, [self.sums])
             self.positions = model.encoder.config.max_position_embeddings
         self.dev_features: Features | None = None
         self.outputs: dict[str, np.ndarray] = {}  # of the dev data, after the last epoch
@@ -153,7 +154,7 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         if self.frozen:
-            self.train_states = Features(self.model, self.setup.train)
+            self.train_features = Features(self.model, self.setup.train)
             self.dev_features = Features(self.model, self.setup.dev)
         self.metrics = None
         if self.folder is not None and self.ranks.first:
@@ -209,23 +210,40 @@ class Trainer:
         if self.frozen:
             self.model.encoder.eval()
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(group["config"], self.progress.step, self.total)
+            lr = group["peak"] * schedule(group["config"], self.progress.step, self.total)
+            if self.graphed:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self.graphed:
+            self.seed_part(0, 1)
+            self.graphed(*self.inputs(batch_plan))
+            return self.stop
         parts = self.ranks.world * self.config.accumulate
         first = self.ranks.rank * self.config.accumulate
         for part in range(first, first + self.config.accumulate):
             if part < len(batch_plan):
                 self.seed_part(part, parts)
-                self.scaler.scale(self.loss(batch_plan, part, parts)).backward()
+                self.scaler.scale(self.loss(*self.inputs(batch_plan, part, parts))).backward()
         for parameter in self.dead:
             parameter.grad = None
         stop = self.ranks.sum_gradients(self.parameters, self.stop)
+        self.update()
+        return stop
+
+    def whole(self, batch: Batch, facts: Tensor) -> None:
+        """A step's work on the device."""
+        self.scaler.scale(self.loss(batch, facts)).backward()
+        self.update()
+
+    def update(self) -> None:
+        """Clip the gradients, step, and forget them."""
         self.scaler.unscale_(self.optimizer)
         for parameters in self.units.values():
             nn.utils.clip_grad_norm_(parameters, self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return stop
 
     def seed_part(self, part: int, parts: int) -> None:
         """Make the random numbers of a part of a step a function of (seed, step, part) alone.
@@ -236,25 +254,28 @@ class Trainer:
         index = self.progress.step * parts + part + 1
         torch.manual_seed((self.config.seed + index * _STEP_SEED) % 2**63)
 
-    def loss(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> Tensor:
+    def inputs(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> tuple[Batch, Tensor]:
+        """A part of a batch, and [tasks, 2]: its examples of a task, 1 / all of the task's unit."""
+        planned = batch_plan[part::parts]
+        units = self.unit_of[batch_plan[:, 0]]
+        counts = [np.sum(units == unit) for unit in self.unit_of]
+        own = np.bincount(planned[:, 0], minlength=len(counts))
+        facts = np.stack([own, 1 / np.maximum(counts, 1)], 1).astype(np.float32)
+        batch = collate(self.setup.train, planned, self.positions).to(self.device)
+        return batch, torch.from_numpy(facts).to(self.device, non_blocking=True)
+
+    def loss(self, batch: Batch, facts: Tensor) -> Tensor:
         """A part's share of a batch's loss [], each unit's averaged over its examples in the batch.
 
         Each task's summed loss is added to the running sums.
         """
-        planned = batch_plan[part::parts]
-        batch = collate(self.setup.train, planned, self.positions).to(self.device)
-        counts = np.bincount(self.unit_of[batch_plan[:, 0]])
-        features = self.train_states
+        features = self.train_features
         with self.autocast():
             outputs = self.model(batch, features and features(batch))
-        losses = task_losses(self.model.tasks, outputs, batch.labels)
-        means = []
-        for i, name in enumerate(self.setup.train):
-            if name in losses:
-                self.sums[i, 0] += losses[name].detach()
-                self.sums[i, 1] += len(batch.labels[name])
-                means.append(losses[name] / float(counts[self.unit_of[i]]))
-        return torch.stack(means).sum()
+        found = task_losses(self.model.tasks, outputs, batch)
+        losses = torch.stack([found.get(name, facts.new_zeros(())) for name in self.setup.train])
+        self.sums += torch.stack((losses.detach(), facts[:, 0]), 1)
+        return losses @ facts[:, 1]
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision for full fine-tuning, whose weights stay fp32 masters."""
@@ -283,7 +304,7 @@ class Trainer:
                 f"(it is {self.config.lr:g}) or raise --warmup"
             )
         rate = progress.examples / progress.seconds
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])
         if self.metrics:
             values = {"epoch": progress.epoch, "lr": lr, "loss": losses, "examples_per_s": rate}
             self.metrics.write(progress.step, values)

@@ -162,6 +162,18 @@ def test_joint_pairs_carry_types_beside_tasks_without():
     assert batch.token_type_ids.dtype == torch.int64
 
 
+def test_padding_makes_round_numbers_of_tokens():
+    """From 32 to 64 tokens, every second number; the layout's other parts are those of the rest."""
+    datasets = {"sst": task_data("sst", [11, 9, 14, 3])}
+    bare = collate(datasets, np.array([[0, 0], [0, 1], [0, 2]]))  # 34 of 42
+    assert len(bare.layout.index) == 34
+    batch = collate(datasets, np.array([[0, 0], [0, 1], [0, 2], [0, 3]]))
+    real = batch.attention_mask.flatten().nonzero()[:, 0]
+    assert batch.spans[0].tokens == (0, 37)
+    assert torch.equal(batch.layout.index[:37], real)
+    assert len(batch.layout.index) == 38 and len(set(batch.layout.index.tolist())) == 38
+
+
 def test_a_batch_without_labels():
     data = task_data("sst", [5, 6])
     unlabelled = TaskData(data.task, data.columns, None, data.ids, 0, 0, 0)

@@ -1,5 +1,7 @@
 """MultitaskBert: pooling, heads, losses, and rows of several tasks in one pass."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -49,10 +51,14 @@ def test_pair_features_are_symmetric_and_of_unit_size():
 def test_task_losses():
     outputs = {"sst": torch.zeros(3, 5), "sts": torch.tensor([[5.0], [0.0]])}
     labels = {"sst": torch.tensor([0, 1, 2]), "sts": torch.tensor([0.0, 0.0])}
-    losses = task_losses({"sst": SST, "sts": STS}, outputs, labels)
+    batch = SimpleNamespace(labels=labels, real={})
+    losses = task_losses({"sst": SST, "sts": STS}, outputs, batch)
     assert losses["sst"].item() == pytest.approx(3 * np.log(5), rel=1e-5)
     # A squared error is counted in the variance of labels spread evenly over the range.
     assert losses["sts"].item() == pytest.approx(12.0)
+    batch.real["sst"] = torch.tensor([1.0, 0.0, 1.0])
+    losses = task_losses({"sst": SST, "sts": STS}, outputs, batch)
+    assert losses["sst"].item() == pytest.approx(2 * np.log(5), rel=1e-5)
 
 
 @pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
