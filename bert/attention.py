@@ -34,7 +34,7 @@ class _CpuAttention(torch.autograd.Function):
         scores = (q @ k.mT).mul_(q.shape[-1] ** -0.5)  # [B, h, S, S]
         if layout.mask is not None:
             least = torch.finfo(scores.dtype).min / 2  # halved, so that no sum overflows
-            scores.add_(layout.mask.logical_not() * least)
+            scores.add_(layout.mask.logical_not().to(scores.dtype) * least)
         probabilities = _softmax(scores)
         dropped = probabilities if keep is None else keep.mul_(probabilities)
         ctx.layout = layout

@@ -22,14 +22,15 @@ def definition(qkv, keep, real):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("fill", [0, 3])
 @pytest.mark.parametrize("lengths", [(5, 5), (5, 2, 4), (20, 7)])
-def test_outputs_and_gradients(lengths, fill, dropout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_and_gradients(dtype, lengths, fill, dropout):
     S = max(lengths)
     real = torch.arange(S) < torch.tensor(lengths)[:, None]
     layout = Layout.of(real, real.shape, sum(lengths) + fill)
     tokens = sum(lengths)
     shape = len(lengths), HEADS, S, S
-    keep = torch.rand(shape).gt(0.3).float() / 0.7 if dropout else None
-    square = torch.randn(*real.shape, 3 * HEADS * WIDTH, requires_grad=True)
+    keep = torch.rand(shape).gt(0.3).to(dtype) / 0.7 if dropout else None
+    square = torch.randn(*real.shape, 3 * HEADS * WIDTH, dtype=dtype, requires_grad=True)
     expected = definition(square, None if keep is None else keep.clone(), real)[real]
     flat = layout.unpad(square.detach()).requires_grad_()
     found = cpu_attention(flat, keep, layout, HEADS)  # overwrites the mask
