@@ -62,7 +62,7 @@ def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:
     """[T, parts * H] -> [parts, B, h, S, d], any token at padding, in one copy."""
     pieces, key = parts * heads, ("split", parts, heads)
     if key not in layout.derived:
-        source = _all(layout.source, layout).view(layout.batch, 1, layout.length)
+        source = _places(layout.source, layout).view(layout.batch, 1, layout.length)
         piece = torch.arange(pieces).view(parts, 1, heads, 1)
         layout.derived[key] = source * pieces + piece
     return F.embedding(layout.derived[key], tokens.reshape(len(tokens) * pieces, -1))
@@ -73,14 +73,15 @@ def _join(parts: Tensor, layout: Layout) -> Tensor:
     count, B, heads, S, width = parts.shape
     key = "join", count, heads
     if key not in layout.derived:
-        index = _all(layout.index, layout)
+        index = _places(layout.index, layout)
         first = index + index // S * (heads - 1) * S
         piece = torch.arange(count)[:, None] * B * heads * S + torch.arange(heads) * S
         layout.derived[key] = first[:, None] + piece.flatten()
     return F.embedding(layout.derived[key], parts.view(-1, width)).view(-1, count * heads * width)
 
 
-def _all(places: Tensor | None, layout: Layout) -> Tensor:
+def _places(places: Tensor | None, layout: Layout) -> Tensor:
+    """`places`, or all of them where nothing is padded."""
     return torch.arange(layout.batch * layout.length) if places is None else places
 
 

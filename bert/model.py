@@ -88,12 +88,9 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """Copy it to a device, without waiting for the copy where that is possible."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        index, source, mask = map(move, (self.index, self.source, self.mask))
-        return Layout(self.batch, self.length, index, source, mask)
+        tensors = (self.index, self.source, self.mask)
+        moved = [None if t is None else t.to(device, non_blocking=True) for t in tensors]
+        return Layout(self.batch, self.length, moved[0], moved[1], moved[2])
 
     def pad(self, tokens: Tensor) -> Tensor:
         """[T, C] -> [B, S, C], zeros at padding."""

@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from fastlora.errors import UserError
 
 
+def world_size() -> int:
+    """The number of processes that torchrun started, or one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Ranks:
     """This process among its peers; without torchrun, the only one."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.world = world_size()
         self.device = device
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -24,7 +24,7 @@ from fastlora.inputs import Inputs
 from fastlora.kernels import Dropout, Linear, Route, route, tuning
 from fastlora.lora import DEFAULT
 from fastlora.model import MultitaskBert
-from fastlora.parallel import local_device, out_of_memory
+from fastlora.parallel import local_device, out_of_memory, world_size
 from fastlora.tasks import Task
 
 PARTS = Parts(Linear, Dropout)
@@ -73,6 +73,8 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
     Raises:
         UserError: for anything wrong with the device, the precision, the tokenizer or the data.
     """
+    if config.cuda_graphs and world_size() > 1:
+        raise UserError("cuda_graphs is given (expected one process, not torchrun's)")
     device = local_device(config.device)
     if config.cuda_graphs and device.type != "cuda":
         raise UserError(f"cuda_graphs is given but the device is {device}")

@@ -25,7 +25,7 @@ from fastlora.checkpoint import (
 )
 from fastlora.config import TaskLoraConfig, TrainConfig
 from fastlora.console import Bar, Log, losses_text, number
-from fastlora.errors import Interrupted, RunError, UserError
+from fastlora.errors import Interrupted, RunError
 from fastlora.evaluate import Features, predict, scores_of
 from fastlora.graphs import GraphedStep
 from fastlora.lora import VARIANT
@@ -128,8 +128,6 @@ class Trainer:
         self.graphed: GraphedStep | None = None
         self.positions: int | None = None  # the encoder's, where batches come in few shapes
         if self.config.cuda_graphs:
-            if ranks.world > 1:
-                raise UserError("cuda_graphs is given (expected one process, not torchrun's)")
             self.graphed = GraphedStep(self.whole, self.optimizer, self.scaler, [self.sums])
             self.positions = model.encoder.config.max_position_embeddings
         self.dev_features: Features | None = None
@@ -211,10 +209,7 @@ class Trainer:
             self.model.encoder.eval()
         for group in self.optimizer.param_groups:
             lr = group["peak"] * schedule(group["config"], self.progress.step, self.total)
-            if self.graphed:
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            group["lr"] = group["lr"].fill_(lr) if self.graphed else lr
         if self.graphed:
             self.seed_part(0, 1)
             self.graphed(*self.inputs(batch_plan))

@@ -135,7 +135,7 @@ class Dropout(nn.Dropout):
 
 
 class _DropAdd(torch.autograd.Function):
-    """residual + scale keep input; autograd's own addcmul multiplies twice for its gradient."""
+    """residual + scale keep input; addcmul's own gradient would scale a copy of the mask first."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, keep: Tensor, residual: Tensor, scale: float) -> Tensor:

@@ -163,7 +163,7 @@ def test_joint_pairs_carry_types_beside_tasks_without():
 
 
 def test_padding_makes_round_numbers_of_tokens():
-    """From 32 to 64 tokens, every second number; the layout's other parts are those of the rest."""
+    """From 32 to 64 tokens, every second number; real tokens come first, in order."""
     datasets = {"sst": task_data("sst", [11, 9, 14, 3])}
     bare = collate(datasets, np.array([[0, 0], [0, 1], [0, 2]]))  # 34 of 42
     assert len(bare.layout.index) == 34

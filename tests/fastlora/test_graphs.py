@@ -151,7 +151,7 @@ def shape_of(trainer, plan):
 @pytest.mark.parametrize(
     "route", ["reference", "gemm", pytest.param("triton", marks=pytest.mark.slow)]
 )
-def test_graphs_train_as_the_encoder_does(tiny_config, recorder, route):
+def test_graphs_train_as_plain_steps_do(tiny_config, recorder, route):
     """The same losses and weights: new batches, masks and weights reach a replayed graph."""
     config = tiny_config(tokens_per_batch=64, lr=1e-2, warmup=0.0, max_steps=100)
     check_graphs(replace(config, device="cpu"), route)
@@ -240,12 +240,15 @@ def test_filled_batches_have_few_shapes(tiny_config, positions):
     assert computed < 1.1 * real
 
 
-def test_what_graphs_cannot_do_is_said(tiny_config, capsys):
+def test_what_graphs_cannot_do_is_said(tiny_config, capsys, monkeypatch):
     for wrong in ({"accumulate": 2}, {"compile": True}, {"adapters": "per-task"}, {"mode": "full"}):
         with pytest.raises(UserError, match="cuda_graphs is given"):
             tiny_config(cuda_graphs=True, **wrong)
     with pytest.raises(UserError, match="the device is cpu"):
         config = tiny_config(cuda_graphs=True, device="cpu")
+        prepare(config, find_inputs(config))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="one process"):
+        patch.setenv("WORLD_SIZE", "2")
         prepare(config, find_inputs(config))
     with pytest.raises(SystemExit, match="2"):
         main(["search", "--cuda-graphs", "--device", "cpu"])
