@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--data", type=Path, help="folder of the CS224N files; else ./data or demo")
     parser.addoption("--model", default="minilm", help="folder, hub id or minilm")
     parser.addoption("--precision", help="fp32, fp16 or bf16; else fp32 on a CPU, fp16 on a GPU")
+    parser.addoption("--tokens-per-batch", type=int, default=1024, help="real tokens")
 
 
 @pytest.fixture(scope="session", params=PLACES, ids=lambda place: place[0])
@@ -31,7 +32,9 @@ def job(request):
     device, dtype = request.param
     option = request.config.option
     precision = option.precision or {torch.float32: "fp32", torch.float16: "fp16"}[dtype]
-    return Job(option.data, option.model, device=device, precision=precision)
+    tokens = option.tokens_per_batch
+    limit = Job.limit * max(1, tokens // Job.tokens)  # as many batches, or more
+    return Job(option.data, option.model, limit, tokens, device=device, precision=precision)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ class Job:
     data: Path | None = None
     model: str = "minilm"
     limit: int = 300  # examples a task
+    tokens: int = 1024  # a batch
     device: str = "cpu"
     precision: Any = "fp32"
     threads: int = os.cpu_count() or 1
@@ -58,6 +59,7 @@ class Job:
             data=self.data,
             model=self.model,
             limit=self.limit,
+            tokens_per_batch=self.tokens,
             lr=FULL_LR if full else LR,
             warmup=0.0,
             schedule="constant",

@@ -7,10 +7,10 @@ backward. On short sentences PyTorch's kernel is mostly overhead: 7.5 ms forward
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,68 +21,70 @@ LONG = 100  # tokens from which PyTorch's kernel is the faster one, without drop
 _VECTOR = 16  # rows shorter than a vector are slow in PyTorch's softmax
 
 
-def cpu_attention(qkv: Tensor, keep: Tensor | None, layout: Layout, heads: int) -> Tensor:
-    """[T, 3H] -> [T, H]; `keep` [B, h, S, S], the scaled dropout mask, is overwritten."""
-    return _CpuAttention.apply(qkv, keep, layout, heads)
+def cpu_attention(
+    qkv: Tensor, dropout: Callable[[Tensor], Tensor], layout: Layout, heads: int
+) -> Tensor:
+    """[T, 3H] -> [T, H]; `dropout` drops and scales the probabilities."""
+    return _CpuAttention.apply(qkv, dropout, layout, heads)
 
 
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, keep: Tensor | None, layout: Layout, heads: int) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, dropout: Any, layout: Layout, heads: int) -> Tensor:
         packed = _split(qkv, layout, heads, 3)
-        q, k, v = packed
-        scores = (q @ k.mT).mul_(q.shape[-1] ** -0.5)  # [B, h, S, S]
+        q, k, v = packed.unbind()
+        scores = torch.bmm(q, k.mT).mul_(q.shape[-1] ** -0.5)  # [B h, S, S]
         if layout.mask is not None:
             least = torch.finfo(scores.dtype).min / 2  # halved, so that no sum overflows
-            scores.add_(layout.mask.logical_not().to(scores.dtype) * least)
+            hidden = layout.mask.logical_not().to(scores.dtype) * least  # [B, 1, 1, S]
+            scores.unflatten(0, (-1, heads)).add_(hidden)
         probabilities = _softmax(scores)
-        dropped = probabilities if keep is None else keep.mul_(probabilities)
-        ctx.layout = layout
+        dropped = dropout(probabilities)  # all that backward needs of the mask
+        ctx.layout, ctx.heads = layout, heads
         ctx.save_for_backward(packed, probabilities, dropped)
-        return _join((dropped @ v).unsqueeze(0), layout)
+        return _join(torch.bmm(dropped, v).unsqueeze(0), layout, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         packed, probabilities, dropped = ctx.saved_tensors
-        q, k, v = packed
-        (grad,) = _split(grad, ctx.layout, q.shape[1], 1)
-        if ctx.layout.mask is not None:
-            grad.mul_(ctx.layout.mask.mT)  # what stands at padding is another token's
+        q, k, v = packed.unbind()
+        scale = q.shape[-1] ** -0.5
+        grad = _split(grad, ctx.layout, ctx.heads, 1)[0]
+        if ctx.layout.mask is not None:  # what stands at padding is another token's
+            grad.unflatten(0, (-1, ctx.heads)).mul_(ctx.layout.mask.mT)
         d_packed = torch.empty_like(packed)
-        torch.matmul(dropped.mT, grad, out=d_packed[2])
-        d = (grad @ v.mT).mul_(dropped)
-        d.addcmul_(probabilities, d.sum(-1, keepdim=True), value=-1).mul_(q.shape[-1] ** -0.5)
-        torch.matmul(d, k, out=d_packed[0])
-        torch.matmul(d.mT, q, out=d_packed[1])
-        return _join(d_packed, ctx.layout), None, None, None
+        dq, dk, dv = d_packed.unbind()
+        torch.bmm(dropped.mT, grad, out=dv)
+        d = torch.bmm(grad, v.mT).mul_(dropped)
+        d.addcmul_(probabilities, d.sum(-1, keepdim=True), value=-1)
+        torch.baddbmm(dq, d, k, beta=0, alpha=scale, out=dq)
+        torch.baddbmm(dk, d.mT, q, beta=0, alpha=scale, out=dk)
+        return _join(d_packed, ctx.layout, ctx.heads), None, None, None
 
 
 def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:
-    """[T, parts * H] -> [parts, B, h, S, d], any token at padding, in one copy."""
-    pieces, key = parts * heads, ("split", parts, heads)
+    """[T, parts * H] -> [parts, B h, S, d], any token at padding, in one copy."""
+    key = "split", parts, heads
     if key not in layout.derived:
-        source = _places(layout.source, layout).view(layout.batch, 1, layout.length)
-        piece = torch.arange(pieces).view(parts, 1, heads, 1)
-        layout.derived[key] = source * pieces + piece
-    return F.embedding(layout.derived[key], tokens.reshape(len(tokens) * pieces, -1))
+        places = torch.arange(len(tokens) * parts * heads).view(-1, parts, heads)
+        places = places if layout.source is None else places[layout.source]
+        square = places.view(layout.batch, layout.length, parts, heads)
+        layout.derived[key] = square.permute(2, 0, 3, 1).flatten()
+    rows = tokens.reshape(len(tokens) * parts * heads, -1).index_select(0, layout.derived[key])
+    return rows.view(parts, layout.batch * heads, layout.length, -1)
 
 
-def _join(parts: Tensor, layout: Layout) -> Tensor:
-    """[parts, B, h, S, d] -> [T, parts * H], the inverse."""
-    count, B, heads, S, width = parts.shape
-    key = "join", count, heads
+def _join(split: Tensor, layout: Layout, heads: int) -> Tensor:
+    """[parts, B h, S, d] -> [T, parts * H], the inverse."""
+    (parts, *_, width), key = split.shape, ("join", len(split), heads)
     if key not in layout.derived:
-        index = _places(layout.index, layout)
-        first = index + index // S * (heads - 1) * S
-        piece = torch.arange(count)[:, None] * B * heads * S + torch.arange(heads) * S
-        layout.derived[key] = first[:, None] + piece.flatten()
-    return F.embedding(layout.derived[key], parts.view(-1, width)).view(-1, count * heads * width)
-
-
-def _places(places: Tensor | None, layout: Layout) -> Tensor:
-    """`places`, or all of them where nothing is padded."""
-    return torch.arange(layout.batch * layout.length) if places is None else places
+        places = torch.arange(split.numel() // width).view(parts, -1, heads, layout.length)
+        places = places.permute(1, 3, 0, 2).flatten(0, 1)  # [B S, parts, h]
+        places = places if layout.index is None else places[layout.index]
+        layout.derived[key] = places.flatten()
+    rows = split.view(-1, width).index_select(0, layout.derived[key])
+    return rows.view(-1, parts * heads * width)
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -173,11 +173,7 @@ class SelfAttention(nn.Module):
         qkv = self.projection(self, x)  # [T, 3H]
         p = self.dropout.p if self.training else 0.0
         if qkv.device.type == "cpu" and (p or layout.length < LONG):
-            keep = None
-            if p:  # the dropout of ones is its own scaled mask: [B, h, S, S]
-                ones = qkv.new_ones(()).expand(layout.batch, self.heads * layout.length**2)
-                keep = self.dropout(ones).view(layout.batch, self.heads, layout.length, -1)
-            return cpu_attention(qkv, keep, layout, self.heads)
+            return cpu_attention(qkv, self.dropout, layout, self.heads)
         qkv = layout.pad(qkv).view(layout.batch, layout.length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, h, S, d]
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, dropout_p=p)

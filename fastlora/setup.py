@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -79,6 +81,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
     if config.cuda_graphs and device.type != "cuda":
         raise UserError(f"cuda_graphs is given but the device is {device}")
     use_measured_blocks()
+    keep_freed_memory()
     tokenizer = Tokenizer.from_folder(inputs.source.folder)
     splits = {
         split: load_tasks(
@@ -108,6 +111,14 @@ def resolve(config: TrainConfig, inputs: Inputs, device: torch.device) -> TrainC
         head_lr=config.peak_head_lr,
         precision=find_precision(config.precision, device),
     )
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free: giving it back, it would fault it in at every step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
 
 
 def read_encoder(source: Source) -> Loaded:

@@ -24,6 +24,7 @@ _LOW = 0xFFFFFFFF
 _PERIOD = 256
 _FRESH = {"bit_generator": "SFC64", "has_uint32": 0, "uinteger": 0}
 _own = threading.local()
+_ZERO = torch.zeros(())
 
 
 def threshold(p: float) -> int:
@@ -58,20 +59,21 @@ def keep_mask(
     if seed.device.type != "cpu":
         return philox_keep(seed, stream, rows, columns, p).to(dtype)
     draw = _lanes_uncompiled if torch.compiler.is_compiling() else _lanes
-    lanes = draw(int(seed), stream, rows * columns).view(rows, columns)
-    limits = _limits(threshold(p), (rows + _PERIOD).bit_length())[int(seed) % _PERIOD :][:rows]
-    # Written in its final type at once: a product with booleans costs ten times one with floats.
-    return torch.ge(lanes, limits, out=torch.empty(rows, columns, dtype=dtype))
+    number = int(seed)
+    lanes, first = draw(number, stream, rows, columns), number % _PERIOD
+    limits = _limits(threshold(p), (rows + _PERIOD).bit_length())[first : first + rows]
+    return lanes.ge_(limits).to(dtype)
 
 
-def _lanes(seed: int, stream: int, count: int) -> Tensor:
-    """Random uint8 [count]; SFC64 started as its authors do, with 16 outputs thrown away."""
+def _lanes(seed: int, stream: int, rows: int, columns: int) -> Tensor:
+    """Random uint8 [rows, columns]; SFC64 started as its authors do, without its first 16."""
     # Setting a generator's state takes a fifth of making a new one.
     if not hasattr(_own, "generator"):
         _own.generator = np.random.SFC64(0)
     state = {"state": np.array([seed, stream, _W0, 1], np.uint64)}
     _own.generator.state = {**_FRESH, "state": state}
-    return torch.from_numpy(_own.generator.random_raw(count // 8 + 17)[16:].view(np.uint8)[:count])
+    lanes = _own.generator.random_raw(rows * columns // 8 + 17)[16:].view(np.uint8)
+    return torch.from_numpy(lanes[: rows * columns].reshape(rows, columns))
 
 
 _lanes_uncompiled = torch.compiler.disable(_lanes)
@@ -147,4 +149,4 @@ class _DropAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
         (keep,) = ctx.saved_tensors
-        return keep.mul(grad).mul_(ctx.scale), None, grad, None
+        return torch.addcmul(_ZERO, keep, grad, value=ctx.scale), None, grad, None

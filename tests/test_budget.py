@@ -11,8 +11,9 @@ PACKAGES = ("fastlora", "kernels", "bert")
 # up four times: from 5,900, when the paper's tables, the search and the reports came; from 7,630,
 # with what mends some thirty faults that a review of every room found; from 7,681, with CUDA
 # graphs of the encoder and steps of fused optimisers that count as changes; and from 7,824, when
-# graphs took in the whole step and the CPU's step lost an eighth of its time.
-LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 7945, 350, 80
+# graphs took in the whole step and the CPU's step lost an eighth of its time; and from 7,945, with
+# memory that glibc keeps.
+LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 7956, 350, 80
 
 
 def sources(package):

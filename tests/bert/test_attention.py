@@ -31,9 +31,10 @@ def test_outputs_and_gradients(dtype, lengths, fill, dropout):
     shape = len(lengths), HEADS, S, S
     keep = torch.rand(shape).gt(0.3).to(dtype) / 0.7 if dropout else None
     square = torch.randn(*real.shape, 3 * HEADS * WIDTH, dtype=dtype, requires_grad=True)
-    expected = definition(square, None if keep is None else keep.clone(), real)[real]
+    expected = definition(square, keep, real)[real]
     flat = layout.unpad(square.detach()).requires_grad_()
-    found = cpu_attention(flat, keep, layout, HEADS)  # overwrites the mask
+    drop = (lambda p: p) if keep is None else (lambda p: p * keep.view_as(p))
+    found = cpu_attention(flat, drop, layout, HEADS)
     torch.testing.assert_close(found[:tokens], expected)
     weights = torch.randn_like(expected)
     (expected * weights).sum().backward()
