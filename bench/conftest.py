@@ -23,7 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--data", type=Path, help="folder of the CS224N files; else ./data or demo")
     parser.addoption("--model", default="minilm", help="folder, hub id or minilm")
     parser.addoption("--precision", help="fp32, fp16 or bf16; else fp32 on a CPU, fp16 on a GPU")
-    parser.addoption("--tokens-per-batch", type=int, default=1024, help="real tokens")
+    parser.addoption("--tokens-per-batch", type=int, default=1024, help="of a training step")
 
 
 @pytest.fixture(scope="session", params=PLACES, ids=lambda place: place[0])

@@ -114,7 +114,7 @@ def resolve(config: TrainConfig, inputs: Inputs, device: torch.device) -> TrainC
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what tensors free: giving it back, it would fault it in at every step."""
+    """Have glibc keep what this process frees: given back, it is faulted in again every step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap

@@ -24,7 +24,7 @@ _LOW = 0xFFFFFFFF
 _PERIOD = 256
 _FRESH = {"bit_generator": "SFC64", "has_uint32": 0, "uinteger": 0}
 _own = threading.local()
-_ZERO = torch.zeros(())
+_ZERO = torch.zeros((), device="cpu")  # whatever the default device is
 
 
 def threshold(p: float) -> int:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("fastlora", "kernels", "bert")
 # The house's limit is 4,000 and is exceeded: until it is met, this number may only go down. It went
-# up four times: from 5,900, when the paper's tables, the search and the reports came; from 7,630,
+# up five times: from 5,900, when the paper's tables, the search and the reports came; from 7,630,
 # with what mends some thirty faults that a review of every room found; from 7,681, with CUDA
 # graphs of the encoder and steps of fused optimisers that count as changes; and from 7,824, when
 # graphs took in the whole step and the CPU's step lost an eighth of its time; and from 7,945, with
