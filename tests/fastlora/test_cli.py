@@ -242,15 +242,19 @@ def test_doctor(capsys):
 
 
 def test_help_typo_and_missing_file_are_fast(tmp_path):
-    """Under 0.6 s each on an idle core: no torch is imported. CPU time, as others may run too."""
-    for flags, code in ((["--help"], 0), (["--rr", "1"], 2), (["--data", "nowhere"], 2)):
+    """In half the time of importing torch, which takes a second of an idle core."""
+
+    def cpu_seconds(command, code):
         before = os.times()
-        process = subprocess.run([*TRAIN, *flags], cwd=tmp_path, capture_output=True)
-        assert process.returncode == code
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == code
         after = os.times()
         spent = after.children_user + after.children_system
-        spent -= before.children_user + before.children_system
-        assert spent < 0.6, flags
+        return spent - before.children_user - before.children_system
+
+    # Beside others' work a core is half as fast, so both are timed in the same seconds.
+    limit = cpu_seconds([sys.executable, "-c", "import torch"], 0) / 2
+    for flags, code in ((["--help"], 0), (["--rr", "1"], 2), (["--data", "nowhere"], 2)):
+        assert cpu_seconds([*TRAIN, *flags], code) < limit, flags
 
 
 def test_interrupt_exits_130_and_says_how_to_go_on(tiny_model, tiny_data, tmp_path):
