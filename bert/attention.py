@@ -33,12 +33,12 @@ class _CpuAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, dropout: Any, layout: Layout, heads: int) -> Tensor:
         packed = _split(qkv, layout, heads, 3)
         q, k, v = packed.unbind()
-        scores = torch.bmm(q, k.mT).mul_(q.shape[-1] ** -0.5)  # [B h, S, S]
+        hidden = q.new_zeros(layout.batch, heads, layout.length)
         if layout.mask is not None:
-            least = torch.finfo(scores.dtype).min / 2  # halved, so that no sum overflows
-            hidden = layout.mask.logical_not().to(scores.dtype) * least  # [B, 1, 1, S]
-            scores.unflatten(0, (-1, heads)).add_(hidden)
-        probabilities = _softmax(scores)
+            least = torch.finfo(q.dtype).min / 2  # halved, so that no sum overflows
+            hidden.masked_fill_(layout.mask[:, 0].logical_not(), least)
+        hidden, scale = hidden.view(-1, 1, layout.length), q.shape[-1] ** -0.5
+        probabilities = _softmax(torch.baddbmm(hidden, q, k.mT, alpha=scale))  # [B h, S, S]
         dropped = dropout(probabilities)  # all that backward needs of the mask
         ctx.layout, ctx.heads = layout, heads
         ctx.save_for_backward(packed, probabilities, dropped)

@@ -103,7 +103,7 @@ class Trainer:
     def __init__(
         self, setup: Setup, model: MultitaskBert, folder: Path | None, ranks: Ranks, log: Log
     ) -> None:
-        self.setup, self.config, self.model = setup, setup.config, model
+        self.setup, self.config, self.model = setup, setup.config, model.train()
         self.folder, self.ranks, self.log = folder, ranks, log  # no folder: nothing is written
         self.device = setup.device
         self.optimizer = make_optimizer(model, setup.variants or (self.config,))
@@ -123,7 +123,6 @@ class Trainer:
         self.stop = False
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
-        self.frozen = self.config.mode == "frozen"
         self.train_features: Features | None = None
         self.graphed: GraphedStep | None = None
         self.positions: int | None = None  # the encoder's, where batches come in few shapes
@@ -151,7 +150,7 @@ class Trainer:
             RunError: when the loss is no longer finite.
         """
         config, progress = self.config, self.progress
-        if self.frozen:
+        if config.mode == "frozen":
             self.train_features = Features(self.model, self.setup.train)
             self.dev_features = Features(self.model, self.setup.dev)
         self.metrics = None
@@ -204,9 +203,8 @@ class Trainer:
 
     def step(self, batch_plan: np.ndarray) -> bool:
         """One optimiser step on one planned batch; returns whether the run should stop."""
-        self.model.train()
-        if self.frozen:
-            self.model.encoder.eval()
+        if not self.model.training:  # as evaluating leaves it
+            self.model.train()
         for group in self.optimizer.param_groups:
             lr = group["peak"] * schedule(group["config"], self.progress.step, self.total)
             group["lr"] = group["lr"].fill_(lr) if self.graphed else lr
@@ -247,7 +245,10 @@ class Trainer:
         processes draw what one process with --accumulate 2 does.
         """
         index = self.progress.step * parts + part + 1
-        torch.manual_seed((self.config.seed + index * _STEP_SEED) % 2**63)
+        # `torch.manual_seed` looks for every kind of device there is: half a millisecond.
+        cpu = self.device.type == "cpu"
+        seed = torch.default_generator.manual_seed if cpu else torch.manual_seed
+        seed((self.config.seed + index * _STEP_SEED) % 2**63)
 
     def inputs(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> tuple[Batch, Tensor]:
         """A part of a batch, and [tasks, 2]: its examples of a task, 1 / all of the task's unit."""

@@ -9,7 +9,7 @@ here is differentiable by autograd and works in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,7 @@ from torch import Tensor
 from fastlora.kernels.dropout import keep_mask, keep_scale
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One adapter's low-rank update of a block of the output.
 
     It reads rows [start, stop) of x (leading dimensions flattened) and adds to those rows of y,

@@ -164,7 +164,7 @@ def test_an_interrupted_study_goes_on(finished, flags, tmp_path, capsys, monkeyp
     step = Trainer.step
 
     def interrupt(self, plan):
-        if not self.frozen and self.progress.step == 3:
+        if self.config.mode != "frozen" and self.progress.step == 3:
             signal.raise_signal(signal.SIGINT)
         return step(self, plan)
 
