@@ -2,13 +2,11 @@
 
 A mask is a pure function of (seed, stream, row, column), so backward draws it again instead of
 storing it. On a GPU it is Philox4x32 with 7 rounds, eight 16-bit lanes a call; `philox_keep` is
-that definition in PyTorch. On a CPU, Philox in tensor operations costs more than the layer it
-drops, so `keep_mask` cuts the 64-bit words of NumPy's SFC64, from the same seed, into 8-bit lanes.
-Their threshold is dithered between two neighbours, row by row, which gives an element the same
-probability to 2^-16.
+that definition in PyTorch. On a CPU a generator's time would be most of a mask's, so `keep_mask`
+xors 8-bit lanes of two pools of random bytes, from places that seed and stream decide. Their
+threshold is dithered between neighbours, row by row: an element's probability is right to 2^-16.
 """
 
-import threading
 from functools import lru_cache
 from typing import Any
 
@@ -20,10 +18,10 @@ from torch.autograd.function import once_differentiable
 LANES = 1 << 16
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_SPREAD = 0x9E3779B97F4A7C15
 _LOW = 0xFFFFFFFF
 _PERIOD = 256
-_FRESH = {"bit_generator": "SFC64", "has_uint32": 0, "uinteger": 0}
-_own = threading.local()
+_STARTS = 1 << 22  # places of a pool where a mask may start
 _ZERO = torch.zeros((), device="cpu")  # whatever the default device is
 
 
@@ -66,14 +64,19 @@ def keep_mask(
 
 
 def _lanes(seed: int, stream: int, rows: int, columns: int) -> Tensor:
-    """Random uint8 [rows, columns]; SFC64 started as its authors do, without its first 16."""
-    # Setting a generator's state takes a fifth of making a new one.
-    if not hasattr(_own, "generator"):
-        _own.generator = np.random.SFC64(0)
-    state = {"state": np.array([seed, stream, _W0, 1], np.uint64)}
-    _own.generator.state = {**_FRESH, "state": state}
-    lanes = _own.generator.random_raw(rows * columns // 8 + 17)[16:].view(np.uint8)
-    return torch.from_numpy(lanes[: rows * columns].reshape(rows, columns))
+    """Random uint8 [rows, columns], independent of others' unless both places differ alike."""
+    size, number = rows * columns, (seed + stream * _SPREAD) * _SPREAD % 2**64
+    first, second = number >> 42, (number >> 20) % _STARTS
+    one, other = _pools(max(22, size.bit_length()))
+    return (one[first : first + size] ^ other[second : second + size]).view(rows, columns)
+
+
+@lru_cache(maxsize=8)
+def _pools(bits: int) -> tuple[Tensor, Tensor]:
+    """Two pools, uint8 [_STARTS + 2^bits] each; a short one is the head of a long one."""
+    words = (_STARTS + (1 << bits)) // 8
+    one, other = (np.random.SFC64(key).random_raw(words).view(np.uint8) for key in (1, 2))
+    return torch.from_numpy(one), torch.from_numpy(other)
 
 
 _lanes_uncompiled = torch.compiler.disable(_lanes)
@@ -127,12 +130,10 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0 or input.device.type != "cpu" or not input.numel():
             dropped = super().forward(input)
             return dropped if residual is None else dropped + residual
-        columns = input.shape[-1]
-        rows = input.numel() // columns
-        keep = keep_mask(draw_seed(input.device), 0, rows, columns, self.p, input.dtype)
+        rows, seed = input.numel() // input.shape[-1], draw_seed(input.device)
+        keep = keep_mask(seed, 0, rows, input.shape[-1], self.p, input.dtype)
         keep = keep.view(input.shape)
-        if residual is None:
-            return input * keep.mul_(keep_scale(self.p))
+        residual = _ZERO if residual is None else residual
         return _DropAdd.apply(input, keep, residual, keep_scale(self.p))
 
 

@@ -168,8 +168,7 @@ def _keep(x: Tensor, shape: Shape, seed: Any) -> Tensor | None:
     """The term's mask of its rows of x, as numbers; None without dropout."""
     if not shape.threshold:
         return None
-    rows, columns = x.shape
-    return keep_mask(seed, shape.stream, rows, columns, shape.threshold / LANES, x.dtype)
+    return keep_mask(seed, shape.stream, len(x), x.shape[1], shape.threshold / LANES, x.dtype)
 
 
 def _parts(A: Tensor, B: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The mask: its definition, its cheap CPU form, and the statistics of both."""
 
+import itertools
 import math
 
 import numpy as np
@@ -82,6 +83,34 @@ def test_rows_columns_streams_and_seeds_are_independent(mask):
 def test_fewer_rows_are_the_head_of_more(mask):
     long = mask(SEED, 1, 100, 24, 0.3)
     assert torch.equal(mask(SEED, 1, 37, 24, 0.3), long[:37])
+
+
+def test_fewer_rows_than_a_longer_pool_has():
+    long = keep_mask(SEED, 1, 4500, 1000, 0.3)  # 4 MiB of lanes and more
+    assert torch.equal(keep_mask(SEED, 1, 4000, 1000, 0.3), long[:4000])
+
+
+def masks_of_many_seeds(count, side):
+    """[2 * count, side^2] of 1 and -1: two streams of each seed."""
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randint(2**62, (count,), generator=generator)
+    masks = [keep_mask(seed, stream, side, side, 0.5) for seed in seeds for stream in (1, 2)]
+    return 2.0 * torch.stack(masks).flatten(1) - 1
+
+
+def test_masks_of_many_seeds_are_independent():
+    """Correlations of all pairs, and how often each keeps, are those of coins."""
+    coins = masks_of_many_seeds(150, 256)
+    pairs = (coins @ coins.T)[tuple(torch.triu_indices(300, 300, 1))] / 256
+    assert stats.kstest(pairs, "norm").pvalue > 1e-4
+    assert stats.kstest(coins.sum(1) / 256, "norm").pvalue > 1e-4
+
+
+def test_no_mask_is_a_part_of_another():
+    """As two would be that started in one pool only: one in eight of these overlap there."""
+    spectra = torch.fft.rfft(masks_of_many_seeds(6, 512).double(), 2**19)
+    for mine, theirs in itertools.combinations(spectra, 2):
+        assert torch.fft.irfft(mine * theirs.conj()).abs().max() < 7 * 512
 
 
 def test_extreme_probabilities():
