@@ -33,7 +33,7 @@ class _CpuAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, dropout: Any, layout: Layout, heads: int) -> Tensor:
         packed = _split(qkv, layout, heads, 3)
         q, k, v = packed.unbind()
-        hidden = q.new_zeros(layout.batch, heads, layout.length)
+        hidden = q.new_zeros(layout.batch, heads, layout.length)  # what is added to scores
         if layout.mask is not None:
             least = torch.finfo(q.dtype).min / 2  # halved, so that no sum overflows
             hidden.masked_fill_(layout.mask[:, 0].logical_not(), least)
