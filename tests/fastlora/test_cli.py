@@ -242,7 +242,7 @@ def test_doctor(capsys):
 
 
 def test_help_typo_and_missing_file_are_fast(tmp_path):
-    """In half the time of importing torch, which takes a second of an idle core."""
+    """Each in half the time of importing torch, so none imports it."""
 
     def cpu_seconds(command, code):
         before = os.times()
@@ -251,7 +251,7 @@ def test_help_typo_and_missing_file_are_fast(tmp_path):
         spent = after.children_user + after.children_system
         return spent - before.children_user - before.children_system
 
-    # Beside others' work a core is half as fast, so both are timed in the same seconds.
+    # A core is slower beside others' work, so both are timed in the same seconds.
     limit = cpu_seconds([sys.executable, "-c", "import torch"], 0) / 2
     for flags, code in ((["--help"], 0), (["--rr", "1"], 2), (["--data", "nowhere"], 2)):
         assert cpu_seconds([*TRAIN, *flags], code) < limit, flags

@@ -277,7 +277,7 @@ def test_short_runs_get_what_the_budget_leaves(tiny_config, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_a_search(tiny_config):
-    config = tiny_config(tasks=("sts",), epochs=3)
+    config = tiny_config(tasks=("sts",))
     command = [sys.executable, "-m", "fastlora.cli", "--", "search", "--quiet", "--together", "1"]
     flags = {"tasks": "sts", "epochs": "9", "r": "4", "tokens-per-batch": "256", "device": "cpu"}
     flags |= {"data": str(config.data), "model": config.model, "out": str(config.out)}
