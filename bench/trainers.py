@@ -181,14 +181,15 @@ def gemm_rate(config: BertConfig, rows: int, device: torch.device, dtype: torch.
         for _ in range(7):
             start = time.perf_counter()
             torch.mm(a, b)
-            _wait(device)
+            wait(device)
             times.append(time.perf_counter() - start)
         flops += 2 * rows * K * N
         seconds += sorted(times)[len(times) // 2]
     return flops / seconds
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -218,7 +219,7 @@ def train(trainer: Trainer, batches: list[np.ndarray], config: BertConfig) -> Wo
     for rows in batches:
         trainer.step(rows)
         trainer.progress.step += 1
-    _wait(trainer.device)
+    wait(trainer.device)
     seconds = time.perf_counter() - start
     loss, count = trainer.sums.sum(0).tolist()
     lengths = [lengths_of(trainer.setup.train, rows) for rows in batches]
