@@ -15,6 +15,7 @@ from fastlora.console import number
 from fastlora.data import TaskData
 from fastlora.files import atomic_open
 from fastlora.model import MultitaskBert
+from fastlora.parallel import memory_errors
 from fastlora.tasks import Task
 
 EVAL_TOKENS = 4096
@@ -44,14 +45,16 @@ class Features:
 def predict(
     model: MultitaskBert, datasets: Mapping[str, TaskData], features: Features | None = None
 ) -> dict[str, np.ndarray]:
-    """Each task's outputs, fp32 [N, outputs], in the order of its examples."""
+    """Each task's outputs, fp32 [N, outputs], in its examples' order; RunError without memory."""
     model.eval()
     device = next(model.parameters()).device
     outputs = {n: np.empty((len(d), d.task.outputs), np.float32) for n, d in datasets.items()}
-    for batch in eval_batches(datasets, EVAL_TOKENS):
-        on_device = batch.to(device)
-        for name, scores in model(on_device, features and features(on_device)).items():
-            outputs[name][batch.indices[name]] = scores.float().cpu().numpy()
+    advice = f"it takes {EVAL_TOKENS:,} tokens at a time: free memory or use another --device"
+    with memory_errors(device, advice):
+        for batch in eval_batches(datasets, EVAL_TOKENS):
+            on_device = batch.to(device)
+            for name, scores in model(on_device, features and features(on_device)).items():
+                outputs[name][batch.indices[name]] = scores.float().cpu().numpy()
     return outputs
 
 

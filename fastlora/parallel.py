@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastlora.errors import UserError
+from fastlora.errors import RunError, UserError
 
 
 def world_size() -> int:
@@ -76,6 +77,18 @@ def out_of_memory(error: Exception) -> bool:
     """Whether an error says that a GPU's or the machine's memory ran out."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "allocate memory" in str(error)  # a RuntimeError of PyTorch's on a CPU
+
+
+@contextmanager
+def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
+    """Turn what says that memory ran out into a RunError that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        text = " ".join(str(error).split())
+        raise RunError(f"out of memory on {device} ({text}); {advice}") from error
 
 
 def local_device(name: str) -> torch.device:

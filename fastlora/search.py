@@ -25,10 +25,10 @@ from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_open
 from fastlora.inputs import Inputs
 from fastlora.pages import plot, table, write_pages
-from fastlora.parallel import Ranks
+from fastlora.parallel import Ranks, memory_errors
 from fastlora.runs import default_folder, open_run
 from fastlora.session import facts_of
-from fastlora.setup import memory_errors, prepare, read_encoder
+from fastlora.setup import memory_advice, prepare, read_encoder
 from fastlora.stages import RANK_STAGE, Found, Search
 from fastlora.tasks import BUILTIN
 
@@ -73,7 +73,7 @@ def run_search(
             limits = replace(how, budget=how.budget / len(setup.train))
         search = Search(own, place, limits, log)
         try:
-            with memory_errors(own.config, own.device):
+            with memory_errors(own.device, memory_advice(own.config)):
                 found = search.run()
         except Interrupted:
             log.line(f"stopped; the same command with --out {folder} goes on")

@@ -29,10 +29,10 @@ from fastlora.files import atomic_folder, atomic_open
 from fastlora.inputs import Inputs, adapter_folder, find_inputs
 from fastlora.lora import lora_layers, parameter_report
 from fastlora.model import MultitaskBert
-from fastlora.parallel import Ranks
+from fastlora.parallel import Ranks, memory_errors
 from fastlora.report import write_report
 from fastlora.runs import default_folder, describe_gpu, open_run, write_config
-from fastlora.setup import Setup, build_model, find_route, memory_errors, prepare, to_compute
+from fastlora.setup import Setup, build_model, find_route, memory_advice, prepare, to_compute
 from fastlora.tasks import Task
 from fastlora.tokens import find_tokens
 from fastlora.train import Result, Trainer, owner
@@ -66,7 +66,7 @@ def run_prepared(
     """`run_training` with inputs that are read; `brief` shows the progress bar alone."""
     ranks = Ranks(setup.device)
     try:
-        with memory_errors(setup.config, setup.device):
+        with memory_errors(setup.device, memory_advice(setup.config)):
             return _run(setup, ranks, Log(quiet, shown=ranks.first, brief=brief), dry_run)
     finally:
         ranks.close()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +19,13 @@ from fastlora.bert.weights import fingerprint, load_encoder
 from fastlora.cache import load_tasks
 from fastlora.config import LoraConfig, Precision, TrainConfig
 from fastlora.data import TaskData
-from fastlora.errors import RunError, UserError, user_errors
+from fastlora.errors import UserError, user_errors
 from fastlora.files import cache_folder
 from fastlora.inputs import Inputs
 from fastlora.kernels import Dropout, Linear, Route, route, tuning
 from fastlora.lora import DEFAULT
 from fastlora.model import MultitaskBert
-from fastlora.parallel import local_device, out_of_memory, world_size
+from fastlora.parallel import local_device, world_size
 from fastlora.tasks import Task
 
 PARTS = Parts(Linear, Dropout)
@@ -183,20 +182,11 @@ def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) 
         model.encoder.encoder.compile(dynamic=True)
 
 
-@contextmanager
-def memory_errors(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Turn what says that memory ran out into a RunError that says what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
-        raise RunError(
-            f"out of memory on {device} ({' '.join(str(error).split())}); {ask}lower "
-            f"--tokens-per-batch (it is {config.tokens_per_batch}) or raise --accumulate (it is "
-            f"{config.accumulate})"
-        ) from error
+def memory_advice(config: TrainConfig) -> str:
+    """What to lower when a run's memory does not suffice."""
+    ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
+    lower = f"lower --tokens-per-batch (it is {config.tokens_per_batch})"
+    return f"{ask}{lower} or raise --accumulate (it is {config.accumulate})"
 
 
 def compute_of(device: str, precision: Precision) -> tuple[torch.device, torch.dtype]:

@@ -68,20 +68,13 @@ def make_optimizer(model: MultitaskBert, configs: Sequence[TrainConfig]) -> torc
         warmup = config.warmup if own.warmup is None else own.warmup
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((int(variant or 0), warmup, lr, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": params,
-                "lr": lr,
-                "peak": lr,
-                "weight_decay": decay,
-                "config": replace(configs[variant], warmup=warmup),
-            }
-            for (variant, warmup, lr, decay), params in groups.items()
-        ],
-        eps=1e-6,  # BERT's own; a smaller one turns rounding of tiny gradients into steps
-        fused=True,
-    )
+    settings = [
+        {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
+        | {"config": replace(configs[variant], warmup=warmup)}
+        for (variant, warmup, lr, decay), params in groups.items()
+    ]
+    # BERT's own eps; a smaller one turns rounding of tiny gradients into steps.
+    return torch.optim.AdamW(settings, eps=1e-6, fused=True)
 
 
 def schedule(config: TrainConfig, step: int, total: int) -> float:

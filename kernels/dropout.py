@@ -131,8 +131,7 @@ class Dropout(nn.Dropout):
             dropped = super().forward(input)
             return dropped if residual is None else dropped + residual
         rows, seed = input.numel() // input.shape[-1], draw_seed(input.device)
-        keep = keep_mask(seed, 0, rows, input.shape[-1], self.p, input.dtype)
-        keep = keep.view(input.shape)
+        keep = keep_mask(seed, 0, rows, input.shape[-1], self.p, input.dtype).view(input.shape)
         residual = _ZERO if residual is None else residual
         return _DropAdd.apply(input, keep, residual, keep_scale(self.p))
 

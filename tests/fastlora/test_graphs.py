@@ -149,7 +149,7 @@ def shape_of(trainer, plan):
 
 
 @pytest.mark.parametrize(
-    "route", ["reference", "gemm", pytest.param("triton", marks=pytest.mark.slow)]
+    "route", ["reference", *(pytest.param(r, marks=pytest.mark.slow) for r in ("gemm", "triton"))]
 )
 def test_graphs_train_as_plain_steps_do(tiny_config, recorder, route):
     """The same losses and weights: new batches, masks and weights reach a replayed graph."""

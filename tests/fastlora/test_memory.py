@@ -18,6 +18,7 @@ from fastlora.cli import main
 from fastlora.console import Log
 from fastlora.files import read_toml
 from fastlora.inputs import find_inputs
+from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
 from fastlora.setup import build_model, prepare, to_compute
 
@@ -193,6 +194,26 @@ def test_out_of_memory_is_one_line_and_exit_code_1(tiny_config, monkeypatch, cap
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory on cpu (")
     assert "pass --grad-checkpoint, lower --tokens-per-batch (it is 1024) or raise" in line
+
+
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_evaluating_without_memory_is_one_line_and_exit_code_1(
+    tiny_config, tmp_path, monkeypatch, capsys, command
+):
+    config = tiny_config(tasks=("sst",), max_steps=1)
+    run(config)
+    monkeypatch.setattr(MultitaskBert, "forward", lambda self, *batch: torch.empty(2**55))
+    rows = tmp_path / "rows.csv"
+    rows.write_text("sentence\nwhat a film\n")
+    given = ["--data", config.data] if command == "eval" else [rows]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([command, str(config.out), *map(str, given), "--device", "cpu"])
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory on cpu (")
+    assert line.endswith("; it takes 4,096 tokens at a time: free memory or use another --device")
+    assert not list(tmp_path.glob("rows.predictions*"))
 
 
 def test_another_runtime_error_is_not_taken_for_memory(tiny_config, monkeypatch):
