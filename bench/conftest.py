@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from implementations import PLACES
-from trainers import Contender, Job
+from race import Contender
+from trainers import Job
 
 ROUNDS = {"cpu": 9, "cuda": 50}
 

@@ -4,7 +4,7 @@ Random order, padded to the longest of each batch, is what users of Hugging Face
 """
 
 import pytest
-from trainers import race
+from race import race
 
 
 @pytest.mark.parametrize("name", ["peft sdpa", "peft eager", "full sdpa"])

@@ -5,7 +5,7 @@ itself with CUDA graphs.
 """
 
 import pytest
-from trainers import race
+from race import race
 
 CONTENDERS = [
     "peft sdpa",

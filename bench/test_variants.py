@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from trainers import LOSS_NOISE
+from race import LOSS_NOISE
 
 from fastlora.console import Log
 from fastlora.variants import side_by_side
