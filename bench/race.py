@@ -58,16 +58,23 @@ class Contender:
 
     def __init__(self, name: str, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
+        self.name = name
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, name, job), daemon=True)
         self.process.start()
         theirs.close()
-        self.batches: int = self.connection.recv()
+        self.batches: int = self._answer()
 
     def ask(self, request: Any) -> Any:
         """Ask for "restart", "gemm" (FLOP/s), "peak" (bytes) or work on (order, first, stop)."""
         self.connection.send(request)
-        return self.connection.recv()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise RuntimeError(f"contender {self.name!r} ended: see its own error") from None
 
     def __enter__(self) -> Contender:
         return self

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 import tomlkit
 
@@ -16,7 +16,7 @@ from fastlora.errors import UserError
 
 
 @contextmanager
-def atomic_open(path: Path) -> Iterator[IO[str]]:
+def atomic_open(path: Path) -> Iterator[TextIO]:
     """Open a text file for writing; it takes its name only when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

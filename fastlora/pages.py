@@ -76,13 +76,13 @@ def plot(path: Path, panels: int, draw: Callable[[Figure, list[Axes]], None]) ->
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot's: no window, no global list
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = math.ceil(panels / 3)
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 3 * rows), dpi=150, layout="constrained")
         columns = math.ceil(panels / rows)
         draw(figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)])
-        figure.savefig(path)
+        with atomic_open(path) as file:
+            figure.savefig(file.buffer)
     return f"![{path.stem}]({path.parent.name}/{path.name})"
 
 

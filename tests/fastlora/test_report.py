@@ -92,6 +92,24 @@ def test_plot_leaves_no_global_state(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
+def test_a_plot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "plots" / "x.png"
+    plot(path, 1, lambda *_: None)
+    before = path.read_bytes()
+
+    def disk_is_full(self, file):
+        file.write(PNG)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", disk_is_full)
+    with pytest.raises(OSError, match="No space"):
+        plot(path, 1, lambda *_: None)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_spectra_are_those_of_the_whole_update(tmp_path, tiny_config):
     folder = run(
         tiny_config(lora=LoraConfig(r=4, alpha=6.0, rslora=True, targets=("key", "output")))
