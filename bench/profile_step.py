@@ -5,9 +5,10 @@
 NAME is a contender of trainers.py, by default fastlora. One batch of SST, Quora and STS is trained
 again and again; an operator's time is the median over steps of its calls on one shape, so that a
 slow spell of the machine does not count. Each call is timed by itself, a GPU's to its end, without
-PyTorch's profiler: its records make the heap grow, and operators then wait for fresh pages. The
-bound of an operator is the longer of its FLOPs at this machine's rate of `torch.mm` and its bytes
-(inputs, and an output as large as the largest) at its rate of copying.
+PyTorch's profiler: its records make the heap grow, and operators then wait for fresh pages.
+Triton's kernels are no operators and not listed; gradients are summed in new memory, not in place.
+The bound of an operator is the longer of its FLOPs at this machine's rate of `torch.mm` and its
+bytes (inputs, and an output as large as the largest) at its rate of copying.
 """
 
 import argparse
@@ -94,13 +95,13 @@ def main() -> None:
 
     for _ in range(3):
         step()
-    seconds, rates, calls = [], [], Calls(trainer.device)
+    steps, rates, calls = [], [], Calls(trainer.device)
     for _ in range(STEPS):  # in turns, for a machine has slow spells
-        seconds.append(step())
+        steps.append(step())
         with calls:
             step()
         rates.append(gemm_rate(config, int(tokens), trainer.device, trainer.setup.dtype))
-    plain, rate = statistics.median(seconds), statistics.median(rates)
+    plain, rate = statistics.median(steps), statistics.median(rates)
     bandwidth, width = copy_rate(trainer.device), trainer.setup.dtype.itemsize
 
     useful = step_flops(config, lengths, trainer.config.mode == "full")
