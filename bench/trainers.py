@@ -28,7 +28,6 @@ from fastlora.setup import Setup, build_model, prepare, to_compute
 from fastlora.train import Trainer
 
 RANK, LR, FULL_LR = 32, 1e-3, 5e-5
-WARMUP_STEPS = 4
 
 
 @dataclass(frozen=True)
