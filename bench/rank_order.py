@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from fastlora.config import LoraConfig, TrainConfig
+from fastlora.config import TrainConfig
+from fastlora.lora.config import LoraConfig
 from fastlora.console import Log
 from fastlora.inputs import find_inputs
 from fastlora.ranks import RANKS, sweep

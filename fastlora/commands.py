@@ -15,6 +15,7 @@ from cyclopts import App, Group, Parameter
 from fastlora.config import Precision, SearchConfig, TrainConfig
 from fastlora.errors import UserError
 from fastlora.files import atomic_open, read_toml
+from fastlora.host import command_stop
 from fastlora.inputs import adapter_folder, find_data, find_inputs
 from fastlora.tables import TABLES
 
@@ -84,7 +85,7 @@ def train(
     inputs = find_inputs(settings)
     from fastlora.session import run_training
 
-    run_training(settings, inputs, quiet=quiet, dry_run=dry_run)
+    run_training(settings, inputs, quiet=quiet, dry_run=dry_run, stop=command_stop())
 
 
 @app.command(help=SEARCH_HELP)
@@ -104,7 +105,7 @@ def search(
     except ModuleNotFoundError as error:
         raise UserError(f'no {error.name}: pip install "fastlora-bert[search]"') from None
 
-    run_search(settings, inputs, how, quiet=quiet)
+    run_search(settings, inputs, how, quiet=quiet, stop=command_stop())
 
 
 @app.command(name="eval")
@@ -228,7 +229,7 @@ def reproduce(
     inputs = find_inputs(settings)
     from fastlora.experiments import reproduce as run
 
-    run(names, settings, inputs, seeds, out, quiet)
+    run(names, settings, inputs, seeds, out, quiet, command_stop())
 
 
 @app.command

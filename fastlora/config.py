@@ -12,17 +12,10 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from fastlora.errors import UserError
+from fastlora.lora.config import TARGETS, LoraConfig
+from fastlora.lora.config import check as _check
 from fastlora.tasks import BUILTIN
 
-# Short names of BERT's matrices, and the ends of their modules' names.
-TARGETS = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "intermediate": "intermediate.dense",
-    "ffn_output": "output.dense",
-}
 DEFAULT_TASKS = ("sst", "quora", "sts")
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 DEFAULT_LR = {"lora": 2e-3, "full": 5e-5, "frozen": 2e-3}
@@ -50,14 +43,9 @@ def _names(group: Group, text: str) -> Any:
     return Parameter(group=group, help=text, negative="", converter=_split, n_tokens=1)
 
 
-def _check(ok: bool, what: str, found: object, expected: str) -> None:
-    if not ok:
-        raise UserError(f"{what} is {found!r} (expected {expected})")
-
-
 @dataclass(frozen=True)
-class LoraConfig:
-    """LoRA settings of one adapter (Hu et al. 2021; defaults of the minBERT LoRA paper)."""
+class LoraOptions:
+    """The settings of a run's adapters, as the command line and its files have them."""
 
     r: Annotated[int, _option(_lora, "Rank of the update, 1 or more.")] = 8
     alpha: Annotated[float, _option(_lora, "Strength: the update is scaled by alpha / r.")] = 16.0
@@ -69,16 +57,20 @@ class LoraConfig:
     ] = ("query", "value")
 
     def __post_init__(self) -> None:
-        _check(self.r >= 1, "r", self.r, "1 or more")
-        _check(0 < self.alpha < math.inf, "alpha", self.alpha, "a positive number")
-        _check(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= p < 1")
-        ok = len(self.targets) > 0 and not isinstance(self.targets, str)
+        ok = not isinstance(self.targets, str)
         _check(ok, "targets", self.targets, "a list of one matrix or more")
+        self.config()
 
-    @property
-    def scale(self) -> float:
-        """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+    @classmethod
+    def of(cls, config: LoraConfig) -> LoraOptions:
+        """The options that say what an adapter's settings say."""
+        _check(not (config.rank_pattern or config.alpha_pattern), "lora", config, "no patterns")
+        own = {f.name: getattr(config, f.name) for f in fields(cls)}
+        return cls(**{name: value for name, value in own.items() if value is not None})
+
+    def config(self) -> LoraConfig:
+        """The settings of an adapter; UserError for one out of range."""
+        return LoraConfig(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ class TaskLoraConfig:
         _check(self.lr is None or 0 < self.lr < math.inf, "lr", self.lr, "a positive number")
         _check(self.warmup is None or 0 <= self.warmup <= 1, "warmup", self.warmup, "0 to 1")
 
-    def over(self, base: LoraConfig) -> LoraConfig:
+    def over(self, base: LoraOptions) -> LoraOptions:
         """`base` with this task's own settings in place."""
         own = {f.name: getattr(self, f.name) for f in fields(base)}
         return replace(base, **{k: v for k, v in own.items() if v is not None})
@@ -116,7 +108,7 @@ def _task(name: str) -> Any:
 class TrainConfig:
     """Everything that decides a training run."""
 
-    lora: Annotated[LoraConfig, Parameter(name="*")] = field(default_factory=LoraConfig)
+    lora: Annotated[LoraOptions, Parameter(name="*")] = field(default_factory=LoraOptions)
     adapters: Annotated[
         Literal["shared", "per-task", "shared+per-task"],
         _option(_lora, "One adapter for all tasks, one each, or both together."),
@@ -209,6 +201,8 @@ class TrainConfig:
     ] = 200
 
     def __post_init__(self) -> None:
+        if isinstance(self.lora, LoraConfig):
+            object.__setattr__(self, "lora", LoraOptions.of(self.lora))
         for name in ("epochs", "max_steps", "accumulate", "limit", "save_every"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "1 or more")
@@ -243,8 +237,8 @@ class TrainConfig:
         own = self.task[task].get("lora", {})
         try:
             found = TaskLoraConfig(**own)
-            found.over(LoraConfig())  # checks what it sets
-        except TypeError as error:
+            found.over(LoraOptions())  # checks what it sets
+        except (TypeError, UserError) as error:
             known = ", ".join(f.name for f in fields(TaskLoraConfig))
             hint = f"expected some of {known}, as for a built-in task"
             raise UserError(f"task {task!r}: lora is {own!r} ({error}; {hint})") from None

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastlora.bert.source import InputError
 
-# Usage, configuration or data is wrong, found before training starts: exit code 2.
-UserError = InputError
+class UserError(ValueError):
+    """Usage, configuration or data is wrong, found before training starts: exit code 2."""
 
 
 class Interrupted(Exception):

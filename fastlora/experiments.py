@@ -17,6 +17,7 @@ from fastlora.config import TrainConfig
 from fastlora.console import Log, number
 from fastlora.errors import Interrupted, RunError
 from fastlora.files import atomic_open
+from fastlora.host import Stop
 from fastlora.inputs import Inputs
 from fastlora.runs import open_run
 from fastlora.session import run_prepared
@@ -45,6 +46,7 @@ def reproduce(
     seeds: int,
     out: Path,
     quiet: bool = False,
+    stop: Stop | None = None,
 ) -> None:
     """Run tables of `TABLES` with seeds 0 to `seeds` - 1, in `out`/TABLE; print and write them.
 
@@ -53,9 +55,10 @@ def reproduce(
     Raises:
         UserError: before training, or when a row's folder holds a run with other settings.
         RunError: after all tables, when a row failed.
-        Interrupted: after a signal, with the state saved.
+        Interrupted: when `stop` asked for it, with the state saved.
     """
-    setup, log = replace(prepare(config, inputs), loaded=read_encoder(inputs.source)), Log(quiet)
+    setup, log = prepare(config, inputs), Log(quiet)
+    setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop or Stop())
     scope = f"at most {config.limit:,} examples a file" if config.limit else "all examples"
     facts = f"{inputs.model}, {inputs.folder}, {scope}, epochs: {config.epochs}, seeds: {seeds}, "
     facts += f"{setup.config.precision} on {setup.device.type}"

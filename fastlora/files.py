@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
-
-import tomlkit
 
 from fastlora.errors import UserError
 
@@ -56,8 +55,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlora"
 
 
+def require(path: Path) -> None:
+    """Raise UserError when a file is not there, naming a pickle that may be in its place."""
+    if path.is_file():
+        return
+    hint = "expected the folder of a saved model or adapter"
+    if path.suffix == ".safetensors" and (pickles := sorted(path.parent.glob("*.bin"))):
+        hint = f"{pickles[0].name} is a pickle, never read; save_pretrained writes safetensors"
+    raise UserError(f"{path}: cannot be read: no such file ({hint})")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError when there is none."""
+    require(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__} (expected an object)")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def read_toml(file: Path) -> dict[str, Any]:
     """A TOML file as plain types; UserError when it is not there or not TOML."""
+    import tomlkit  # which the LoRA library does without
+
     try:
         return tomlkit.parse(file.read_text(encoding="utf-8")).unwrap()
     except FileNotFoundError:

@@ -50,8 +50,6 @@ class GraphedStep:
         for place, tensor in zip(places, tensors, strict=True):
             place.copy_(tensor)
         graph.replay()
-        # A replay runs nothing of an optimiser's that counts it.
-        torch.autograd.graph.increment_version(self.parameters)
 
     def _capture(self, batch: Batch, facts: Tensor) -> torch.cuda.CUDAGraph:
         """The graph of a step; what warming up changes is put back."""

@@ -6,20 +6,31 @@ n examples of one task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.batches import Batch, Span
-from fastlora.bert.model import BertModel
-from fastlora.config import LoraConfig
+from fastlora.batches import Batch
+from fastlora.bert.model import BertModel, SelfAttention
 from fastlora.errors import UserError
-from fastlora.kernels import Dropout, draw_seed
-from fastlora.lora import DEFAULT, Routing, Segment, draw_number, inject, plain
+from fastlora.kernels import Dropout, Packed, draw_seed
+from fastlora.lora.config import LoraConfig
+from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number, project_together
+from fastlora.lora.model import inject, use_adapter
+from fastlora.lora.routing import Segment
 from fastlora.tasks import Task
+
+
+VARIANT = "@"
+
+
+def plain(name: str) -> str:
+    """The adapter or task that `name` is a variant of: "sts@2" has the random numbers of "sts"."""
+    return name.partition(VARIANT)[0]
 
 
 class SentenceHead(nn.Module):
@@ -82,6 +93,28 @@ def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)
 
 
+class Projection:
+    """minBERT's query, key and value in one product, with LoRA on any of them: [T, H] -> [T, 3H].
+
+    It keeps packed copies of their frozen weights until one of them changes.
+    """
+
+    def __init__(self) -> None:
+        self.packed = Packed()
+        self.versions: tuple = ()
+
+    def __call__(self, attention: SelfAttention, x: Tensor) -> Tensor:
+        weight, bias = attention.packed()
+        layers = (attention.query, attention.key, attention.value)
+        if torch.compiler.is_compiling():
+            return project_together(layers, x, weight, bias)
+        # The packed weight lies where query's does: a change of key or value shows here only.
+        if (versions := attention.versions()) != self.versions:
+            self.packed.clear()
+            self.versions = versions
+        return project_together(layers, x, weight, bias, self.packed)
+
+
 class MultitaskBert(nn.Module):
     """An encoder with a head per task, and LoRA adapters: one for all tasks, one each, or both.
 
@@ -96,7 +129,7 @@ class MultitaskBert(nn.Module):
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict()
         self.settings: dict[str, LoraConfig] = {}  # of the adapters
-        self.routing: Routing | None = None
+        self.adapted: dict[str, LoRALinear] = {}  # the encoder's layers that have some
         seed = draw_number()
         for name, task in tasks.items():
             if hasattr(self.heads, name):
@@ -107,14 +140,18 @@ class MultitaskBert(nn.Module):
             # A head drops as the encoder does, and starts alike in any company.
             config = encoder.config
             with torch.random.fork_rng(devices=()):
-                torch.manual_seed(seed ^ crc32(plain(name).encode()))
+                torch.default_generator.manual_seed(seed ^ crc32(plain(name).encode()))
                 self.heads[name] = kind(config.hidden_size, task, config.hidden_dropout_prob)
 
     def adapt(self, settings: Mapping[str, LoraConfig]) -> None:
         """Freeze the encoder and put LoRA on it: "default" for all tasks, others for theirs."""
-        layers = inject(self.encoder, settings)
+        self.adapted = inject(
+            self.encoder, settings, draws_as={name: plain(name) for name in settings}
+        )
         self.settings = dict(settings)
-        self.routing = next(iter(layers.values())).routing
+        for module in self.encoder.modules():
+            if isinstance(module, SelfAttention):
+                module.projection = Projection()
 
     def adapters(self, task: str) -> tuple[str, ...]:
         """The adapters on a task's rows: the shared one, the task's own, or both."""
@@ -127,25 +164,29 @@ class MultitaskBert(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Mean-pooled states of the batch's sentences: fp32 [B, H]."""
-        if self.routing is not None:
-            self.routing.segments = self._segments(batch.spans)
-            self.routing.seed = draw_seed(batch.input_ids.device)
         layout = batch.layout
-        states = self.encoder.encode(batch.input_ids, layout, batch.token_type_ids)
+        with self._adapters_on(batch):
+            states = self.encoder.encode(batch.input_ids, layout, batch.token_type_ids)
         real = batch.attention_mask.float()
         sums = torch.bmm(real.unsqueeze(1), layout.pad(states[-1].float())).squeeze(1)
         return sums / real.sum(1, keepdim=True)
 
-    def _segments(self, spans: Sequence[Span]) -> list[Segment] | None:
-        """The range of real tokens that each adapter is for; None when one is for all."""
-        if self.settings.keys() == {DEFAULT}:
-            return None
+    def _adapters_on(self, batch: Batch) -> AbstractContextManager[None]:
+        """A block in which each row of real tokens has its task's adapters."""
+        # Within a scope, the compiler would break its graph at each layer.
+        compiled = self.encoder.encoder._compiled_call_impl is not None
+        if not self.settings or (compiled and self.settings.keys() == {DEFAULT}):
+            return nullcontext()
+        seed = draw_seed(batch.input_ids.device) if self.training else None
+        together, *others = {self.adapters(span.task) for span in batch.spans}
+        if not others:
+            return use_adapter(self.adapted.values(), *together, seed=seed)
         segments = []
         for name in self.settings:
             # One range: what shares an adapter stands together.
-            if own := [s for s in spans if name in self.adapters(s.task)]:
+            if own := [s for s in batch.spans if name in self.adapters(s.task)]:
                 segments.append(Segment(name, own[0].tokens[0], own[-1].tokens[1]))
-        return segments
+        return use_adapter(self.adapted.values(), rows=segments, seed=seed)
 
     def forward(self, batch: Batch, pooled: Tensor | None = None) -> dict[str, Tensor]:
         """Each task's outputs [n, outputs] for its examples in the batch.

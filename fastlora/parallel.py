@@ -30,7 +30,8 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = world_size()
         self.device = device
-        if self.world > 1 and not dist.is_initialized():
+        self.own_group = self.world > 1 and not dist.is_initialized()
+        if self.own_group:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     @property
@@ -68,8 +69,8 @@ class Ranks:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the group."""
-        if self.world > 1 and dist.is_initialized():
+        """Leave the group, unless it was there before."""
+        if self.own_group and dist.is_initialized():
             dist.destroy_process_group()
 
 

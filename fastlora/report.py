@@ -16,13 +16,13 @@ import tomlkit
 import torch
 from torch import Tensor
 
-from fastlora.adapters import adapter_names, adapter_place, read_heads, read_settings
-from fastlora.bert.source import read_json
-from fastlora.bert.weights import read_tensors
-from fastlora.config import LoraConfig
+from fastlora.adapters import adapter_names, adapter_place, read_heads
 from fastlora.console import number
-from fastlora.files import atomic_open, read_toml
-from fastlora.lora import DEFAULT, is_target
+from fastlora.files import atomic_open, read_json, read_toml
+from fastlora.tensors import read_tensors
+from fastlora.lora.config import LoraConfig, is_target
+from fastlora.lora.files import read_config
+from fastlora.lora.layer import DEFAULT
 from fastlora.pages import plot, table, write_pages
 from fastlora.tasks import Task
 
@@ -52,7 +52,7 @@ class _Run:
         self.tasks = {name: task for name, task in tasks.items() if name in self.result["scores"]}
         names = adapter_names(extra["adapters"], tasks)
         places = {n: adapter_place(self.adapter, n) for n in names if extra["mode"] == "lora"}
-        self.adapters = {name: read_settings(place) for name, place in places.items()}
+        self.adapters = {name: read_config(place) for name, place in places.items()}
         self.answers = {}
         for name in self.tasks:
             path = folder / "predictions" / f"{name}-dev.csv"

@@ -23,12 +23,13 @@ from fastlora.config import SearchConfig, TaskLoraConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_open
+from fastlora.host import Stop
 from fastlora.inputs import Inputs
 from fastlora.pages import plot, table, write_pages
-from fastlora.parallel import Ranks, memory_errors
+from fastlora.parallel import Ranks
 from fastlora.runs import default_folder, open_run
 from fastlora.session import facts_of
-from fastlora.setup import memory_advice, prepare, read_encoder
+from fastlora.setup import prepare, read_encoder, training
 from fastlora.stages import RANK_STAGE, Found, Search
 from fastlora.tasks import BUILTIN
 
@@ -45,7 +46,12 @@ The cost of the search is {spent:.0f} s: {share:.0%} of the {all:.0f} s that tra
 
 
 def run_search(
-    config: TrainConfig, inputs: Inputs, how: SearchConfig, *, quiet: bool = False
+    config: TrainConfig,
+    inputs: Inputs,
+    how: SearchConfig,
+    *,
+    quiet: bool = False,
+    stop: Stop | None = None,
 ) -> None:
     """Search in `config.out`, for all tasks jointly or for each task's adapter in turn.
 
@@ -57,7 +63,8 @@ def run_search(
         raise UserError("cuda_graphs is given (a search trains several adapters in one pass)")
     if config.tokens_per_batch == "auto":
         raise UserError("tokens_per_batch is 'auto' (a search expects a number)")
-    log, setup = Log(quiet), replace(prepare(config, inputs), loaded=read_encoder(inputs.source))
+    log, setup = Log(quiet), prepare(config, inputs)
+    setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop or Stop())
     folder = config.out or default_folder(config)
     if how.join and not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
@@ -73,7 +80,7 @@ def run_search(
             limits = replace(how, budget=how.budget / len(setup.train))
         search = Search(own, place, limits, log)
         try:
-            with memory_errors(own.device, memory_advice(own.config)):
+            with training(own):
                 found = search.run()
         except Interrupted:
             log.line(f"stopped; the same command with --out {folder} goes on")

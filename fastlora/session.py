@@ -16,23 +16,24 @@ from fastlora.adapters import (
     adapter_place,
     load_all,
     read_heads,
-    read_settings,
     save_adapter,
     save_heads,
 )
 from fastlora.bert.weights import fingerprint, save_encoder
-from fastlora.config import TaskLoraConfig, TrainConfig
+from fastlora.config import LoraOptions, TaskLoraConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.errors import Interrupted, UserError
 from fastlora.evaluate import predict, score_table, write_predictions
 from fastlora.files import atomic_folder, atomic_open
+from fastlora.host import Stop
 from fastlora.inputs import Inputs, adapter_folder, find_inputs
-from fastlora.lora import lora_layers, parameter_report
+from fastlora.lora.files import read_config
+from fastlora.lora.model import parameter_report
 from fastlora.model import MultitaskBert
-from fastlora.parallel import Ranks, memory_errors
+from fastlora.parallel import Ranks
 from fastlora.report import write_report
 from fastlora.runs import default_folder, describe_gpu, open_run, write_config
-from fastlora.setup import Setup, build_model, find_route, memory_advice, prepare, to_compute
+from fastlora.setup import Setup, build_model, find_route, prepare, to_compute, training
 from fastlora.tasks import Task
 from fastlora.tokens import find_tokens
 from fastlora.train import Result, Trainer, owner
@@ -46,17 +47,19 @@ def run_training(
     *,
     quiet: bool = False,
     dry_run: bool = False,
+    stop: Stop | None = None,
 ) -> Result | None:
     """Run a configuration, continuing an unfinished run in `config.out`; returns how it ended.
 
     With `dry_run`, builds everything, prints what would run, writes nothing and returns None.
+    Signals, malloc and random states are left alone; the command's settings are in host.py.
 
     Raises:
         UserError: before training, for a wrong configuration or wrong data.
         RunError: when the run cannot go on.
-        Interrupted: after a signal, with the state saved and the resume command printed.
+        Interrupted: when `stop` asked for it, with the state saved, the resume command printed.
     """
-    setup = prepare(config, inputs or find_inputs(config))
+    setup = replace(prepare(config, inputs or find_inputs(config)), stop=stop or Stop())
     return run_prepared(setup, quiet=quiet, dry_run=dry_run)
 
 
@@ -66,7 +69,7 @@ def run_prepared(
     """`run_training` with inputs that are read; `brief` shows the progress bar alone."""
     ranks = Ranks(setup.device)
     try:
-        with memory_errors(setup.device, memory_advice(setup.config)):
+        with training(setup):
             return _run(setup, ranks, Log(quiet, shown=ranks.first, brief=brief), dry_run)
     finally:
         ranks.close()
@@ -100,7 +103,7 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
     if ranks.first:
         _finish(trainer, result, folder, base)
     ranks.barrier()
-    if log.brief and trainer.stop:
+    if log.brief and trainer.stop.asked:
         raise Interrupted  # too late to stop this run, but others were to follow
     return result
 
@@ -120,15 +123,15 @@ def _finished(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig
     if again := old.keys() & new:
         raise UserError(f"{config.add_to}: has task {min(again)!r}; name new ones with --tasks")
     for name in old:
-        settings = read_settings(adapter_place(folder, name))
-        config = config.with_own(name, TaskLoraConfig(**vars(settings)))
+        settings = read_config(adapter_place(folder, name))
+        config = config.with_own(name, TaskLoraConfig(**vars(LoraOptions.of(settings))))
     return config, old
 
 
 def _keep(model: MultitaskBert, folder: Path, old: dict[str, Task], base: BaseInfo) -> None:
     """Load a finished run's adapters and heads into the model, and freeze them."""
     heads = nn.ModuleDict({name: model.heads[name] for name in old})
-    load_all(folder, lora_layers(model.encoder), old, heads, old, base)
+    load_all(folder, model.encoder, old, heads, old, base)
     for name, parameter in model.named_parameters():
         if owner(name) in old:
             parameter.requires_grad_(False)
@@ -215,7 +218,6 @@ def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInf
             save_encoder(model.encoder, building / ENCODER, setup.inputs.source.folder)
             base = replace(base, encoder_sha256=fingerprint(model.encoder))
         elif config.mode == "lora":
-            layers = lora_layers(model.encoder)
             for name in model.settings:
-                save_adapter(adapter_place(building, name), layers, name, base)
+                save_adapter(adapter_place(building, name), model.encoder, name, base)
         save_heads(building, model.heads, model.tasks, base, extra)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,15 +16,19 @@ from fastlora.bert.source import Source
 from fastlora.bert.tokenizer import Tokenizer
 from fastlora.bert.weights import fingerprint, load_encoder
 from fastlora.cache import load_tasks
-from fastlora.config import LoraConfig, Precision, TrainConfig
+from fastlora.config import Precision, TaskLoraConfig, TrainConfig
 from fastlora.data import TaskData
 from fastlora.errors import UserError, user_errors
 from fastlora.files import cache_folder
+from fastlora.host import Stop
 from fastlora.inputs import Inputs
-from fastlora.kernels import Dropout, Linear, Route, route, tuning
-from fastlora.lora import DEFAULT
+from fastlora.kernels import Dropout, Linear, Route, route
+from fastlora.kernels.triton import tuning
+from fastlora.lora.config import LoraConfig
+from fastlora.lora.layer import DEFAULT
+from fastlora.lora.model import pack
 from fastlora.model import MultitaskBert
-from fastlora.parallel import local_device, world_size
+from fastlora.parallel import local_device, memory_errors, world_size
 from fastlora.tasks import Task
 
 PARTS = Parts(Linear, Dropout)
@@ -53,6 +56,7 @@ class Setup:
     device: torch.device
     loaded: Loaded | None = None  # an encoder that several runs copy; else the run loads its own
     variants: tuple[TrainConfig, ...] = ()  # trained side by side, see variants.py
+    stop: Stop = field(default_factory=Stop)  # what may end it early
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +84,6 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
     if config.cuda_graphs and device.type != "cuda":
         raise UserError(f"cuda_graphs is given but the device is {device}")
     use_measured_blocks()
-    keep_freed_memory()
     tokenizer = Tokenizer.from_folder(inputs.source.folder)
     splits = {
         split: load_tasks(
@@ -112,14 +115,16 @@ def resolve(config: TrainConfig, inputs: Inputs, device: torch.device) -> TrainC
     )
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees: given back, it is faulted in again every step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
+def seed_random(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's generators of the CPU and of the device."""
+    # `torch.manual_seed` seeds other GPUs, too, and takes half a millisecond to look for devices.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
+@torch.random.fork_rng([])  # layers are drawn before they are read
 def read_encoder(source: Source) -> Loaded:
     """The encoder of a model's folder; UserError when it has none that fits."""
     encoder, notes = load_encoder(source, PARTS)
@@ -149,7 +154,7 @@ def build_model(
         found = setup.tokenizer.vocab_size
         raise UserError(f"the tokenizer has {found} tokens but the model {size}")
     # After loading, so that a run draws the same heads and adapters with a copied encoder.
-    torch.manual_seed(config.seed)
+    seed_random(config.seed, setup.device)
     encoder.encoder.recompute = config.grad_checkpoint
     model = MultitaskBert(encoder, tasks, config.pairs)
     if config.mode == "frozen":
@@ -165,7 +170,9 @@ def build_model(
 def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, LoraConfig]:
     """The settings of the run's adapters by name."""
     return {
-        name: config.lora if name == DEFAULT else config.task_settings(name).over(config.lora)
+        name: (TaskLoraConfig() if name == DEFAULT else config.task_settings(name))
+        .over(config.lora)
+        .config()
         for name in adapter_names(config.adapters, tasks)
     }
 
@@ -178,15 +185,21 @@ def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) 
         for name, parameter in model.encoder.named_parameters():
             if not parameter.requires_grad and ".lora_" not in name:
                 parameter.data = parameter.data.to(dtype)
+    pack(model.encoder)  # nobody else changes its frozen weights
     if config.compile:
         model.encoder.encoder.compile(dynamic=True)
 
 
-def memory_advice(config: TrainConfig) -> str:
-    """What to lower when a run's memory does not suffice."""
+@contextmanager
+def training(setup: Setup) -> Iterator[None]:
+    """Leave PyTorch's generators as they were; RunError where memory ends, with what to lower."""
+    config, device = setup.config, setup.device
     ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
     lower = f"lower --tokens-per-batch (it is {config.tokens_per_batch})"
-    return f"{ask}{lower} or raise --accumulate (it is {config.accumulate})"
+    advice = f"{ask}{lower} or raise --accumulate (it is {config.accumulate})"
+    devices = [device] if device.type == "cuda" else []
+    with memory_errors(device, advice), torch.random.fork_rng(devices):
+        yield
 
 
 def compute_of(device: str, precision: Precision) -> tuple[torch.device, torch.dtype]:

@@ -26,7 +26,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastlora.batches import subset
-from fastlora.config import TARGETS, SearchConfig, TrainConfig
+from fastlora.config import SearchConfig, TrainConfig
+from fastlora.lora.config import TARGETS
 from fastlora.console import Log
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.ranks import RANKS, smallest_within_error, sweep
@@ -89,7 +90,7 @@ class Search:
 
         Raises:
             RunError: when no run of a stage has a score, or the budget is too small.
-            Interrupted: after a signal; the next call goes on.
+            Interrupted: when the setup's `stop` asked for it; the next call goes on.
         """
         config = self.setup.config
         defaults: Params = {
@@ -270,7 +271,7 @@ class Search:
         trainer = side_by_side(setup, configs, Log(quiet=True))
         trainer.total = max(1, round(rungs[rung] * trainer.total))
         scores = trainer.run().scores
-        if trainer.stop:  # the signal came while it scored
+        if trainer.stop.asked:  # while it scored
             raise Interrupted
         values = {}
         ours = {trial.number for trial in _in_state(study, TrialState.RUNNING)}

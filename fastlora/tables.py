@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlora.config import DEFAULT_TASKS, LoraConfig
+from fastlora.config import DEFAULT_TASKS, LoraOptions
 
 RANKS, ALPHAS, DROPOUTS = (2, 4, 8, 16, 32, 64), (16, 32), (0.0, 0.05, 0.1, 0.2)
 COURSE = "lr 1e-5"
@@ -61,7 +61,7 @@ SHARED = {
 
 def _shared_row(r: int, alpha: int) -> Row:
     paper = SHARED[r] if alpha == (32 if r == 64 else 16) else {}
-    lora = LoraConfig(r=r, alpha=alpha)
+    lora = LoraOptions(r=r, alpha=alpha)
     return Row(f"r{r}-alpha{alpha}", f"r={r}", f"alpha {alpha}", {"lora": lora}, paper)
 
 
@@ -72,7 +72,7 @@ def _task_table(task: str, best: float | None = None, at_dropout: float | None =
             f"r{r}-{'-'.join(targets)}-dropout{dropout:g}",
             f"r={r}",
             f"{' and '.join(targets)}, dropout {dropout:g}",
-            {"adapters": "per-task", "lora": LoraConfig(r=r, targets=targets, dropout=dropout)},
+            {"adapters": "per-task", "lora": LoraOptions(r=r, targets=targets, dropout=dropout)},
             {task: best} if best and len(targets) == 2 and dropout == at_dropout else {},
         )
         for targets in (("value",), ("query", "value"))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -28,11 +26,10 @@ from fastlora.console import Bar, Log, losses_text, number
 from fastlora.errors import Interrupted, RunError
 from fastlora.evaluate import Features, predict, scores_of
 from fastlora.graphs import GraphedStep
-from fastlora.lora import VARIANT
-from fastlora.model import MultitaskBert, task_losses
+from fastlora.model import VARIANT, MultitaskBert, task_losses
 from fastlora.parallel import Ranks
 from fastlora.runs import Metrics
-from fastlora.setup import Setup
+from fastlora.setup import Setup, seed_random
 
 LOG_EVERY = 10
 _STEP_SEED = 0x9E3779B97F4A7C15
@@ -113,7 +110,7 @@ class Trainer:
         # It starts at its first use, and a rank may have no examples in the first step.
         self.scaler.scale(torch.zeros((), device=self.device))
         self.progress = Progress()
-        self.stop = False
+        self.stop = setup.stop
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
         self.train_features: Features | None = None
@@ -139,7 +136,7 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            Interrupted: after SIGINT or SIGTERM, with the state saved.
+            Interrupted: when `stop` asked for it, with the state saved.
             RunError: when the loss is no longer finite.
         """
         config, progress = self.config, self.progress
@@ -150,13 +147,11 @@ class Trainer:
         if self.folder is not None and self.ranks.first:
             self.metrics = Metrics(self.folder, progress.step)
         self.bar = Bar(self.log, self.total, progress.step)
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while progress.epoch < config.epochs:
-                self.epoch()
+            with self.stop:
+                while progress.epoch < config.epochs:
+                    self.epoch()
         finally:
-            for name, handler in previous.items():
-                signal.signal(name, handler)
             self.bar.close()
             if self.metrics:
                 self.metrics.close()
@@ -204,7 +199,7 @@ class Trainer:
         if self.graphed:
             self.seed_part(0, 1)
             self.graphed(*self.inputs(batch_plan))
-            return self.stop
+            return self.stop.asked
         parts = self.ranks.world * self.config.accumulate
         first = self.ranks.rank * self.config.accumulate
         for part in range(first, first + self.config.accumulate):
@@ -213,7 +208,7 @@ class Trainer:
                 self.scaler.scale(self.loss(*self.inputs(batch_plan, part, parts))).backward()
         for parameter in self.dead:
             parameter.grad = None
-        stop = self.ranks.sum_gradients(self.parameters, self.stop)
+        stop = self.ranks.sum_gradients(self.parameters, self.stop.asked)
         self.update()
         return stop
 
@@ -238,10 +233,7 @@ class Trainer:
         processes draw what one process with --accumulate 2 does.
         """
         index = self.progress.step * parts + part + 1
-        # `torch.manual_seed` looks for every kind of device there is: half a millisecond.
-        cpu = self.device.type == "cpu"
-        seed = torch.default_generator.manual_seed if cpu else torch.manual_seed
-        seed((self.config.seed + index * _STEP_SEED) % 2**63)
+        seed_random((self.config.seed + index * _STEP_SEED) % 2**63, self.device)
 
     def inputs(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> tuple[Batch, Tensor]:
         """A part of a batch, and [tasks, 2]: its examples of a task, 1 / all of the task's unit."""
@@ -316,6 +308,3 @@ class Trainer:
             folder = self.folder / "checkpoints"
             save_checkpoint(folder, self.model, self.optimizer, self.scaler, self.progress)
         self.ranks.barrier()
-
-    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
-        self.stop = True

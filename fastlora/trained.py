@@ -7,6 +7,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastlora import adapters
 from fastlora.bert.source import Source, resolve
 from fastlora.bert.tokenizer import Tokenizer
@@ -16,7 +18,8 @@ from fastlora.errors import UserError
 from fastlora.evaluate import answers, predict
 from fastlora.files import atomic_folder
 from fastlora.inputs import adapter_folder
-from fastlora.lora import lora_layers, merge, unmerge
+from fastlora.lora.files import read_config
+from fastlora.lora.model import merge, pack, unmerge
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
 from fastlora.session import ENCODER
@@ -42,6 +45,7 @@ class Trained:
     extra: dict[str, Any]
 
 
+@torch.random.fork_rng([])  # layers are drawn before they are read
 def load_trained(path: Path, device: str = "auto", model: str | None = None) -> Trained:
     """Load a finished run, or its adapter folder; fp32 logits are bit-equal to the trained model's.
 
@@ -61,9 +65,11 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     if extra["mode"] == "lora":
         names = adapters.adapter_names(extra["adapters"], tasks)
         places = {name: adapters.adapter_place(folder, name) for name in names}
-        net.adapt({name: adapters.read_settings(place) for name, place in places.items()})
-    adapters.load_all(folder, lora_layers(net.encoder), names, net.heads, tasks, base)
-    return Trained(net.to(local_device(device)).eval(), tokenizer, source, tasks, extra)
+        net.adapt({name: read_config(place) for name, place in places.items()})
+    adapters.load_all(folder, net.encoder, names, net.heads, tasks, base)
+    net = net.to(local_device(device)).eval()
+    pack(net.encoder)  # nobody else changes its frozen weights
+    return Trained(net, tokenizer, source, tasks, extra)
 
 
 def predict_rows(

@@ -15,7 +15,7 @@ from typing import TypeVar
 from fastlora.checkpoint import trainable
 from fastlora.config import TrainConfig
 from fastlora.console import Log
-from fastlora.lora import VARIANT
+from fastlora.model import VARIANT
 from fastlora.parallel import Ranks
 from fastlora.setup import Setup, adapter_settings, build_model, to_compute
 from fastlora.train import Trainer, owner

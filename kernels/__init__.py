@@ -1,6 +1,6 @@
 """The fused LoRA operations: Triton kernels, their plain PyTorch reference, and the routes.
 
-Installs as ``fastlora.kernels``.
+Installs as ``fastlora.kernels``. It knows tensors only: no module of somebody's model, no files.
 """
 
 if __name__ != "fastlora.kernels":
@@ -11,6 +11,8 @@ if __name__ != "fastlora.kernels":
     )
 
 from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
-from fastlora.kernels.frozen import Linear
-from fastlora.kernels.ops import Route, forced_route, lora_grouped, lora_linear, lora_qkv, route
+from fastlora.kernels.linear import Linear
+from fastlora.kernels.ops import add_terms, lora_grouped, lora_linear, lora_qkv
+from fastlora.kernels.packed import Packed
 from fastlora.kernels.reference import Term
+from fastlora.kernels.routes import Route, forced_route, route

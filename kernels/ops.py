@@ -1,111 +1,62 @@
-"""The LoRA operation: the public functions and the route that they take."""
+"""The LoRA operation: the public functions, and whether a call can run fused.
+
+A call runs fused where all of its tensors are plain ones on one CPU or GPU and the weight is
+frozen. All else goes to the reference, which is made of PyTorch's differentiable operations: no
+rows, a trainable weight, subclasses of tensors (nested, quantised, sharded, fake), the meta device,
+`torch.func` and forward-mode derivatives, export, and whatever watches PyTorch's operations, such
+as a FLOP counter.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
-from importlib.util import find_spec
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from fastlora.kernels import tuning
+from fastlora.kernels import reference
+from fastlora.kernels.autograd import lora, lora_eager
 from fastlora.kernels.dropout import draw_seed, threshold
-from fastlora.kernels.frozen import linear
-from fastlora.kernels.library import lora, lora_eager
+from fastlora.kernels.packed import Packed, form
 from fastlora.kernels.reference import Term
-from fastlora.kernels.routes import ROUTES
+from fastlora.kernels.routes import route
+from fastlora.kernels.triton import tuning
 
-_forced: list[str] = []
-
-
-class Route(NamedTuple):
-    """Which kernels run, and why."""
-
-    name: str
-    why: str
-
-
-@lru_cache(maxsize=64)
-def _detect(device: torch.device, dtype: torch.dtype, large: bool) -> Route:
-    if device.type != "cuda":
-        return Route("reference", f"PyTorch's own GEMMs on {device.type}, on packed frozen weights")
-    if find_spec("triton") is None:
-        return Route("reference", "Triton is not installed")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return Route("reference", f"no kernel for {dtype}")
-    from fastlora.kernels import turing
-
-    capability = tuning.capability(device)
-    if capability < 75:
-        return Route("reference", f"Triton does not support sm_{capability}")
-    if capability < 80 and dtype == torch.bfloat16:
-        return Route("reference", f"no bf16 tensor cores on sm_{capability}")
-    name = tuning.config(capability, dtype, tuning.SMALL if large else 1).route
-    if capability == 75:
-        if problem := turing.install():
-            return Route("gemm", f"no Turing tensor cores in Triton kernels: {problem}")
-        return Route(name, "Turing tensor cores through the compile-stage hook")
-    return Route(name, f"the table of block sizes for sm_{capability}")
-
-
-@torch.compiler.assume_constant_result
-def route(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, large: bool = True
-) -> Route:
-    """The route that `lora_grouped` takes on a device, for many rows or few, and why.
-
-    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one; ValueError when
-    it names no route, or one that cannot run here.
-    """
-    name = _forced[-1] if _forced else os.environ.get("FASTLORA_ROUTE", "")
-    found = _detect(torch.device(device), dtype, large)  # on a T4, also installs the hook
-    if not name:
-        return found
-    if name not in ROUTES:
-        raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(ROUTES)})")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (_forced or found.name != "reference" or name == "reference" or interpreted):
-        raise ValueError(f"FASTLORA_ROUTE is {name!r}, but here: {found.why}")
-    return Route(name, "forced" if _forced else "forced by FASTLORA_ROUTE")
-
-
-@contextmanager
-def forced_route(name: str) -> Iterator[None]:
-    """Make `lora_grouped` take a route, for tests and benchmarks."""
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.pop()
+_TYPES = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def lora_grouped(
     x: Tensor,  # [..., K] in any layout, floating point
-    weight: Tensor,  # [N, K], frozen, in x's dtype (cast under autocast)
-    bias: Tensor | None,  # [N], frozen
+    weight: Tensor,  # [N, K] in x's dtype (cast under autocast)
+    bias: Tensor | None,  # [N]
     terms: Sequence[Term],  # may overlap (they add up) and may be empty
     seed: Tensor | None = None,  # int64 [] of all masks; None draws one from torch's generator
+    packed: Packed | None = None,  # what the owner of a frozen weight holds for it
 ) -> Tensor:
-    """A frozen projection plus any number of low-rank terms on blocks of its output.
+    """A linear projection plus any number of low-rank terms on blocks of its output.
 
-    Returns [..., N] in x's dtype. Gradients flow to x and to every lora_A and lora_B, which may be
-    fp32 masters of a half-precision x. Raises ValueError when a shape does not fit.
+    Returns [..., N] in x's dtype. Gradients flow to x, bias and every lora_A and lora_B, which may
+    be fp32 masters of a half-precision x, and to the weight if it is trainable. Raises ValueError
+    when a shape does not fit, and what `torch.nn.functional.linear` raises.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     _check(x, weight, terms)
+    plain = not _fusable(x, weight, bias, terms, seed, packed)
+    if not plain:
+        dtype = _compute_dtype(x)
+        large = torch.compiler.is_compiling() or x.numel() >= tuning.SMALL * x.shape[-1]
+        name = route(x.device, dtype, large).name
+        plain = not terms and name != "reference"
+    if plain:
+        return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
+    forms = packed.forms(weight) if packed is not None else None
+    if weight.dtype != dtype:
+        weight = form(forms, dtype, lambda: weight.to(dtype))
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1 or rows.stride(0) == 0:
         rows = rows.contiguous()
-    if not terms:
-        return linear(x, weight, bias)
     if seed is None and any(term.dropout_p > 0 for term in terms):
         seed = draw_seed(x.device)
     factors = [*(term.lora_A for term in terms), *(term.lora_B for term in terms)]
@@ -114,14 +65,20 @@ def lora_grouped(
         start, stop, _ = slice(term.start, term.stop).indices(len(rows))
         drop = threshold(term.dropout_p)
         places += (term.column, drop, term.stream, start, max(start, stop))
-    scales = [term.c for term in terms]
-    large = torch.compiler.is_compiling() or len(rows) >= tuning.SMALL
-    fixed = scales, places, route(x.device, x.dtype, large).name
+    fixed = [term.c for term in terms], places, name
     if torch.compiler.is_compiling():
         y, _ = lora(rows, bias, weight, factors, seed, *fixed)
     else:
-        y, _ = lora_eager(rows, bias, weight, seed, fixed, *factors)
+        keep = packed.keep if packed is not None and _capturing(x) else None
+        y, _ = lora_eager(rows, bias, weight, seed, fixed, (forms, keep), *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], seed: Tensor | None = None) -> Tensor:
+    """y [..., N] and the low-rank terms of x [..., K], in plain PyTorch: a new tensor."""
+    if seed is None and any(term.dropout_p > 0 for term in terms) and _is_ordinary(x):
+        seed = draw_seed(x.device)  # the masks that the fused form draws
+    return reference.add_terms(y, x, terms, seed)
 
 
 def lora_linear(
@@ -149,6 +106,7 @@ def lora_qkv(
     scale: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    packed: Packed | None = None,
 ) -> Tensor:
     """Packed query, key and value: x [..., H], weight [3H, H] -> [..., 3H].
 
@@ -164,7 +122,7 @@ def lora_qkv(
         for name, column in blocks.items()
         if name in adapters
     ]
-    return lora_grouped(x, weight, bias, terms, seed)
+    return lora_grouped(x, weight, bias, terms, seed, packed)
 
 
 def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
@@ -178,3 +136,56 @@ def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
             raise ValueError(f"{found} (expected [r, {K}] and [N, r])")
         if (end := term.column + B.shape[0]) > N:
             raise ValueError(f"lora_B's rows reach column {end} of y (expected at most {N})")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """x's type, or autocast's, which leaves double precision as it is."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _fusable(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    terms: Sequence[Term],
+    seed: Tensor | None,
+    packed: Packed | None,
+) -> bool:
+    """Whether the fused form can run; see the module's text."""
+    if torch.compiler.is_compiling():
+        # On a CPU the compiler fuses PyTorch's operations itself, but draws no masks from a seed.
+        operator = x.is_cuda or seed is not None
+        exporting = torch.compiler.is_exporting()
+        return bool(terms) and operator and not exporting and not weight.requires_grad
+    others = (weight, bias, seed, *(factor for term in terms for factor in term[:2]))
+    return (
+        _is_ordinary(x)
+        and all(t is None or (type(t) in _TYPES and t.device == x.device) for t in others)
+        and _compute_dtype(weight) == _compute_dtype(x)
+        and not weight.requires_grad
+        and not (packed is None and _capturing(x))  # nobody would keep what the graph reads
+    )
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether x has rows of floats in a CPU's or GPU's memory, and nobody transforms or watches."""
+    return (
+        type(x) in _TYPES
+        and x.device.type in ("cpu", "cuda")
+        and x.dtype in _DTYPES
+        and x.layout == torch.strided
+        and not x.is_nested
+        and not torch.compiler.is_compiling()
+        and x.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

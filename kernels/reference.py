@@ -3,7 +3,8 @@
     y = x W0^T + b + c (m * x) A^T B^T      c = scale / (1 - p)
 
 for one projection (Hu et al. 2021, equation 3, with dropout on the branch's input). Everything
-here is differentiable by autograd and works in float64.
+here is differentiable by autograd, any number of times, and works in float64. It is also what runs
+where a fused form cannot (see `ops.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,19 +49,39 @@ def lora_grouped(
     seed: Tensor | None = None,
     mask: Callable[..., Tensor] = keep_mask,
 ) -> Tensor:
-    """x [..., K], weight [N, K], bias [N] or None; returns y [..., N].
+    """x [..., K], weight [N, K], bias [N] or None; returns y [..., N]. See `add_terms`."""
+    return add_terms(F.linear(x, weight, bias), x, terms, seed, mask)
 
-    `mask` is `keep_mask`, or `philox_keep` to have a GPU's masks on any device.
+
+def add_terms(
+    y: Tensor,
+    x: Tensor,
+    terms: Sequence[Term],
+    seed: Tensor | None = None,
+    mask: Callable[..., Tensor] = keep_mask,
+) -> Tensor:
+    """y [..., N] and the low-rank terms of x [..., K]: a new tensor in y's type.
+
+    `mask` is `keep_mask`, or `philox_keep` to have a GPU's masks on any device. Without a seed,
+    PyTorch's own dropout draws the masks.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    y = F.linear(rows, weight, bias)
     for term in terms:
-        branch = rows[term.start : term.stop]
-        if term.dropout_p > 0:
-            keep = mask(seed, term.stream, *branch.shape, term.dropout_p)
-            branch = branch * keep
-        delta = term.c * (branch @ term.lora_A.T @ term.lora_B.T)
-        placed = torch.zeros_like(y)
-        placed[term.start : term.stop, term.column : term.column + delta.shape[1]] = delta
-        y = y + placed
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        whole = term.start == 0 and term.stop is None
+        branch = x if whole else x.reshape(-1, x.shape[-1])[term.start : term.stop]
+        c = term.scale
+        if term.dropout_p > 0 and seed is None:
+            branch = F.dropout(branch, term.dropout_p)
+        elif term.dropout_p > 0:
+            rows, c = branch.reshape(-1, x.shape[-1]).shape[0], term.c
+            keep = mask(seed, term.stream, rows, x.shape[-1], term.dropout_p, x.dtype)
+            branch = branch * keep.view(branch.shape)
+        u = F.linear(branch, term.lora_A.to(x.dtype))
+        delta = F.linear(u * c, term.lora_B.to(u.dtype)).to(y.dtype)
+        after = y.shape[-1] - term.column - term.lora_B.shape[0]
+        if term.column or after:
+            delta = F.pad(delta, (term.column, after))
+        if not whole:
+            rows = y.numel() // y.shape[-1] - term.start - delta.shape[0]
+            delta = F.pad(delta, (0, 0, term.start, rows)).view(y.shape)
+        y = y + delta
+    return y

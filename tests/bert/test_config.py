@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from fastlora.errors import UserError
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import ACTIVATIONS
-from fastlora.bert.source import InputError
 
 BASE = BertConfig(
     vocab_size=30522,
@@ -67,7 +67,7 @@ def test_every_activation_of_the_model_is_read(tmp_path, act):
 )
 def test_refuses_by_name_what_minbert_cannot_do(tmp_path, key, value):
     path = write(tmp_path, **{key: value})
-    with pytest.raises(InputError, match=key) as caught:
+    with pytest.raises(UserError, match=key) as caught:
         BertConfig.from_json(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -77,5 +77,5 @@ def test_refuses_by_name_what_minbert_cannot_do(tmp_path, key, value):
 def test_broken_json_names_the_file(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         BertConfig.from_json(path)

@@ -3,7 +3,7 @@ import torch
 import transformers
 
 from fastlora.bert.config import BertConfig
-from fastlora.bert.model import ACTIVATIONS, BertModel
+from fastlora.bert.model import ACTIVATIONS, BertModel, Layout
 from fastlora.bert.source import Source
 from fastlora.bert.weights import load_encoder
 
@@ -106,8 +106,54 @@ def test_every_activation(act):
 def test_the_longest_sequence_and_one_more():
     ours, theirs = random_pair(**TINY)
     assert_same((ours, theirs), input_ids=torch.full((1, 32), 9))
-    with pytest.raises(ValueError, match=r"length 33 \(expected <= 32\)"):
+    with pytest.raises(ValueError, match=r"length 33 \(expected 1 to 32\)"):
         ours(torch.full((1, 33), 9))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_rows_and_no_tokens(training):
+    ours, _ = random_pair(**TINY)
+    ours.train(training)
+    for mask in (None, torch.ones(0, 7).long()):
+        output = ours(torch.ones(0, 7).long(), mask)
+        assert [state.shape for state in output.hidden_states] == [(0, 7, 32)] * 3
+        assert output.pooler_output.shape == (0, 32)
+        output.pooler_output.sum().backward()
+    for rows in (0, 2):
+        with pytest.raises(ValueError, match=r"length 0 \(expected 1 to 32\)"):
+            ours(torch.ones(rows, 0).long())
+
+
+@pytest.mark.parametrize("length", [6, 120])  # on either side of `LONG`
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("empty", [[0], [1], [2], [0, 1, 2]])
+def test_rows_of_padding_only(empty, training, length):
+    """They give zeros and leave the other rows, and all gradients, alone."""
+    changes = {"max_position_embeddings": 120, "attention_probs_dropout_prob": 0.0}
+    ours, theirs = random_pair(**(TINY | changes), hidden_dropout_prob=0.0)
+    ids, weights = torch.randint(5, 60, (3, length)), torch.randn(3, length, 32)
+    mask = (torch.arange(length) < torch.tensor([[length], [3], [1]])).long()
+    mask[empty] = 0
+    kept = [row for row in range(3) if row not in empty]
+    output = ours.train(training)(ids, mask)
+    assert not output.last_hidden_state[empty].any()
+    assert output.pooler_output.isfinite().all()
+    (output.last_hidden_state * weights).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
+    if kept:
+        expected = theirs.train(training)(ids[kept], mask[kept])
+        states = expected.last_hidden_state * mask[kept, :, None]
+        (states * weights[kept]).sum().backward()
+        torch.testing.assert_close(output.last_hidden_state[kept], states, rtol=0, atol=1e-5)
+        found, wanted = (m.encoder.layer[0].attention.self.key.weight.grad for m in (ours, theirs))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_no_row_of_padding_only_fills_up_tokens():
+    """On some devices attention to nothing is NaN, which would spread in the gradients."""
+    mask = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0]])
+    assert Layout.of(mask, mask.shape, 5).index.tolist() == [3, 6, 7, 4, 5]
+    assert Layout.of(mask, mask.shape, 9).index.tolist() == [3, 6, 7, 4, 5, 8]
 
 
 def test_training_gradients_match():

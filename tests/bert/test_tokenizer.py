@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import transformers
 
-from fastlora.bert.source import InputError
+from fastlora.errors import UserError
 from fastlora.bert.tokenizer import Tokenizer
 
 GOLDEN = [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
@@ -109,7 +109,7 @@ def test_pairs_of_different_counts_are_refused(ours):
 
 
 def test_folder_without_files(tmp_path):
-    with pytest.raises(InputError, match=r"neither tokenizer\.json nor vocab\.txt"):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -123,5 +123,5 @@ def test_folder_without_files(tmp_path):
 )
 def test_broken_files_are_named(tmp_path, name, text, cause):
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=f"{name}: .*{cause}"):
+    with pytest.raises(UserError, match=f"{name}: .*{cause}"):
         Tokenizer.from_folder(tmp_path)

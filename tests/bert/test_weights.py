@@ -8,7 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fastlora.bert.source import MINILM, InputError, Source, resolve
+from fastlora.errors import UserError
+from fastlora.bert.source import MINILM, Source, resolve
 from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
 
 TINY = {
@@ -95,25 +96,25 @@ def test_missing_pooler_is_noted_and_always_the_same(folder, tensors):
 )
 def test_tensors_are_refused_by_name(folder, tensors, change, cause):
     change(tensors)
-    with pytest.raises(InputError, match=rf"model\.safetensors: tensor .*{cause}"):
+    with pytest.raises(UserError, match=rf"model\.safetensors: tensor .*{cause}"):
         load(folder, tensors)
 
 
 def test_truncated_file_is_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read as safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors"):
         load(folder)
 
 
 def test_pickle_only_folder_is_refused_with_the_remedy(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle.*save_pretrained"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle.*save_pretrained"):
         resolve(str(folder))
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"config\.json: .*no such file"):
+    with pytest.raises(UserError, match=r"config\.json: .*no such file"):
         resolve(str(tmp_path))
 
 
@@ -130,7 +131,7 @@ def test_without_network_the_error_names_three_remedies(name, tmp_path):
     code = (
         "import sys; from fastlora.bert.source import *\n"
         "try: resolve(sys.argv[1])\n"
-        "except InputError as error: print(error)\n"
+        "except UserError as error: print(error)\n"
         "assert 'torch' not in sys.modules"
     )
     env = {

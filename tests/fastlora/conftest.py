@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from fastlora.config import LoraConfig, TrainConfig
+from fastlora.config import TrainConfig
+from fastlora.lora.config import LoraConfig
 
 NOUNS = ["film", "dog", "cat", "boat", "runs", "sings", "sleeps", "sees", "red", "blue"]
 WORDS = [*NOUNS, "the", "a", "good", "bad", "fine", "not", "very", ".", "?"]

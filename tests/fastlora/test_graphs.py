@@ -16,7 +16,9 @@ from fastlora.console import Log
 from fastlora.errors import UserError
 from fastlora.evaluate import predict
 from fastlora.inputs import find_inputs
-from fastlora.kernels import backward, dropout, forced_route, forward, grouped, routes
+from fastlora.kernels import dropout, forced_route, ops
+from fastlora.kernels.cpu import route as cpu_route
+from fastlora.kernels.triton import route as triton_route
 from fastlora.parallel import Ranks
 from fastlora.setup import build_model, prepare, to_compute
 from fastlora.train import Trainer
@@ -117,11 +119,13 @@ def recorder(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork_rng(devices=()))
-    monkeypatch.setattr(grouped, "capturing", lambda: bool(CAPTURING))
-    monkeypatch.setattr(routes, "keep_mask", philox)
+    monkeypatch.setattr(ops, "_capturing", lambda x: bool(CAPTURING))
+    # The recorder watches operations, which a graph does not.
+    monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    monkeypatch.setattr(cpu_route, "keep_mask", philox)
     monkeypatch.setattr(dropout, "keep_mask", philox)
-    for module, name in ((forward, "down"), (forward, "fused"), (backward, "outer")):
-        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
+    for name in ("down", "fused", "outer"):
+        monkeypatch.setattr(triton_route, name, recorded(getattr(triton_route, name)))
 
 
 def make_trainer(config, graphs):

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
-from fastlora.config import LoraConfig
+from fastlora import LoraConfig
 from fastlora.errors import UserError
 from fastlora.kernels import draw_seed
 from fastlora.lora import (

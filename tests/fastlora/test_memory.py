@@ -237,7 +237,7 @@ def test_a_batch_that_does_not_fit_has_no_rate(tiny_config, monkeypatch):
 def test_freed_memory_is_kept():
     code = """if True:
         import resource, torch
-        from fastlora.setup import keep_freed_memory
+        from fastlora.host import keep_freed_memory
         keep_freed_memory()
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

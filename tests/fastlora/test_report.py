@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from fastlora import evaluate, report
-from fastlora.config import LoraConfig, TaskLoraConfig
+from fastlora.config import TaskLoraConfig
+from fastlora.lora.config import LoraConfig
 from fastlora.pages import NO_PLOTS, plot, table, write_pages
 from fastlora.session import run_training
 from fastlora.trained import load_trained

@@ -18,10 +18,12 @@ from optuna.trial import TrialState
 
 from fastlora import stages
 from fastlora.cli import main
-from fastlora.config import LoraConfig, SearchConfig, TaskLoraConfig, TrainConfig
+from fastlora.config import SearchConfig, TaskLoraConfig, TrainConfig
+from fastlora.lora.config import LoraConfig
 from fastlora.console import Log
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.files import read_toml
+from fastlora.host import Stop
 from fastlora.inputs import find_inputs
 from fastlora.ranks import low_rank, smallest_within_error, sweep
 from fastlora.search import run_search
@@ -185,7 +187,7 @@ def test_a_signal_while_scoring_stops_the_search(tiny_config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluate", signalled)
         with pytest.raises(Interrupted):
-            run_search(config, find_inputs(config), HOW, quiet=True)
+            run_search(config, find_inputs(config), HOW, quiet=True, stop=Stop(signal.SIGINT))
 
 
 def test_out_of_memory_says_what_to_lower(tiny_config, monkeypatch):

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from fastlora import session, train
 from fastlora.cache import load_tasks
 from fastlora.checkpoint import Progress, latest_checkpoint, save_checkpoint
-from fastlora.config import LoraConfig, TrainConfig
+from fastlora.config import TrainConfig
+from fastlora.lora.config import LoraConfig
 from fastlora.errors import RunError, UserError
 from fastlora.evaluate import predict, scores_of
+from fastlora.host import Stop
 from fastlora.parallel import local_device
 from fastlora.runs import Metrics, open_run
 from fastlora.train import schedule
@@ -132,7 +134,7 @@ def test_interrupted_run_continues_bit_for_bit(tiny_config, tmp_path, monkeypatc
     monkeypatch.setattr(train.Trainer, "step", interrupt)
     for expected in (4, 21):
         with pytest.raises(train.Interrupted):
-            run(parts)
+            run(parts, stop=Stop(signal.SIGTERM))
         assert latest_checkpoint(parts.out / "checkpoints").name == f"step-{expected:06d}"
     run(parts)
     assert_same(final(whole.out), final(parts.out))

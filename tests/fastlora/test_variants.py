@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlora import train
 from fastlora.batches import collate
 from fastlora.checkpoint import trainable
-from fastlora.config import LoraConfig, TaskLoraConfig
+from fastlora.config import TaskLoraConfig
+from fastlora.lora.config import LoraConfig
 from fastlora.console import Log
 from fastlora.errors import UserError
 from fastlora.inputs import find_inputs

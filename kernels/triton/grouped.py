@@ -7,50 +7,17 @@ what a batch fixes (tiles of rows) are cached apart: layers share the one, batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlora.kernels.call import Ranges, Shape, padded, rank_offsets
+
 RANK_BLOCK = 64  # a term of higher rank is several pieces, so that a tile stays in registers
-Ranges = tuple[tuple[int, int], ...]  # of rows, per term: first, end
-
-
-class Shape(NamedTuple):
-    """The part of a `Term` that is no tensor and the same in every batch."""
-
-    rank: int
-    width: int  # columns of the output that it adds to
-    column: int  # the first of them
-    scale: float  # c = scale / (1 - p)
-    threshold: int
-    stream: int
-
-
-def padded(rank: int) -> int:
-    """Columns of a term in u, v and packed factors: zeros up to multiples of 8 align its rows."""
-    return (rank + 7) // 8 * 8
-
-
-def rank_offsets(shapes: Sequence[Shape]) -> list[int]:
-    """First column of each term in u, v and the packed factors, and their width R."""
-    return [0, *accumulate(padded(shape.rank) for shape in shapes)]
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def is_uniform(shapes: Sequence[Shape], ranges: Ranges, rows: int) -> bool:
-    """Whether every term covers all rows, and no two of them the same columns."""
-    if any(start != 0 or stop != rows for start, stop in ranges):
-        return False
-    blocks = sorted((s.column, s.column + s.width) for s in shapes)
-    return all(a[1] <= b[0] for a, b in pairwise(blocks))
 
 
 class Pieces:
@@ -86,6 +53,8 @@ class Plan(NamedTuple):
     pieces: Pieces
     ranges: Ranges
     rows: int
+    # Takes the tables that a captured CUDA graph reads, which must outlive the caches' entries.
+    keep: Callable[..., None] | None = None
 
     def tiles(self, size: int) -> tuple[Tensor, int]:
         """int32 [tiles, 2 + 2 * slots]: first row, end, then a piece and its first row a slot.
@@ -95,16 +64,12 @@ class Plan(NamedTuple):
         """
         device = self.pieces.table.device
         found = _tiles(self.ranges, self.pieces.terms, self.rows, size, device)
-        if capturing():
-            _captured.append(found[0])
+        if self.keep is not None:
+            self.keep(self.pieces, found[0])
         return found
 
 
 make_pieces = lru_cache(maxsize=1024)(Pieces)
-
-
-# Captured graphs know tables by address: theirs must outlive the cache's entries.
-_captured: list[Tensor] = []
 
 
 @lru_cache(maxsize=1024)

@@ -8,7 +8,9 @@ and not run in the interpreter. Shipped rows are guesses that compile without sp
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,12 @@ def capability(device: torch.device) -> int:
     """A GPU's capability as 75, 80, 90; 0 for anything else."""
     if device.type != "cuda":
         return 0
-    major, minor = torch.cuda.get_device_capability(device)
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=64)
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
@@ -97,8 +104,19 @@ def launch(
     """Run `kernel` on `grid`; the one place that does, so that tests can count and capture."""
     tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
     if all(grid):
-        with torch.cuda.device_of(next(tensors)):  # Triton launches on the current device
+        first = next(tensors)
+        # Triton launches on the current device.
+        with torch.cuda.device_of(first), compiling(capability(first.device)):
             kernel[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
+
+
+def compiling(capability: int) -> AbstractContextManager[Any]:
+    """The context in which kernels for GPUs of a capability compile; see turing.py."""
+    if capability != 75:
+        return nullcontext()
+    from fastlora.kernels.triton import turing
+
+    return turing.compiling()
 
 
 def load(file: Path) -> None:

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels import tuning
-from fastlora.kernels.grouped import Plan
-from fastlora.kernels.mask import keep_mask
+from fastlora.kernels.triton import tuning
+from fastlora.kernels.triton.grouped import Plan
+from fastlora.kernels.triton.mask import keep_mask
 
 
 @triton.jit

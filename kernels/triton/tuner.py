@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from fastlora.kernels import tuning
-from fastlora.kernels.ops import forced_route, lora_qkv
+from fastlora.kernels.triton import tuning
+from fastlora.kernels.ops import lora_qkv
+from fastlora.kernels.routes import forced_route
 
 ROWS = (512, 8192)  # one in each bucket
 WIDTH, RANK = 768, 32

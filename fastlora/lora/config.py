@@ -1,0 +1,120 @@
+"""The settings of one adapter, and which linear layers they mean."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, field, replace
+
+from fastlora.errors import UserError
+
+# Short names of BERT's matrices, and the ends of their modules' names.
+TARGETS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "ffn_output": "output.dense",
+}
+ALL = ("all", "all-linear")
+# The targets of a family that is given none: query and value, under the names that it has.
+FAMILIES = (
+    ("query", "value"),  # BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, ALBERT, ViT
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("query_proj", "value_proj"),  # DeBERTa
+    ("q_proj", "v_proj"),  # Llama, OPT, CLIP, BART
+    ("q", "v"),  # MPNet, T5
+    ("Wqkv",),  # ModernBERT
+)
+
+
+def check(ok: bool, what: str, found: object, expected: str) -> None:
+    """Raise a UserError that says what was found and what was expected, unless `ok`."""
+    if not ok:
+        raise UserError(f"{what} is {found!r} (expected {expected})")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA settings of one adapter (Hu et al. 2021; defaults of the minBERT LoRA paper).
+
+    `targets` are names or ends of names of linear layers, regular expressions that match a whole
+    name, short names of BERT's matrices (`TARGETS`), or "all": all linear layers but the head. None
+    means query and value, as the model's family calls them. The patterns give layers whose name's
+    end matches the key (a regular expression) a rank or alpha of their own.
+
+    PEFT's spellings (`lora_alpha`, `lora_dropout`, `target_modules`, `use_rslora`) are accepted.
+    Raises UserError for a value out of range.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.1
+    rslora: bool = False
+    targets: tuple[str, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
+    target_modules: InitVar[str | Iterable[str] | None] = None
+    use_rslora: InitVar[bool | None] = None
+
+    def __post_init__(
+        self,
+        lora_alpha: float | None,
+        lora_dropout: float | None,
+        target_modules: str | Iterable[str] | None,
+        use_rslora: bool | None,
+    ) -> None:
+        spelled = {"alpha": lora_alpha, "dropout": lora_dropout, "rslora": use_rslora}
+        for name, value in {**spelled, "targets": target_modules}.items():
+            if value is not None:
+                object.__setattr__(self, name, value)
+        if self.targets is not None:
+            names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+            object.__setattr__(self, "targets", names)
+            check(len(names) > 0, "targets", names, "one name or more")
+        for r in (self.r, *self.rank_pattern.values()):
+            check(type(r) is int and r >= 1, "r", r, "1 or more")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            check(_is_number(alpha) and 0 < alpha < math.inf, "alpha", alpha, "a positive number")
+        ok = _is_number(self.dropout) and 0 <= self.dropout < 1
+        check(ok, "dropout", self.dropout, "0 <= p < 1")
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def is_like(self, other: LoraConfig) -> bool:
+        """Whether an adapter of a layer is the same under both; targets do not matter."""
+        return replace(self, targets=None) == replace(other, targets=None)
+
+    def of_layer(self, name: str) -> LoraConfig:
+        """The settings of the layer of this name, with what the patterns say in place."""
+
+        def pick(patterns: Mapping, otherwise: float) -> float:
+            matches = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name))
+            return next(matches, otherwise)
+
+        r, alpha = pick(self.rank_pattern, self.r), pick(self.alpha_pattern, self.alpha)
+        return replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether a linear layer of this name is meant by one of `LoraConfig.targets`."""
+    suffixes = {target, TARGETS.get(target, target)}
+    if target == "ffn_output" and name.endswith(TARGETS["output"]):
+        return False
+    if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes):
+        return True
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error:
+        return False

@@ -1,0 +1,242 @@
+"""Adapters on disk in PEFT's format, for any module; loading is all or nothing.
+
+An adapter's folder holds `adapter_config.json` and `adapter_model.safetensors`: the factors under
+PEFT's names, and what else was trained (heads) whole, as PEFT's `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.errors import UserError
+from fastlora.files import read_json, write_json
+from fastlora.lora.config import TARGETS, LoraConfig, is_target
+from fastlora.lora.layer import DEFAULT, LoRALinear
+from fastlora.lora.model import adapter_names, inject, lora_layers
+from fastlora.tensors import check_tensors, read_tensors, write_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ROOT = "base_model.model."
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+# The types or values that PEFT's settings have in plain LoRA; any other setting must be unset.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+    "bias": ("none",),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "modules_to_save": (list,),
+    # PiSSA, OLoRA, CorDA and LoftQ also change the base weights, which are not in the folder.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+}
+# Notes for other tools.
+_NOTES = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type"}
+# Without effect on their own, or already said by the names of the tensors.
+_IDLE = {"exclude_modules", "inference_mode", "megatron_core", "qalora_group_size"}
+_ANY = _NOTES | _IDLE | {"target_modules"}
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: str | None = None,
+    *,
+    base_model: str = "",
+    heads: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter (by default the only one) and, with `heads`, what else trains, as PEFT does.
+
+    `base_model` is the name or path of the base for PEFT's `base_model_name_or_path`; `metadata`
+    goes into the safetensors file. Raises UserError for an unknown adapter, and for a trainable
+    parameter that the format has no place for, as a bias of an adapted layer.
+    """
+    layers, folder = lora_layers(model), Path(folder)
+    known = adapter_names(layers.values())
+    name = known[0] if adapter is None and len(known) == 1 else adapter
+    own = {module: layer for module, layer in layers.items() if name in layer.settings}
+    if name is None or not own:
+        there = ", ".join(map(repr, known)) or "none"
+        raise UserError(f"the model has no adapter named {name!r} (its adapters: {there})")
+    tensors: dict[str, Tensor] = {}
+    for module, layer in own.items():
+        tensors[f"{_ROOT}{module}.lora_A.weight"] = layer.lora_A[name]
+        tensors[f"{_ROOT}{module}.lora_B.weight"] = layer.lora_B[name]
+    modules = _trained_modules(model) if heads else []
+    for module in modules:
+        state = model.get_submodule(module).state_dict()
+        tensors |= {f"{_ROOT}{module}.{key}": value for key, value in state.items()}
+    config = _peft_config(model, own, name)
+    config |= {"base_model_name_or_path": base_model or None}
+    if modules:
+        config["modules_to_save"] = modules
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {file: folder / f".{file}.{os.getpid()}" for file in (WEIGHTS, CONFIG)}
+    try:
+        write_tensors(parts[WEIGHTS], tensors, **(metadata or {}))
+        write_json(parts[CONFIG], config)
+        for file, part in parts.items():
+            os.replace(part, folder / file)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -> None:
+    """Load an adapter of ours or of PEFT, and heads saved with it: all of it or, on UserError, none.
+
+    A model without this adapter gets it by `inject`; heads stay trainable. Refuses anything but
+    plain LoRA, settings other than the model's, and missing, unexpected, misshapen or non-finite
+    tensors.
+    """
+    folder = Path(folder)
+    config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)[0]
+    modules = sorted({match[1] for match in map(_FACTOR.fullmatch, tensors) if match})
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if missing := [module for module in modules if module not in linears]:
+        raise UserError(f"{folder / WEIGHTS}: {missing[0]!r} is no linear layer of the model")
+    if not modules:
+        raise UserError(f"{folder / WEIGHTS}: holds no LoRA weights")
+    expected: dict[str, Tensor] = {}
+    shape = {"device": "meta", "dtype": torch.float32}
+    for module in modules:
+        linear, r = linears[module], config.of_layer(module).r
+        expected[f"{_ROOT}{module}.lora_A.weight"] = torch.empty(r, linear.in_features, **shape)
+        expected[f"{_ROOT}{module}.lora_B.weight"] = torch.empty(linear.out_features, r, **shape)
+    heads = read_json(folder / CONFIG).get("modules_to_save") or []
+    state = model.state_dict(keep_vars=True)
+    for key in (key for key in tensors if not _FACTOR.fullmatch(key)):
+        name = key.removeprefix(_ROOT)
+        if name in state and any(f".{head}." in f".{name}" for head in heads):
+            expected[key] = state[name]
+    _check_settings(model, folder, config, modules, adapter)
+    check_tensors(folder / WEIGHTS, tensors, expected)
+    trained = tuple({key.removeprefix(_ROOT) for key in expected if not _FACTOR.fullmatch(key)})
+    if not any(adapter in layer.settings for layer in lora_layers(model).values()):
+        exact = replace(config, targets=tuple(map(re.escape, modules)))
+        parameters = [name for name in trained if isinstance(state[name], nn.Parameter)]
+        inject(model, {adapter: exact}, train=parameters)
+    layers = lora_layers(model)
+    with torch.no_grad():
+        for module in modules:
+            for side, factors in (("A", layers[module].lora_A), ("B", layers[module].lora_B)):
+                factors[adapter].copy_(tensors[f"{_ROOT}{module}.lora_{side}.weight"])
+        for name in trained:
+            state[name].copy_(tensors[_ROOT + name])
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """An adapter's settings, from a folder of ours or of PEFT, for `inject`.
+
+    The targets follow from the weights' names; the configuration gives the rest. Raises UserError
+    naming whatever is not plain LoRA.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if missing := {"peft_type", "r", "lora_alpha"} - config.keys():
+        raise UserError(f"{path}: {min(missing)} is missing (expected PEFT's LoRA settings)")
+    for key, value in config.items():
+        plain = _PLAIN.get(key, (value,) if key in _ANY or not value else ())
+        if value is not None and value not in plain and type(value) not in plain:
+            raise UserError(f"{path}: {key} is {value!r}, but only plain LoRA can be loaded")
+    matches = map(_FACTOR.fullmatch, read_tensors(folder / WEIGHTS)[0])
+    modules = sorted({match[1] for match in matches if match})
+    if not modules:
+        raise UserError(f"{folder / WEIGHTS}: holds no LoRA weights")
+    named = [t for t in TARGETS if any(is_target(module, t) for module in modules)]
+    others = [m for m in modules if not any(is_target(m, target) for target in TARGETS)]
+    try:
+        return LoraConfig(
+            r=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout") or 0.0,
+            rslora=config.get("use_rslora") or False,
+            targets=(*named, *others),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _trained_modules(model: nn.Module) -> list[str]:
+    """The largest modules that train whole, and are no adapters.
+
+    Raises UserError for a trainable parameter outside of them.
+    """
+    factors = {
+        id(p) for m in lora_layers(model).values() for p in (*m.lora_A.values(), *m.lora_B.values())
+    }
+    left = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = list(module.parameters())
+        whole = own and all(p.requires_grad and id(p) not in factors for p in own)
+        if name and whole and not any(name.startswith(f"{other}.") for other in found):
+            found.append(name)
+            left = {n: p for n, p in left.items() if not n.startswith(f"{name}.")}
+    if left:
+        raise UserError(
+            f"parameter {next(iter(left))!r} is trained, but neither an adapter nor a whole module: "
+            "PEFT's format has no place for it (expected it frozen, or its module trained whole)"
+        )
+    return found
+
+
+def _peft_config(
+    model: nn.Module, layers: Mapping[str, LoRALinear], adapter: str
+) -> dict[str, Any]:
+    settings = {module: layer.settings[adapter] for module, layer in layers.items()}
+    if len({s.rslora for s in settings.values()}) > 1:
+        raise UserError(f"adapter {adapter!r} has rslora on some layers only; PEFT has it on all")
+    first = next(iter(settings.values()))
+    r = Counter(s.r for s in settings.values()).most_common(1)[0][0]
+    alpha = Counter(s.alpha for s in settings.values()).most_common(1)[0][0]
+    # The ends of names where PEFT finds the same modules by them, else whole names.
+    ends = set(first.targets or ())
+    meant = {n for n, _ in model.named_modules() if any(f".{n}".endswith(f".{e}") for e in ends)}
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rslora,
+        "target_modules": sorted(ends if meant == layers.keys() else layers),
+        "rank_pattern": {module: s.r for module, s in settings.items() if s.r != r},
+        "alpha_pattern": {module: s.alpha for module, s in settings.items() if s.alpha != alpha},
+        "bias": "none",
+    }
+
+
+def _check_settings(
+    model: nn.Module, folder: Path, config: LoraConfig, modules: list[str], adapter: str
+) -> None:
+    """Raise UserError unless the model's adapter, where it has it, is that of the file."""
+    layers = {n: m for n, m in lora_layers(model).items() if adapter in m.settings}
+    for name in layers:
+        if name not in modules:
+            raise UserError(f"{folder / WEIGHTS}: the adapter of layer {name!r} is missing")
+    for name in modules if layers else ():
+        if name not in layers:
+            raise UserError(f"{folder / WEIGHTS}: layer {name!r} has no adapter in the model")
+        theirs, ours = config.of_layer(name), layers[name].settings[adapter]
+        # Dropout is training's business.
+        if not replace(theirs, dropout=ours.dropout).is_like(ours):
+            raise UserError(
+                f"{folder / CONFIG}: holds {theirs}, but the model was built with {ours}; "
+                "build it with the adapter's own settings"
+            )

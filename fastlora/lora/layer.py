@@ -1,0 +1,312 @@
+"""LoRALinear: a frozen linear layer with any number of named low-rank adapters.
+
+Hu et al. 2021: W = W0 + scale B A with W0 frozen, A Kaiming-uniform and B zero at the start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.errors import UserError
+from fastlora.kernels import Linear, Packed, Term, add_terms, lora_grouped
+from fastlora.lora.config import LoraConfig
+from fastlora.lora.routing import Choice, choice_of
+
+DEFAULT = "default"
+_PLAIN = (nn.Linear.forward, Linear.forward)
+
+
+class LoRALinear(Linear):
+    """An `nn.Linear` with LoRA: y = x W0^T + b + sum of scale B A dropout(x) over adapters.
+
+    The constructor takes `nn.Linear`'s arguments in their order. Base parameters keep the names
+    `weight` and `bias` and are frozen; adapter `name` has `lora_A[name]` [r, in] and `lora_B[name]`
+    [out, r], in fp32 (fp64 on an fp64 base). A layer that is built here has one adapter, "default";
+    `inject` turns linear layers of a model into LoRALinear. Raises UserError when a setting is out
+    of range.
+    """
+
+    settings: dict[str, LoraConfig]
+    active: tuple[str, ...] | None  # None: several adapters, and none has been chosen
+    merged: tuple[str, ...] = ()  # the adapters that `weight` contains
+    scopes: int = 0  # of `use_adapter`, in any thread, that cover it now
+    was_scoped: bool = False  # whether one ever did
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.1,
+        rslora: bool = False,
+    ) -> None:
+        self.base_class: type[nn.Linear] = nn.Linear
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.requires_grad_(False)
+        self._prepare()
+        self.add_adapter(DEFAULT, LoraConfig(r, alpha, dropout, rslora))
+        self.active = (DEFAULT,)
+
+    def _prepare(self, stream: int = 0) -> None:
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.settings, self.active = {}, None
+        self.streams: dict[str, int] = {}  # of the adapters' masks
+        self.stream = stream
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, stream: int = 0) -> LoRALinear:
+        """Turn a linear layer, of this class or a subclass, into a LoRALinear in place.
+
+        It stays the same object, with its hooks, parametrisations and places in the model, and has
+        no adapter yet. `stream` separates its random numbers from those of other layers.
+        """
+        if isinstance(linear, LoRALinear):
+            return linear
+        base_class = type(linear)
+        linear.__class__ = _adapted_class(base_class)
+        assert isinstance(linear, LoRALinear)
+        linear.base_class = base_class
+        # A forward that was put on the instance, as accelerate's offloading does, is the base's.
+        if "forward" in vars(linear):
+            linear.base_forward = vars(linear).pop("forward")
+        linear._prepare(stream)
+        return linear
+
+    def to_linear(self) -> nn.Linear:
+        """Turn back into what `from_linear` was given, in place; the weight stays as it is."""
+        base_forward = vars(self).pop("base_forward", None)
+        for name in ("lora_A", "lora_B", "base_weight"):
+            self._modules.pop(name, None), self._buffers.pop(name, None)
+        names = "settings active streams stream merged scopes was_scoped packed _parameter _frozen"
+        for name in names.split():
+            vars(self).pop(name, None)
+        self.__class__ = vars(self).pop("base_class")
+        if base_forward is not None:
+            self.forward = base_forward
+        return self
+
+    def add_adapter(
+        self, name: str, config: LoraConfig, seed: int | None = None, draws_as: str | None = None
+    ) -> None:
+        """Add an adapter of these settings.
+
+        Its start is a function of (seed, the layer's stream, `draws_as` or its name); by default
+        PyTorch's generator gives the seed.
+        """
+        key = (draws_as or name).encode()
+        self.settings[name], self.streams[name] = config, crc32(key, self.stream)
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        A = torch.empty(config.r, self.in_features, dtype=dtype, device="cpu")
+        seed = draw_number() if seed is None else seed
+        nn.init.kaiming_uniform_(
+            A,
+            a=math.sqrt(5),
+            generator=torch.Generator("cpu").manual_seed(seed ^ crc32(key, self.stream)),
+        )
+        # What accelerate has offloaded is on the meta device between its calls.
+        device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        A = A.to(self.weight.device if device is None else device)
+        self.lora_A[name] = nn.Parameter(A)
+        self.lora_B[name] = nn.Parameter(A.new_zeros(self.out_features, config.r))
+
+    def reset_parameters(self) -> None:
+        """Draw the base's and all adapters' parameters anew, as after `to_empty`."""
+        self.base_class.reset_parameters(self)
+        for name in vars(self).get("settings", ()):
+            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B[name])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the base computes x W^T + b and nothing else."""
+        return self.base_class.forward in _PLAIN and "base_forward" not in vars(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        if not self.is_plain:
+            return self._around_base(input)
+        terms, seed = self.terms(input)
+        return lora_grouped(input, self.weight, self.bias, terms, seed, self.packed)
+
+    def _around_base(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base's own forward gives, and the terms."""
+        terms, seed = self.terms(input)
+        base_forward = vars(self).get("base_forward") or partial(self.base_class.forward, self)
+        y = base_forward(input, *args, **kwargs)
+        return add_terms(y, input, terms, seed) if terms else y
+
+    def own_choice(self) -> Choice:
+        """What `inject` or `set_adapter` made active."""
+        if self.active is None:
+            raise UserError(
+                "the model has several adapters and none is chosen (expected set_adapter(model, "
+                f"...) or use_adapter(model, ...) with some of them; here: {', '.join(self.settings)})"
+            )
+        return Choice(self.active)
+
+    def terms(self, x: Tensor, column: int = 0) -> tuple[list[Term], Tensor | None]:
+        """The low-rank terms that act on an input [leading, ..., in], and the seed of their masks.
+
+        Raises UserError where the choice of adapters does not fit the input or what is merged.
+        """
+        if torch.compiler.is_compiling():
+            choice = _uncompiled_choice(self) if self.scopes else self.own_choice()
+        else:
+            choice = choice_of(self)
+        if self.merged:
+            self._check_merged(x, choice)
+            return [], None
+        if choice.segments is None:
+            chosen = [(name, 0, None) for name in choice.names if name in self.settings]
+        else:
+            _check_rows(x, choice)
+            # A segment counts in the leading dimension; a term counts in flattened rows.
+            rows = math.prod(x.shape[1:-1])
+            chosen = [
+                (s.adapter, s.start * rows, s.stop * rows)
+                for s in choice.segments
+                if s.adapter in self.settings and s.start < s.stop
+            ]
+        terms = [
+            Term(
+                lora_A=self.lora_A[name],
+                lora_B=self.lora_B[name],
+                scale=self.settings[name].scale,
+                dropout_p=self.settings[name].dropout if self.training else 0.0,
+                # Each layer and adapter has its own masks, whoever is in company.
+                stream=self.streams[name],
+                start=start,
+                stop=stop,
+                column=column,
+            )
+            for name, start, stop in chosen
+        ]
+        return terms, choice.seed
+
+    def _check_merged(self, x: Tensor, choice: Choice) -> None:
+        merged = " and ".join(self.merged)
+        wanted = {name for name in choice.names if name in self.settings}
+        ranges = {(start, stop) for _, start, stop in choice.segments or ()}
+        if wanted != set(self.merged) or ranges - {(0, x.shape[0])}:
+            found = " and ".join(sorted(wanted)) or "none"
+            raise UserError(f"adapter {found} is asked for, but {merged} is merged: unmerge first")
+
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """W0 + sum of scale B A [out, in], in fp32 or wider, rounded to the weight's type once."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = self.weight.to(dtype)
+        for name in names:
+            A, B = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
+            weight = weight + self.settings[name].scale * B @ A
+        return weight.to(self.weight.dtype)
+
+    def put_merged(self, weight: Tensor, names: Sequence[str]) -> None:
+        """Let a new parameter be the weight, and the merged adapters freeze.
+
+        W0, which may be tied to another module's weight, stays as it is.
+        """
+        self._parameter = [self.weight]  # in a list, so that it is not registered again
+        factors = (side[name] for side in (self.lora_A, self.lora_B) for name in names)
+        self._frozen = [factor.requires_grad_(False) for factor in factors if factor.requires_grad]
+        self.register_buffer("base_weight", self.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.merged = tuple(names)
+
+    def put_back(self) -> None:
+        """Let W0 be the weight again, and what trained before train."""
+        (parameter,) = self._parameter
+        if parameter.data_ptr() != self.base_weight.data_ptr():  # moved since
+            parameter.data = self.base_weight
+        for factor in self._frozen:
+            factor.requires_grad_(True)
+        self.weight, self.merged = parameter, ()
+        del self._parameter, self._frozen, self.base_weight
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        weight, base_weight = prefix + "weight", prefix + "base_weight"
+        if self.merged and weight in state_dict:
+            rest[-1].append(f"{prefix}weight has an adapter merged into it: unmerge before loading")
+            return
+        if base_weight in state_dict:  # written while an adapter was merged
+            state_dict[weight] = state_dict.pop(base_weight)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        """The sizes, and each adapter's settings."""
+        adapters = [
+            f"{name}(r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g})"
+            for name, s in self.settings.items()
+        ]
+        merged = f", merged={self.merged}" if self.merged else ""
+        return f"{super().extra_repr()}, adapters=[{', '.join(adapters)}]{merged}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class of an adapted subclass has no name to be found by.
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        if type(self) is not LoRALinear and type(self) is _adapted_class(self.base_class):
+            make, arguments = _new, (self.base_class,)
+        return (make, arguments, *rest)
+
+
+@lru_cache(maxsize=256)
+def _adapted_class(base: type[nn.Linear]) -> type[LoRALinear]:
+    """LoRALinear, or a subclass of it and of `base`."""
+    if base in (nn.Linear, Linear):
+        return LoRALinear
+    contents = {"__module__": base.__module__, "forward": LoRALinear._around_base}
+    return type(f"LoRA{base.__name__}", (LoRALinear, base), contents)
+
+
+def _new(base: type[nn.Linear]) -> LoRALinear:
+    cls = _adapted_class(base)
+    return cls.__new__(cls)
+
+
+def _check_rows(x: Tensor, choice: Choice) -> None:
+    found = x.shape[0] if x.dim() > 1 else 1
+    last = max((s.stop for s in choice.segments or ()), default=0)
+    if found < last or (choice.rows is not None and found != choice.rows):
+        raise UserError(
+            f"adapters were chosen for {choice.rows or last} rows, but an input has {found} in its "
+            "leading dimension"
+        )
+
+
+_uncompiled_choice = torch.compiler.disable(choice_of)
+
+
+def draw_number() -> int:
+    """A number from PyTorch's generator, for seeds of generators that more depends on."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def project_together(
+    layers: Sequence[nn.Linear],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: Packed | None = None,
+) -> Tensor:
+    """Several layers of one input in one product: [..., in] -> [..., sum of out].
+
+    `weight` and `bias` are the layers' own, one after the other, frozen.
+    """
+    terms, seed, column = [], None, 0
+    for layer in layers:
+        if isinstance(layer, LoRALinear):
+            own, seed = layer.terms(x, column)
+            terms += own
+        column += layer.out_features
+    return lora_grouped(x, weight, bias, terms, seed, packed)

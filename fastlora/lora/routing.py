@@ -1,0 +1,135 @@
+"""Which adapters act on which rows: chosen for a model, or for a block of code.
+
+`set_adapter` writes its choice on the layers. `use_adapter` opens a scope: the choice holds in this
+thread (or asynchronous task) until the block ends, so two threads, and a prediction between a
+forward pass and its backward pass, do not disturb each other.
+
+Activation checkpointing runs layers again in backward, when the scope has long ended and maybe on
+another thread. PyTorch's non-reentrant checkpoint has one frame object for a forward pass and its
+recomputation, so the choice is noted on that frame and found there again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import groupby
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.errors import UserError
+
+if TYPE_CHECKING:
+    from fastlora.lora.layer import LoRALinear
+
+
+class Segment(NamedTuple):
+    """Rows [start, stop) of the leading dimension that use one adapter."""
+
+    adapter: str
+    start: int
+    stop: int
+
+
+class Choice(NamedTuple):
+    """The adapters that act: on all rows and added up, or each on its own segments of rows."""
+
+    names: tuple[str, ...] = ()
+    segments: tuple[Segment, ...] | None = None
+    rows: int | None = None  # that an input must have, where segments were given row by row
+    seed: Tensor | None = None  # int64 [] of all masks; else each layer draws its own
+
+
+@dataclass(frozen=True)
+class _Scope:
+    layers: frozenset[LoRALinear]
+    choice: Choice
+    task: int  # of the backward pass in which it was opened, or -1
+
+
+_lock = Lock()
+_scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("adapter scopes", default=())
+
+
+@contextmanager
+def scope(layers: Iterable[LoRALinear], choice: Choice) -> Iterator[None]:
+    """Let a choice hold for these layers in a block of code."""
+    opened = _Scope(frozenset(layers), choice, torch._C._current_graph_task_id())
+    _count(opened.layers, 1)
+    token = _scopes.set((*_scopes.get(), opened))
+    try:
+        yield
+    finally:
+        _scopes.reset(token)
+        _count(opened.layers, -1)
+
+
+def _count(layers: Iterable[LoRALinear], change: int) -> None:
+    with _lock:
+        for layer in layers:
+            layer.scopes, layer.was_scoped = layer.scopes + change, True
+
+
+def by_rows(rows: Sequence[str | None | Segment]) -> Choice:
+    """The choice of an adapter for each row (None for none), or of segments."""
+    if all(isinstance(row, Segment) for row in rows):
+        segments = tuple(row for row in rows if isinstance(row, Segment))
+        return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), segments)
+    segments, start = (), 0
+    for name, run in groupby(rows):
+        stop = start + len(list(run))
+        if name is not None:
+            segments += (Segment(name, start, stop),)
+        start = stop
+    return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), segments, len(rows))
+
+
+def choice_of(layer: LoRALinear) -> Choice:
+    """What holds for a layer now; UserError where that cannot be known."""
+    covering = (s for s in reversed(_scopes.get()) if layer in s.layers)
+    innermost, task = next(covering, None), torch._C._current_graph_task_id()
+    if task == -1:
+        choice = innermost.choice if innermost else layer.own_choice()
+        if layer.was_scoped and (frame := _checkpoint_frame()) is not None:
+            vars(frame).setdefault("fastlora_choices", {})[layer] = choice
+        return choice
+    # In backward: either code of the backward pass opened a scope, or this is a recomputation.
+    if innermost is not None and innermost.task == task:
+        return innermost.choice
+    if not layer.was_scoped:
+        return layer.own_choice()
+    noted = vars(_checkpoint_frame() or _NoFrame()).get("fastlora_choices", {})
+    if layer not in noted:
+        raise UserError(
+            "a LoRALinear is computed again in backward and cannot tell which adapter acted in the "
+            "forward pass (expected torch.utils.checkpoint with use_reentrant=False, not nested)"
+        )
+    return noted[layer]
+
+
+class _NoFrame:
+    pass
+
+
+def _checkpoint_frame() -> Any:
+    """The frame of the non-reentrant checkpoint that we run in, or None.
+
+    PyTorch does not hand it out: it is what the innermost hook on saved tensors closes over, in the
+    forward pass and, as a weak reference, in the recomputation.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return None
+    pack = inspect.unwrap(hooks[0])
+    if getattr(pack, "__module__", "") != "torch.utils.checkpoint" or not pack.__closure__:
+        return None
+    cells = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
+    if "frame" in cells:
+        return cells["frame"].cell_contents
+    return cells["target_frame_ref"].cell_contents() if "target_frame_ref" in cells else None

@@ -1,0 +1,1 @@
+"""The operation on a CPU (and wherever no Triton kernel runs): route "reference"."""

@@ -1,0 +1,124 @@
+"""Tensor cores on a T4 (sm_75) with stock Triton.
+
+Triton 3.4 and later compile `tl.dot` for sm_75 to scalar FMA with spills, an eighth of the tensor
+cores' rate, and say nothing; upstream no longer supports the chip. The compiler still knows
+Turing's instruction, though: the pass that makes MMA layouts picks "version 2.0" for sm_80, and
+"2.1" is the layout of Turing's `mma.sync.m16n8k8`. So this hook replaces the TTGIR stage by the
+sm_80 one without pipelining (cp.async came with Ampere), and relabels layout and target in the
+module's text. Everything after that is stock.
+
+It acts on launches with `num_stages=1`, which the fp16 row for sm_75 has (fp32 has no tensor cores
+there).
+
+Triton has one hook for the whole process, so it is in place only while a kernel of ours is launched
+on such a chip: `tuning.launch` enters `compiling` for that. Triton compiles a kernel inside its
+first launch. The later launches need the hook, too: Triton 3.7 and later look a compiled kernel up
+by the hook's answer. Triton 3.6 has the hook in no cache's key; there a kernel that was once
+compiled without the hook would be taken from the disk for good, and all launches of ours on sm_75
+happen under it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import triton
+
+TESTED = ((3, 6), (3, 9))  # the versions that the tests compile with, first and last
+KERNELS = {"lora_down", "lora_fused", "lora_outer", "lora_reduce"}
+
+
+def problem() -> str:
+    """Why the hook cannot work with the Triton that is here, or ""."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if TESTED[0] <= version <= TESTED[1]:
+        return ""
+    return f"Triton {triton.__version__} is not one of {TESTED[0]} to {TESTED[1]}"
+
+
+def compiling() -> AbstractContextManager[Any]:
+    """A context in which kernels of ours compile for sm_75 with tensor cores, where that works."""
+    return nullcontext() if problem() else _compiling
+
+
+class Hook:
+    """Triton's stage hook, which first calls the one that was there before: see the module's text.
+
+    It changes nothing once it is not `active`: another library may have taken it for the hook that
+    was there before its own, and call it for good.
+    """
+
+    def __init__(self, earlier: Any = None) -> None:
+        self.earlier = earlier
+        self.active = True
+
+    def __call__(self, *stage: Any) -> Any:
+        """Replace the stage; without arguments (Triton 3.7 and later), answer the cache key."""
+        before = self.earlier(*stage) if self.earlier else ("", "")
+        if not stage:
+            key = _key() if self.active else ""
+            return before[0] + key, before[1] + key
+        backend, stages, options, _, capability = stage
+        acts = self.active and capability == 75 and options.num_stages == 1
+        if acts and "ttgir" in stages:
+            stages["ttgir"] = partial(_ttgir, backend, stages["ttgir"], options)
+        return None
+
+
+@cache
+def _key() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+class _Compiling:
+    """Puts the hook in Triton while any thread is inside."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.hook = Hook()
+
+    def __enter__(self) -> None:
+        runtime: Any = triton.knobs.runtime
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.hook = Hook(runtime.add_stages_inspection_hook)
+                runtime.add_stages_inspection_hook = self.hook
+
+    def __exit__(self, *_: object) -> None:
+        runtime: Any = triton.knobs.runtime
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.hook.active = False
+                # A hook that somebody else has put there meanwhile stays.
+                if runtime.add_stages_inspection_hook is self.hook:
+                    runtime.add_stages_inspection_hook = self.hook.earlier
+
+
+_compiling = _Compiling()
+
+
+def _ttgir(backend: Any, stock: Any, options: Any, module: Any, metadata: dict) -> Any:
+    if not KERNELS.issuperset(re.findall(r"tt\.func public @(\w+)", str(module))):
+        return stock(module, metadata)
+    from triton._C.libtriton import ir
+
+    module = backend.make_ttgir(module, metadata, options, 80)
+    text = str(module).replace("cuda:80", "cuda:75")
+    text = text.replace("versionMajor = 2, versionMinor = 0", "versionMajor = 2, versionMinor = 1")
+    # The parser reads files only.
+    with tempfile.NamedTemporaryFile("w", suffix=".ttgir") as file:
+        file.write(text)
+        file.flush()
+        relabelled = ir.parse_mlir_module(file.name, module.context)
+    relabelled.context = module.context
+    return relabelled
