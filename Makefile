@@ -35,7 +35,7 @@ lint: $(VENV)/.dev types
 types: $(VENV)/.dev
 	rm -rf build/types
 	mkdir -p build/types/fastlora
-	ln -s $(CURDIR)/fastlora/*.py $(CURDIR)/kernels $(CURDIR)/bert build/types/fastlora
+	ln -s $(CURDIR)/fastlora/* $(CURDIR)/kernels $(CURDIR)/bert build/types/fastlora
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache -p fastlora
 

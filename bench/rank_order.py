@@ -17,9 +17,9 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fastlora.config import TrainConfig
-from fastlora.lora.config import LoraConfig
 from fastlora.console import Log
 from fastlora.inputs import find_inputs
+from fastlora.lora.config import LoraConfig
 from fastlora.ranks import RANKS, sweep
 from fastlora.setup import prepare, read_encoder
 from fastlora.variants import side_by_side

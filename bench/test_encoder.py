@@ -7,9 +7,9 @@ import pytest
 import torch
 from implementations import PLACES
 
+from fastlora import LoraConfig, inject
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel, Layout
-from fastlora import LoraConfig, inject
 from fastlora.setup import PARTS
 
 SHAPE = dict(

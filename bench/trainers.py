@@ -19,11 +19,11 @@ from torch import Tensor
 from fastlora.batches import Batch, collate
 from fastlora.bert.config import BertConfig
 from fastlora.config import TrainConfig
-from fastlora.lora.config import LoraConfig
 from fastlora.console import Log
 from fastlora.data import TaskData
 from fastlora.host import keep_freed_memory
 from fastlora.inputs import find_inputs
+from fastlora.lora.config import LoraConfig
 from fastlora.model import MultitaskBert
 from fastlora.parallel import Ranks
 from fastlora.setup import Setup, build_model, prepare, to_compute

@@ -46,12 +46,12 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _PACKAGES = ("bert", "kernels")
-__all__ = [  # noqa: PLE0604
-    *("Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "RunError", "Segment", "Task"),
-    *("TrainConfig", "UserError", "bert", "eject", "inject", "kernels", "load_adapter"),
-    *("load_trained", "lora_layers", "merge", "merge_and_unload", "pack", "parameter_report"),
-    *("run_training", "save_adapter", "set_adapter", "unmerge", "use_adapter"),
-]
+__all__ = [
+    "Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "RunError", "Segment", "Task",
+    "TrainConfig", "UserError", "bert", "eject", "inject", "kernels", "load_adapter",
+    "load_trained", "lora_layers", "merge", "merge_and_unload", "pack", "parameter_report",
+    "run_training", "save_adapter", "set_adapter", "unmerge", "use_adapter",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

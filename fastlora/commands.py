@@ -260,7 +260,8 @@ def tune(
     where, dtype = compute_of(device, precision)
     if where.type != "cuda":
         raise UserError(f"device is {where}: only a CUDA GPU has block sizes to tune")
-    from fastlora.kernels import tuner, tuning
+    from fastlora import tuner
+    from fastlora.kernels.triton import tuning
 
     use_measured_blocks()  # of other types and GPUs: they stay
     tuner.tune(where, dtype, print)

@@ -57,7 +57,7 @@ class LoraOptions:
     ] = ("query", "value")
 
     def __post_init__(self) -> None:
-        ok = not isinstance(self.targets, str)
+        ok = len(self.targets) > 0 and not isinstance(self.targets, str)
         _check(ok, "targets", self.targets, "a list of one matrix or more")
         self.config()
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from fastlora.bert.source import Source, resolve
 from fastlora.config import DEFAULT_TASKS, TrainConfig
-from fastlora.lora.config import TARGETS
 from fastlora.errors import UserError
 from fastlora.files import cache_folder
+from fastlora.lora.config import TARGETS
 from fastlora.tasks import BUILTIN, Task, task_from_table
 
 

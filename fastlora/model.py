@@ -24,7 +24,6 @@ from fastlora.lora.model import inject, use_adapter
 from fastlora.lora.routing import Segment
 from fastlora.tasks import Task
 
-
 VARIANT = "@"
 
 
@@ -104,6 +103,7 @@ class Projection:
         self.versions: tuple = ()
 
     def __call__(self, attention: SelfAttention, x: Tensor) -> Tensor:
+        """[T, H] -> [T, 3H]."""
         weight, bias = attention.packed()
         layers = (attention.query, attention.key, attention.value)
         if torch.compiler.is_compiling():

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters import adapter_names, adapter_place, read_heads
+from fastlora.config import LoraOptions
 from fastlora.console import number
 from fastlora.files import atomic_open, read_json, read_toml
-from fastlora.tensors import read_tensors
-from fastlora.lora.config import LoraConfig, is_target
+from fastlora.lora.config import is_target
 from fastlora.lora.files import read_config
 from fastlora.lora.layer import DEFAULT
 from fastlora.pages import plot, table, write_pages
 from fastlora.tasks import Task
+from fastlora.tensors import read_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ class _Run:
         self.tasks = {name: task for name, task in tasks.items() if name in self.result["scores"]}
         names = adapter_names(extra["adapters"], tasks)
         places = {n: adapter_place(self.adapter, n) for n in names if extra["mode"] == "lora"}
-        self.adapters = {name: read_config(place) for name, place in places.items()}
+        self.adapters = {n: LoraOptions.of(read_config(place)) for n, place in places.items()}
         self.answers = {}
         for name in self.tasks:
             path = folder / "predictions" / f"{name}-dev.csv"
@@ -203,7 +204,7 @@ def _ranks(run: _Run, adapter: str) -> Iterator[str]:
     yield plot(run.folder / "plots" / f"ranks-{adapter}.png", len(settings.targets), draw)
 
 
-def _spectra(folder: Path, settings: LoraConfig) -> dict[tuple[int, str], Tensor]:
+def _spectra(folder: Path, settings: LoraOptions) -> dict[tuple[int, str], Tensor]:
     """The singular values [min(r, in, out)] of scale B A, largest first, by layer and target.
 
     With B = P R and A^T = Q S (QR), they are those of the small scale R S^T: B A is never formed.
@@ -215,7 +216,7 @@ def _spectra(folder: Path, settings: LoraConfig) -> dict[tuple[int, str], Tensor
             B = tensors[key.replace(".lora_A.", ".lora_B.")]
             R, S = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.T))
             target = next(t for t in settings.targets if is_target(match[2], t))
-            spectra[int(match[1]), target] = settings.scale * torch.linalg.svdvals(R @ S.T)
+            spectra[int(match[1]), target] = settings.config().scale * torch.linalg.svdvals(R @ S.T)
     return spectra
 
 

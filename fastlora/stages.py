@@ -27,9 +27,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastlora.batches import subset
 from fastlora.config import SearchConfig, TrainConfig
-from fastlora.lora.config import TARGETS
 from fastlora.console import Log
 from fastlora.errors import Interrupted, RunError, UserError
+from fastlora.lora.config import TARGETS
 from fastlora.ranks import RANKS, smallest_within_error, sweep
 from fastlora.setup import Setup
 from fastlora.variants import side_by_side, variant_name, variant_parameters

@@ -20,8 +20,9 @@ from fastlora.kernels.call import Call, Shape, padded
 from fastlora.kernels.dropout import LANES, keep_mask, philox_keep
 from fastlora.kernels.routes import implementation
 
-# The packed forms of the weight, and who keeps what a CUDA graph reads; see `Call`.
-Owned = tuple[dict | None, Callable[..., None] | None]
+# The packed forms of the weight, who keeps what a CUDA graph reads, and, in backward, whether the
+# factors come through hooks; see `Call`.
+Owned = tuple[dict | None, Callable[..., None] | None, bool]
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -38,7 +39,7 @@ def _parse(
     scales: Sequence[float],
     places: Sequence[int],
     route: str,
-    owned: Owned = (None, None),
+    owned: Owned = (None, None, False),
 ) -> tuple[Any, Call]:
     """A route's implementation, and what it is called with."""
     half, shapes, ranges = len(scales), [], []
@@ -46,8 +47,10 @@ def _parse(
         column, drop, stream, start, stop = places[5 * i : 5 * i + 5]
         shapes.append(Shape(B.shape[1], B.shape[0], column, scale, drop, stream))
         ranges.append((start, stop))
-    A, B = factors[:half], factors[half:]
-    return implementation(route), Call(weight, A, B, seed, tuple(shapes), tuple(ranges), *owned)
+    layout = tuple(shapes), tuple(ranges)
+    forms, keep, hooked = owned
+    call = Call(weight, factors[:half], factors[half:], seed, *layout, forms, keep, hooked)
+    return implementation(route), call
 
 
 def _forward(x: Tensor, bias: Tensor | None, *description: Any) -> tuple[Tensor, Tensor]:
@@ -156,7 +159,8 @@ class _Eager(torch.autograd.Function):
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         y, saved = _forward(x, bias, weight, factors, seed, *fixed, owned)
-        ctx.fixed, ctx.owned = fixed, owned
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        ctx.fixed, ctx.owned = fixed, (*owned[:2], hooks is not None)
         _save(ctx, x, saved, weight, seed, factors)
         if ctx.width == 0:
             ctx.mark_non_differentiable(saved)
@@ -166,12 +170,14 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple:
         x, saved, weight, seed, *factors = ctx.saved_tensors
         need_dx, need_bias = ctx.needs_input_grad[:2]
-        dx, d_factors = None, [None] * len(factors)
+        dx: Tensor | None = None
+        d_factors: list[Any] = [None] * len(factors)
         if grad is None:
             pass
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() or _is_batch(grad):
             # Where [x | u] is saved, its left part stands for x, in the graph, too.
-            x = saved[:, : ctx.width] if x is None and ctx.width else x
+            with torch.enable_grad():
+                x = saved[:, : ctx.width] if x is None and ctx.width else x
             needed = need_dx, *ctx.needs_input_grad[6:]
             dx, *d_factors = _differentiable(grad, x, weight, seed, factors, ctx.fixed, needed)
         else:
@@ -187,31 +193,47 @@ class _Eager(torch.autograd.Function):
 
 def _differentiable(
     grad: Tensor,
-    x: Tensor | None,
+    x: Any,
     weight: Tensor,
     seed: Tensor | None,
     factors: Sequence[Tensor],
     fixed: tuple,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x and the factors where needed, as functions that autograd knows."""
+    """The gradients of x and the factors where needed, as functions that autograd knows.
+
+    They also serve a batch of gradients at once, which no fused form takes.
+    """
     scales, places, route = fixed
+    if not any(needed):
+        return [None] * len(needed)
     half = len(scales)
     if not half:
         return [grad @ weight if needed[0] else None]
-    terms = [
-        reference.Term(
-            A, B, c * (LANES - drop) / LANES, drop / LANES, stream, start, stop, column
-        )
-        for A, B, c, (column, drop, stream, start, stop) in zip(
-            factors[:half], factors[half:], scales, _by_fives(places), strict=True
-        )
-    ]
     mask = keep_mask if route == "reference" else philox_keep
-    y = reference.lora_grouped(x, weight, None, terms, seed, mask)
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad(), _without_autocast(grad):
+        # Other names for them: x may depend on the factors, as where two layers share an adapter,
+        # and what flows through it is not this function's part of their gradient.
+        x, *factors = (t.view_as(t) for t in (x, *factors))
+        terms = [
+            reference.Term(
+                A, B, c * (LANES - drop) / LANES, drop / LANES, stream, start, stop, column
+            )
+            for A, B, c, (column, drop, stream, start, stop) in zip(
+                factors[:half], factors[half:], scales, _by_fives(places), strict=True
+            )
+        ]
+        y = reference.lora_grouped(x, weight, None, terms, seed, mask)
     leaves = [leaf for leaf, need in zip((x, *factors), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=True))
+    found = iter(torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=differentiable))
     return [next(found) if need else None for need in needed]
+
+
+def _is_batch(grad: Tensor) -> bool:
+    """Whether this stands for many gradients, by `is_grads_batched` or `torch.func.vmap`."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
 
 
 def _by_fives(places: Sequence[int]) -> list[Sequence[int]]:

@@ -37,6 +37,8 @@ class Call(NamedTuple):
     forms: dict | None = None  # the packed forms of the weight, where its owner holds some
     # While a CUDA graph is captured, it takes what the graph will read.
     keep: Callable[..., None] | None = None
+    # In backward, whether somebody's hooks gave the factors back: perhaps as other tensors.
+    hooked: bool = False
 
     def form(self, key: Hashable, make: Callable[[], T]) -> T:
         """A packed form of the weight: made for this call, or kept by the weight's owner."""
@@ -62,5 +64,3 @@ def is_uniform(shapes: Sequence[Shape], ranges: Ranges, rows: int) -> bool:
         return False
     blocks = sorted((s.column, s.column + s.width) for s in shapes)
     return all(a[1] <= b[0] for a, b in pairwise(blocks))
-
-

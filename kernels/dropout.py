@@ -55,7 +55,7 @@ def keep_mask(
 ) -> Tensor:
     """Keep mask [rows, columns] on the seed's device."""
     if seed.device.type != "cpu":
-        return philox_keep(seed, stream, rows, columns, p).to(dtype)
+        return philox_keep(seed, stream, rows, columns, p, dtype)
     draw = _lanes_uncompiled if torch.compiler.is_compiling() else _lanes
     number = int(seed)
     lanes, first = draw(number, stream, rows, columns), number % _PERIOD
@@ -87,15 +87,22 @@ def _limits(drop: int, bits: int) -> Tensor:
     """uint8 [2^bits, 1]: `drop` / 256 rounded down or up, right on average over any 256 rows."""
     high, low = divmod(drop, 256)
     # An odd step spreads the rows that are rounded up.
-    up = torch.arange(1 << bits) * 159 % _PERIOD < low
+    up = torch.arange(1 << bits, device="cpu") * 159 % _PERIOD < low
     return (up + high).to(torch.uint8).unsqueeze(1)
 
 
-def philox_keep(seed: Tensor, stream: int, rows: int, columns: int, p: float) -> Tensor:
+def philox_keep(
+    seed: Tensor,
+    stream: int,
+    rows: int,
+    columns: int,
+    p: float,
+    dtype: torch.dtype = torch.bool,
+) -> Tensor:
     """The specification: Philox4x32-7 with counter (column // 8, row, stream, 0).
 
     Lane j = column % 8 is half j % 2 (low first) of word j // 2; it keeps when it is at least
-    `threshold(p)`. Returns a boolean [rows, columns] on the seed's device.
+    `threshold(p)`. Returns [rows, columns] on the seed's device; arguments as in `keep_mask`.
     """
     groups = (columns + 7) // 8
     key0, key1 = seed & _LOW, (seed >> 32) & _LOW
@@ -109,7 +116,7 @@ def philox_keep(seed: Tensor, stream: int, rows: int, columns: int, p: float) ->
         key0, key1 = (key0 + _W0) & _LOW, (key1 + _W1) & _LOW
     words = torch.stack((c0, c1, c2, c3), -1)
     lanes = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(rows, groups * 8)
-    return lanes[:, :columns] >= threshold(p)
+    return (lanes[:, :columns] >= threshold(p)).to(dtype)
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:

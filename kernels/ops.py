@@ -20,11 +20,13 @@ from fastlora.kernels.autograd import lora, lora_eager
 from fastlora.kernels.dropout import draw_seed, threshold
 from fastlora.kernels.packed import Packed, form
 from fastlora.kernels.reference import Term
-from fastlora.kernels.routes import route
+from fastlora.kernels.routes import is_forced, route
 from fastlora.kernels.triton import tuning
 
 _TYPES = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Multiply-adds of a product on a CPU below which plain PyTorch is faster than the fused form.
+FEW = 40_000_000
 
 
 def lora_grouped(
@@ -42,6 +44,8 @@ def lora_grouped(
     when a shape does not fit, and what `torch.nn.functional.linear` raises.
     """
     _check(x, weight, terms)
+    if _is_small(x, weight):
+        return reference.lora_grouped(x, weight, bias, terms, seed)
     plain = not _fusable(x, weight, bias, terms, seed, packed)
     if not plain:
         dtype = _compute_dtype(x)
@@ -50,9 +54,13 @@ def lora_grouped(
         plain = not terms and name != "reference"
     if plain:
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    forms = packed.forms(weight) if packed is not None else None
+    compiling = torch.compiler.is_compiling()
+    forms = None if packed is None or compiling else packed.forms(weight)
+    keep = packed.keep if packed is not None and _capturing(x) else None
     if weight.dtype != dtype:
-        weight = form(forms, dtype, lambda: weight.to(dtype))
+        weight = _cast(weight, dtype, forms)
+        if keep is not None:
+            keep(weight)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1 or rows.stride(0) == 0:
@@ -66,11 +74,10 @@ def lora_grouped(
         drop = threshold(term.dropout_p)
         places += (term.column, drop, term.stream, start, max(start, stop))
     fixed = [term.c for term in terms], places, name
-    if torch.compiler.is_compiling():
+    if compiling:
         y, _ = lora(rows, bias, weight, factors, seed, *fixed)
     else:
-        keep = packed.keep if packed is not None and _capturing(x) else None
-        y, _ = lora_eager(rows, bias, weight, seed, fixed, (forms, keep), *factors)
+        y, _ = lora_eager(rows, bias, weight, seed, fixed, (forms, keep, False), *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -143,6 +150,24 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, forms: dict | None) -> Tensor:
+    if forms is None:
+        return weight.to(dtype)
+    # What is cast in inference mode could not be saved for backward later.
+    with torch.inference_mode(False):
+        return form(forms, dtype, lambda: weight.to(dtype))
+
+
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product is so small that plain PyTorch is the faster."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and x.numel() * weight.shape[0] < FEW
+        and not is_forced()
+    )
 
 
 def _fusable(

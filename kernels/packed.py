@@ -26,8 +26,9 @@ def form(forms: dict | None, key: Hashable, make: Callable[[], T]) -> T:
         return make()
     found = forms.get(key)
     if found is None:
-        while len(forms) >= LIMIT:
-            forms.pop(next(iter(forms)), None)
+        # A list of the keys, for another thread may change the dictionary meanwhile.
+        for oldest in list(forms)[: max(0, len(forms) - LIMIT + 1)]:
+            forms.pop(oldest, None)
         found = forms[key] = make()
     return found
 

@@ -87,6 +87,11 @@ def route(
     return Route(name, "forced" if _forced.get() else "forced by FASTLORA_ROUTE")
 
 
+def is_forced() -> bool:
+    """Whether the route is not chosen by what is fastest."""
+    return bool(_forced.get() or os.environ.get("FASTLORA_ROUTE"))
+
+
 @contextmanager
 def forced_route(name: str) -> Iterator[None]:
     """Make `lora_grouped` take a route in this thread, for tests and benchmarks."""

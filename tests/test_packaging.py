@@ -39,8 +39,9 @@ def test_wheel_has_one_top_level(wheel):
 
 def test_wheel_holds_every_module(wheel):
     for package, folder in SETUPTOOLS["package-dir"].items():
-        for module in (ROOT / folder).glob("*.py"):
-            assert f"{package.replace('.', '/')}/{module.name}" in wheel
+        for module in (ROOT / folder).rglob("*.py"):
+            inside = module.relative_to(ROOT / folder).as_posix()
+            assert f"{package.replace('.', '/')}/{inside}" in wheel
 
 
 def test_package_list_equals_tree():

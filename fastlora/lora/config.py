@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
+from typing import Any
 
 from fastlora.errors import UserError
 
@@ -23,7 +24,7 @@ ALL = ("all", "all-linear")
 FAMILIES = (
     ("query", "value"),  # BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, ALBERT, ViT
     ("q_lin", "v_lin"),  # DistilBERT
-    ("query_proj", "value_proj"),  # DeBERTa
+    ("query_proj", "value_proj"),  # DeBERTa-v2 and v3
     ("q_proj", "v_proj"),  # Llama, OPT, CLIP, BART
     ("q", "v"),  # MPNet, T5
     ("Wqkv",),  # ModernBERT
@@ -53,7 +54,7 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.1
     rslora: bool = False
-    targets: tuple[str, ...] | None = None
+    targets: str | Sequence[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     lora_alpha: InitVar[float | None] = None
@@ -71,11 +72,17 @@ class LoraConfig:
         spelled = {"alpha": lora_alpha, "dropout": lora_dropout, "rslora": use_rslora}
         for name, value in {**spelled, "targets": target_modules}.items():
             if value is not None:
+                ours = getattr(self, name)
+                check(ours in (value, getattr(LoraConfig, name)), name, ours, f"{value!r} alone")
                 object.__setattr__(self, name, value)
         if self.targets is not None:
             names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
             object.__setattr__(self, "targets", names)
-            check(len(names) > 0, "targets", names, "one name or more")
+            ok = len(names) > 0 and all(isinstance(name, str) for name in names)
+            check(ok, "targets", names, "one name or more")
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            for pattern in patterns:
+                check(_is_pattern(pattern), "a pattern", pattern, "a regular expression")
         for r in (self.r, *self.rank_pattern.values()):
             check(type(r) is int and r >= 1, "r", r, "1 or more")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
@@ -95,7 +102,7 @@ class LoraConfig:
     def of_layer(self, name: str) -> LoraConfig:
         """The settings of the layer of this name, with what the patterns say in place."""
 
-        def pick(patterns: Mapping, otherwise: float) -> float:
+        def pick(patterns: Mapping, otherwise: Any) -> Any:
             matches = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name))
             return next(matches, otherwise)
 
@@ -107,6 +114,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 def is_target(name: str, target: str) -> bool:
     """Whether a linear layer of this name is meant by one of `LoraConfig.targets`."""
     suffixes = {target, TARGETS.get(target, target)}
@@ -114,7 +129,6 @@ def is_target(name: str, target: str) -> bool:
         return False
     if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes):
         return True
-    try:
-        return re.fullmatch(target, name) is not None
-    except re.error:
-        return False
+    # A dot alone makes no regular expression: "layer.1" does not mean "layer_1".
+    is_regex = re.search(r"[\\^$*+?(\[{|]", target) is not None and _is_pattern(target)
+    return is_regex and re.fullmatch(target, name) is not None

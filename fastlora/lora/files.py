@@ -27,6 +27,7 @@ from fastlora.tensors import check_tensors, read_tensors, write_tensors
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_OURS = re.compile(r"\.(lora_[AB]\.[^.]+|base_weight)$")  # in a state dict, of adapters
 
 # The types or values that PEFT's settings have in plain LoRA; any other setting must be unset.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -68,6 +69,11 @@ def save_adapter(
     known = adapter_names(layers.values())
     name = known[0] if adapter is None and len(known) == 1 else adapter
     own = {module: layer for module, layer in layers.items() if name in layer.settings}
+    if wrapped := [m for m in own if not m or m.split(".")[0] in ("module", "_orig_mod")]:
+        raise UserError(
+            f"layer {wrapped[0]!r} has no name in PEFT's format (expected the model itself, not a "
+            "single layer, nor what DistributedDataParallel or torch.compile made of it)"
+        )
     if name is None or not own:
         there = ", ".join(map(repr, known)) or "none"
         raise UserError(f"the model has no adapter named {name!r} (its adapters: {there})")
@@ -83,6 +89,8 @@ def save_adapter(
     config |= {"base_model_name_or_path": base_model or None}
     if modules:
         config["modules_to_save"] = modules
+    # A sharded parameter is gathered: all processes take part.
+    tensors = {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     parts = {file: folder / f".{file}.{os.getpid()}" for file in (WEIGHTS, CONFIG)}
     try:
@@ -96,7 +104,7 @@ def save_adapter(
 
 
 def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -> None:
-    """Load an adapter of ours or of PEFT, and heads saved with it: all of it or, on UserError, none.
+    """Load an adapter of ours or of PEFT, and the heads saved with it; on UserError, nothing.
 
     A model without this adapter gets it by `inject`; heads stay trainable. Refuses anything but
     plain LoRA, settings other than the model's, and missing, unexpected, misshapen or non-finite
@@ -111,17 +119,22 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
     if not modules:
         raise UserError(f"{folder / WEIGHTS}: holds no LoRA weights")
     expected: dict[str, Tensor] = {}
-    shape = {"device": "meta", "dtype": torch.float32}
     for module in modules:
         linear, r = linears[module], config.of_layer(module).r
-        expected[f"{_ROOT}{module}.lora_A.weight"] = torch.empty(r, linear.in_features, **shape)
-        expected[f"{_ROOT}{module}.lora_B.weight"] = torch.empty(linear.out_features, r, **shape)
+        for side, shape in (("A", (r, linear.in_features)), ("B", (linear.out_features, r))):
+            expected[f"{_ROOT}{module}.lora_{side}.weight"] = torch.empty(shape, device="meta")
     heads = read_json(folder / CONFIG).get("modules_to_save") or []
     state = model.state_dict(keep_vars=True)
-    for key in (key for key in tensors if not _FACTOR.fullmatch(key)):
-        name = key.removeprefix(_ROOT)
-        if name in state and any(f".{head}." in f".{name}" for head in heads):
-            expected[key] = state[name]
+    for module, _ in model.named_modules():
+        # PEFT compares the ends of names, so that its "classifier" is "pre_classifier", too.
+        names = [n for n in state if n.startswith(f"{module}.") and not _OURS.search(n)]
+        there = any(_ROOT + name in tensors for name in names)
+        if there and any(module.endswith(head) for head in heads):
+            expected |= {_ROOT + name: state[name] for name in names}
+    if any(linears[m].weight.is_meta for m in modules) or any(
+        value.is_meta for name, value in state.items() if _ROOT + name in expected
+    ):
+        raise UserError(f"{folder / WEIGHTS}: the model lies on the meta device, or is offloaded")
     _check_settings(model, folder, config, modules, adapter)
     check_tensors(folder / WEIGHTS, tensors, expected)
     trained = tuple({key.removeprefix(_ROOT) for key in expected if not _FACTOR.fullmatch(key)})
@@ -190,8 +203,8 @@ def _trained_modules(model: nn.Module) -> list[str]:
             left = {n: p for n, p in left.items() if not n.startswith(f"{name}.")}
     if left:
         raise UserError(
-            f"parameter {next(iter(left))!r} is trained, but neither an adapter nor a whole module: "
-            "PEFT's format has no place for it (expected it frozen, or its module trained whole)"
+            f"parameter {next(iter(left))!r} trains, but is neither in an adapter nor in a module "
+            "that trains whole: PEFT's format has no place for it"
         )
     return found
 
@@ -216,8 +229,11 @@ def _peft_config(
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
         "target_modules": sorted(ends if meant == layers.keys() else layers),
-        "rank_pattern": {module: s.r for module, s in settings.items() if s.r != r},
-        "alpha_pattern": {module: s.alpha for module, s in settings.items() if s.alpha != alpha},
+        # Anchored, for PEFT would take a bare name as the end of other names, too.
+        "rank_pattern": {f"^{re.escape(n)}": s.r for n, s in settings.items() if s.r != r},
+        "alpha_pattern": {
+            f"^{re.escape(n)}": s.alpha for n, s in settings.items() if s.alpha != alpha
+        },
         "bias": "none",
     }
 
@@ -233,6 +249,8 @@ def _check_settings(
     for name in modules if layers else ():
         if name not in layers:
             raise UserError(f"{folder / WEIGHTS}: layer {name!r} has no adapter in the model")
+        if adapter in layers[name].merged:
+            raise UserError(f"{folder / WEIGHTS}: adapter {adapter!r} is merged; unmerge it first")
         theirs, ours = config.of_layer(name), layers[name].settings[adapter]
         # Dropout is training's business.
         if not replace(theirs, dropout=ours.dropout).is_like(ours):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import cache, partial
+from types import MethodType
 from typing import Any
 from zlib import crc32
 
@@ -21,6 +22,7 @@ from fastlora.lora.routing import Choice, choice_of
 
 DEFAULT = "default"
 _PLAIN = (nn.Linear.forward, Linear.forward)
+_FORWARDS = ("forward", "_old_forward")  # the second is that of accelerate's hooks
 
 
 class LoRALinear(Linear):
@@ -33,11 +35,8 @@ class LoRALinear(Linear):
     of range.
     """
 
-    settings: dict[str, LoraConfig]
     active: tuple[str, ...] | None  # None: several adapters, and none has been chosen
-    merged: tuple[str, ...] = ()  # the adapters that `weight` contains
-    scopes: int = 0  # of `use_adapter`, in any thread, that cover it now
-    was_scoped: bool = False  # whether one ever did
+    base_weight: Tensor  # W0, while something is merged
 
     def __init__(
         self,
@@ -52,18 +51,23 @@ class LoRALinear(Linear):
         dropout: float = 0.1,
         rslora: bool = False,
     ) -> None:
-        self.base_class: type[nn.Linear] = nn.Linear
         super().__init__(in_features, out_features, bias, device, dtype)
         self.requires_grad_(False)
-        self._prepare()
+        self._prepare(nn.Linear, 0)
         self.add_adapter(DEFAULT, LoraConfig(r, alpha, dropout, rslora))
         self.active = (DEFAULT,)
 
-    def _prepare(self, stream: int = 0) -> None:
+    def _prepare(self, base_class: Any, stream: int) -> None:
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.settings, self.active = {}, None
+        self.settings: dict[str, LoraConfig] = {}
         self.streams: dict[str, int] = {}  # of the adapters' masks
-        self.stream = stream
+        self.active = None
+        self.merged: tuple[str, ...] = ()  # the adapters that `weight` contains
+        self.scopes = 0  # of `use_adapter`, in any thread, that cover it now
+        self.was_scoped = False  # whether a forward pass that may be computed again ran in one
+        self.base_class, self.base_forward, self.stream = base_class, None, stream
+        # A hook keeps nn.TransformerEncoderLayer off its fast path, which reads `weight`.
+        self.hook = self.register_forward_pre_hook(_nothing)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, stream: int = 0) -> LoRALinear:
@@ -72,30 +76,50 @@ class LoRALinear(Linear):
         It stays the same object, with its hooks, parametrisations and places in the model, and has
         no adapter yet. `stream` separates its random numbers from those of other layers.
         """
-        if isinstance(linear, LoRALinear):
-            return linear
-        base_class = type(linear)
-        linear.__class__ = _adapted_class(base_class)
+        base_class: Any = type(linear)
+        linear.__class__ = adapted_class(base_class)
         assert isinstance(linear, LoRALinear)
-        linear.base_class = base_class
-        # A forward that was put on the instance, as accelerate's offloading does, is the base's.
-        if "forward" in vars(linear):
-            linear.base_forward = vars(linear).pop("forward")
-        linear._prepare(stream)
+        try:
+            linear._prepare(base_class, stream)
+        except Exception:
+            linear._strip(base_class)
+            raise
+        # A forward that was put on the instance is the base's. accelerate's hooks, which stay where
+        # they are, call `_old_forward` and put it back when they are removed.
+        hooked = "_old_forward" in vars(linear)
+        forward = vars(linear).pop("_old_forward" if hooked else "forward", None)
+        if forward is not None and getattr(forward, "__func__", None) is not base_class.forward:
+            linear.base_forward = forward
+        if hooked:
+            vars(linear)["_old_forward"] = MethodType(type(linear).forward, linear)
         return linear
+
+    def why_stuck(self) -> str:
+        """Why it cannot be turned back now, or ""."""
+        if type(self) is not adapted_class(self.base_class):
+            return f"its class has become {type(self).__name__} since (parametrised or sharded)"
+        patched = vars(self).get("forward")
+        ours = getattr(patched, "__func__", None) is type(self).forward
+        if patched is not None and not ours and "_old_forward" not in vars(self):
+            return "its forward has been replaced since"
+        return "it is in use in a block of use_adapter" if self.scopes else ""
 
     def to_linear(self) -> nn.Linear:
         """Turn back into what `from_linear` was given, in place; the weight stays as it is."""
-        base_forward = vars(self).pop("base_forward", None)
-        for name in ("lora_A", "lora_B", "base_weight"):
-            self._modules.pop(name, None), self._buffers.pop(name, None)
-        names = "settings active streams stream merged scopes was_scoped packed _parameter _frozen"
-        for name in names.split():
-            vars(self).pop(name, None)
-        self.__class__ = vars(self).pop("base_class")
-        if base_forward is not None:
-            self.forward = base_forward
+        base_class, base_forward, forward = self.base_class, self.base_forward, type(self).forward
+        self.hook.remove()
+        self._strip(base_class)
+        # Where hooks have put our forward on the instance, now or before, goes the base's.
+        places = [k for k in _FORWARDS if getattr(vars(self).get(k), "__func__", None) is forward]
+        for name in places or (["forward"] if base_forward is not None else []):
+            vars(self)[name] = base_forward or MethodType(base_class.forward, self)
         return self
+
+    def _strip(self, base_class: Any) -> None:
+        for name in OWN:
+            for place in (vars(self), self._modules, self._buffers):
+                place.pop(name, None)
+        self.__class__ = base_class
 
     def add_adapter(
         self, name: str, config: LoraConfig, seed: int | None = None, draws_as: str | None = None
@@ -105,25 +129,24 @@ class LoRALinear(Linear):
         Its start is a function of (seed, the layer's stream, `draws_as` or its name); by default
         PyTorch's generator gives the seed.
         """
-        key = (draws_as or name).encode()
-        self.settings[name], self.streams[name] = config, crc32(key, self.stream)
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        key = crc32((draws_as or name).encode(), self.stream)
+        seed = (draw_number() if seed is None else seed) ^ key
+        # Not `weight`, which a parametrisation would compute.
+        base = next(p for n, p in self.named_parameters() if "lora_" not in n)
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         A = torch.empty(config.r, self.in_features, dtype=dtype, device="cpu")
-        seed = draw_number() if seed is None else seed
-        nn.init.kaiming_uniform_(
-            A,
-            a=math.sqrt(5),
-            generator=torch.Generator("cpu").manual_seed(seed ^ crc32(key, self.stream)),
-        )
+        generator = torch.Generator("cpu").manual_seed(seed)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         # What accelerate has offloaded is on the meta device between its calls.
         device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
-        A = A.to(self.weight.device if device is None else device)
+        A = A.to(base.device if device is None else device)
+        self.settings[name], self.streams[name] = config, key
         self.lora_A[name] = nn.Parameter(A)
         self.lora_B[name] = nn.Parameter(A.new_zeros(self.out_features, config.r))
 
     def reset_parameters(self) -> None:
         """Draw the base's and all adapters' parameters anew, as after `to_empty`."""
-        self.base_class.reset_parameters(self)
+        vars(self).get("base_class", nn.Linear).reset_parameters(self)
         for name in vars(self).get("settings", ()):
             nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
             nn.init.zeros_(self.lora_B[name])
@@ -131,7 +154,7 @@ class LoRALinear(Linear):
     @property
     def is_plain(self) -> bool:
         """Whether the base computes x W^T + b and nothing else."""
-        return self.base_class.forward in _PLAIN and "base_forward" not in vars(self)
+        return self.base_class.forward in _PLAIN and self.base_forward is None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -143,16 +166,21 @@ class LoRALinear(Linear):
     def _around_base(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base's own forward gives, and the terms."""
         terms, seed = self.terms(input)
-        base_forward = vars(self).get("base_forward") or partial(self.base_class.forward, self)
+        base_forward = self.base_forward or partial(self.base_class.forward, self)
         y = base_forward(input, *args, **kwargs)
+        if terms and y.shape != (*input.shape[:-1], self.out_features):
+            raise UserError(
+                f"{self.base_class.__name__} gives {list(y.shape)} for an input {list(input.shape)}"
+                f" (expected [..., {self.out_features}]): no adapter can be added to it"
+            )
         return add_terms(y, input, terms, seed) if terms else y
 
     def own_choice(self) -> Choice:
         """What `inject` or `set_adapter` made active."""
         if self.active is None:
             raise UserError(
-                "the model has several adapters and none is chosen (expected set_adapter(model, "
-                f"...) or use_adapter(model, ...) with some of them; here: {', '.join(self.settings)})"
+                f"the model has several adapters, here {', '.join(self.settings)}, and none is "
+                "chosen (expected set_adapter(model, ...) or use_adapter(model, ...))"
             )
         return Choice(self.active)
 
@@ -169,7 +197,8 @@ class LoRALinear(Linear):
             self._check_merged(x, choice)
             return [], None
         if choice.segments is None:
-            chosen = [(name, 0, None) for name in choice.names if name in self.settings]
+            everywhere: tuple[int, int | None] = (0, None)
+            chosen = [(name, *everywhere) for name in choice.names if name in self.settings]
         else:
             _check_rows(x, choice)
             # A segment counts in the leading dimension; a term counts in flattened rows.
@@ -193,6 +222,11 @@ class LoRALinear(Linear):
             )
             for name, start, stop in chosen
         ]
+        if any(term.lora_A.device != x.device for term in terms):
+            raise UserError(  # PyTorch computes with what lies on the meta device, without a word
+                f"an adapter lies on {terms[0].lora_A.device}, but its input on {x.device} "
+                "(expected one device; inject into a model that is offloaded already, not before)"
+            )
         return terms, choice.seed
 
     def _check_merged(self, x: Tensor, choice: Choice) -> None:
@@ -217,30 +251,37 @@ class LoRALinear(Linear):
 
         W0, which may be tied to another module's weight, stays as it is.
         """
-        self._parameter = [self.weight]  # in a list, so that it is not registered again
-        factors = (side[name] for side in (self.lora_A, self.lora_B) for name in names)
-        self._frozen = [factor.requires_grad_(False) for factor in factors if factor.requires_grad]
+        self.unmerged = [self.weight]  # in a list, so that it is not registered again
+        factors = [side[name] for side in (self.lora_A, self.lora_B) for name in names]
+        self.thawed = [factor for factor in factors if factor.requires_grad]
+        for factor in factors:  # without a gradient, an optimiser leaves it alone
+            factor.requires_grad_(False).grad = None
         self.register_buffer("base_weight", self.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.merged = tuple(names)
 
+    @property
+    def base_parameter(self) -> nn.Parameter:
+        """The parameter that W0 is, or was before a merge."""
+        return self.unmerged[0] if self.merged else self._parameters["weight"]  # type: ignore
+
     def put_back(self) -> None:
         """Let W0 be the weight again, and what trained before train."""
-        (parameter,) = self._parameter
-        if parameter.data_ptr() != self.base_weight.data_ptr():  # moved since
-            parameter.data = self.base_weight
-        for factor in self._frozen:
+        parameter = self.base_parameter
+        W0 = self.base_weight
+        if (parameter.dtype, parameter.device) != (W0.dtype, W0.device):  # the layer has moved
+            parameter.data = W0
+        for factor in self.thawed:
             factor.requires_grad_(True)
         self.weight, self.merged = parameter, ()
-        del self._parameter, self._frozen, self.base_weight
+        del self.unmerged, self.thawed, self.base_weight
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        weight, base_weight = prefix + "weight", prefix + "base_weight"
-        if self.merged and weight in state_dict:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
             rest[-1].append(f"{prefix}weight has an adapter merged into it: unmerge before loading")
             return
-        if base_weight in state_dict:  # written while an adapter was merged
-            state_dict[weight] = state_dict.pop(base_weight)
+        if prefix + "base_weight" in state_dict:  # written while an adapter was merged
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "base_weight")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
@@ -254,24 +295,35 @@ class LoRALinear(Linear):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class of an adapted subclass has no name to be found by.
-        make, arguments, *rest = super().__reduce_ex__(protocol)
-        if type(self) is not LoRALinear and type(self) is _adapted_class(self.base_class):
+        make, arguments, *rest = tuple(super().__reduce_ex__(protocol))
+        if "adapted_from" in vars(type(self)):
             make, arguments = _new, (self.base_class,)
         return (make, arguments, *rest)
 
 
-@lru_cache(maxsize=256)
-def _adapted_class(base: type[nn.Linear]) -> type[LoRALinear]:
+# What a LoRALinear has and `nn.Linear` has not; a subclass that has one of these is refused.
+OWN = {*vars(LoRALinear), "lora_A", "lora_B", "settings", "streams", "stream", "active", "merged"}
+OWN |= {"scopes", "was_scoped", "base_class", "base_forward", "hook", "unmerged", "thawed"}
+OWN = {name for name in OWN if not hasattr(nn.Linear, name)} | {"base_weight", "packed"}
+
+
+@cache
+def adapted_class(base: Any) -> type[LoRALinear]:
     """LoRALinear, or a subclass of it and of `base`."""
     if base in (nn.Linear, Linear):
         return LoRALinear
-    contents = {"__module__": base.__module__, "forward": LoRALinear._around_base}
+    forward = LoRALinear._around_base
+    contents = {"__module__": base.__module__, "forward": forward, "adapted_from": base}
     return type(f"LoRA{base.__name__}", (LoRALinear, base), contents)
 
 
-def _new(base: type[nn.Linear]) -> LoRALinear:
-    cls = _adapted_class(base)
+def _new(base: Any) -> LoRALinear:
+    cls = adapted_class(base)
     return cls.__new__(cls)
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def _check_rows(x: Tensor, choice: Choice) -> None:

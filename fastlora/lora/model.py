@@ -1,11 +1,12 @@
 """LoRA on a whole model: which layers get it, which adapters act, merging, and the report.
 
 `inject` turns linear layers into LoRALinear where they stand, so that hooks, ties and other
-references to them stay as they are. It checks everything first: one that is refused changes nothing.
+references to them stay as they are. It checks everything first: if refused, nothing has changed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,17 +18,13 @@ from torch import Tensor, nn
 
 from fastlora.errors import UserError
 from fastlora.kernels import Linear, Packed
-from fastlora.lora.config import ALL, FAMILIES, TARGETS, LoraConfig, is_target
+from fastlora.lora.config import LoraConfig
 from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number
-from fastlora.lora.routing import Choice, Segment, by_rows, scope
+from fastlora.lora.routing import Choice, Segment, by_rows, choice_of, scope
+from fastlora.lora.targets import check_layer, check_model, target_names, trained_parameters
 
-# Parts of a name that say that a linear layer belongs to a head.
-HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls", "heads")
-_FAST_PATHS = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
-    (nn.TransformerEncoder, "use_nested_tensor"),
-)
-_GUARDED = "_before_inject"  # a module's attributes that `_guard_parents` changed
+# What `inject` notes on the model: which parameters trained before, and a parent's own setting.
+_BEFORE, _NESTED = "_trained_before_inject", "_nested_before_inject"
 
 
 def inject(
@@ -41,84 +38,114 @@ def inject(
 
     `model` is any module; `config` are one adapter's settings, or {adapter name: settings}. Modules
     or parameters named in `train` (or by the end of their names) stay trainable. A model that has
-    adapters gets more of them: a layer keeps an adapter that it has with the same settings, and what
-    trained goes on training. A sole adapter is active; several must be chosen from by `set_adapter`
-    or `use_adapter`. Adapters in `draws_as` draw the random numbers of the one that it names.
+    adapters gets more of them: a layer keeps an adapter that it has with the same settings, and
+    what trained goes on training. A sole adapter is active; several must be chosen from by
+    `set_adapter` or `use_adapter`. Adapters in `draws_as` draw the random numbers of the one that
+    it names.
 
     Returns the layers of these adapters by module name. Raises UserError, with nothing changed, for
     a target that matches nothing or cannot be adapted, and for a model whose parameters are
     distributed already.
     """
     configs = {DEFAULT: config} if isinstance(config, LoraConfig) else dict(config)
-    _check_model(model, configs)
-    kept = _named(model, train, "train")
-    plan = {name: _targets(model, settings, kept) for name, settings in configs.items()}
+    check_model(model, configs)
+    kept = trained_parameters(model, train)
+    plan = {name: target_names(model, settings, kept) for name, settings in configs.items()}
     for adapter, names in plan.items():
         for name in names:
-            _check_layer(model, name, adapter, configs[adapter].of_layer(name))
-    layers = lora_layers(model)
-    known, seed = adapter_names(layers.values()), draw_number()
-    if not layers:
-        model._frozen_by_inject = [p for p in model.parameters() if p.requires_grad]  # type: ignore
-        model.requires_grad_(False)
-    injected: dict[str, LoRALinear] = {}
-    for name in dict.fromkeys(name for names in plan.values() for name in names):
-        layer = LoRALinear.from_linear(model.get_submodule(name), crc32(name.encode()))  # type: ignore
-        if name not in layers:
-            layer.requires_grad_(False)
-        injected[name] = layer
-        for adapter, names in plan.items():
-            if name in names and adapter not in layer.settings:
-                settings = configs[adapter].of_layer(name)
-                layer.add_adapter(adapter, settings, seed, (draws_as or {}).get(adapter))
-    for parameter in kept:
-        parameter.requires_grad_(True)
-    now = adapter_names(lora_layers(model).values())
-    choice = now if len(now) == 1 else None
-    if now == known:
+            check_layer(model, name, adapter, configs[adapter].of_layer(name))
+    layers, before = lora_layers(model), vars(model).get(_BEFORE)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        injected = _put_adapters(model, configs, plan, kept, draws_as or {})
+    except Exception as error:  # of a subclass that takes no attributes, for one
+        for name, layer in lora_layers(model).items():
+            if name not in layers:
+                layer.to_linear()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(name, True))
+        raise UserError(f"{type(model).__name__} takes no adapters: {error}") from error
+    if before is None:
+        vars(model)[_BEFORE] = trained
+    now = adapter_names((*layers.values(), *injected.values()))
+    choice: tuple[str, ...] | None = now if len(now) == 1 else None
+    if same := now == adapter_names(layers.values()):
         choice = next(iter(layers.values())).active
-    for name, layer in lora_layers(model).items():
-        if now != known or name not in layers:
-            layer.active = choice
+    for layer in injected.values() if same else lora_layers(model).values():
+        layer.active = choice
     _guard_parents(model)
     return injected
 
 
+def _put_adapters(
+    model: nn.Module,
+    configs: Mapping[str, LoraConfig],
+    plan: Mapping[str, Sequence[str]],
+    kept: Iterable[nn.Parameter],
+    draws_as: Mapping[str, str],
+) -> dict[str, LoRALinear]:
+    """Freeze the model and put each adapter on the layers that the plan names."""
+    layers, seed = lora_layers(model), draw_number()
+    if _BEFORE not in vars(model):
+        factors = {id(p) for layer in layers.values() for p in lora_parameters(layer)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in factors)
+    injected: dict[str, LoRALinear] = {}
+    for adapter, names in plan.items():
+        for name in names:
+            layer: Any = model.get_submodule(name)
+            if not isinstance(layer, LoRALinear):
+                layer = LoRALinear.from_linear(layer, crc32(name.encode()))
+                layer.requires_grad_(False)
+            injected[name] = layer
+            if adapter not in layer.settings:
+                settings = configs[adapter].of_layer(name)
+                layer.add_adapter(adapter, settings, seed, draws_as.get(adapter))
+    for parameter in kept:
+        parameter.requires_grad_(True)
+    return injected
+
+
 def eject(model: nn.Module) -> nn.Module:
-    """Undo `inject`: the original layers, bit for bit, and what trained before trains again."""
+    """Undo `inject`: the original layers, bit for bit, and what trained before trains again.
+
+    Returns the model. Raises UserError, with nothing changed, where a layer was parametrised,
+    sharded or patched since, and within `use_adapter`.
+    """
+    _check_loose(model)
     unmerge(model)
     return _without_lora(model)
 
 
 def merge_and_unload(model: nn.Module, *adapters: str) -> nn.Module:
-    """Merge adapters (by default the active ones) and leave plain layers; returns the model.
+    """Merge adapters (by default the active ones), or keep what is merged, and leave plain layers.
 
-    Raises UserError as `merge`, and for a tied weight that the model's `save_pretrained` would lose.
+    Returns the model. Raises UserError as `merge` and `eject`, and for a tied weight, which
+    `save_pretrained` would lose.
     """
-    if _merged(model) and adapters:
-        unmerge(model)
-    if not _merged(model):
-        merge(model, *adapters)
+    _check_loose(model)
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
             _check_tied(module)
+    if not _merged(model):
+        merge(model, *adapters)
     return _without_lora(model)
 
 
 def set_adapter(model: nn.Module, *adapters: str) -> None:
     """Let these adapters act from now on, added up; without a name, none. UserError if unknown."""
-    layers = lora_layers(model).values()
-    _check_names(layers, adapters)
+    layers, names = lora_layers(model).values(), tuple(dict.fromkeys(adapters))
+    _check_names(layers, names)
     for layer in layers:
-        layer.was_scoped |= layer.active not in (None, adapters)
-        layer.active = adapters
+        layer.was_scoped |= layer.active not in (None, names)
+        layer.active = names
 
 
 @contextmanager
 def use_adapter(
     model: nn.Module | Iterable[LoRALinear],
     *adapters: str,
-    rows: Sequence[str | None | Segment] | None = None,
+    rows: Sequence[str | Segment | None] | None = None,
     seed: Tensor | None = None,
 ) -> Iterator[None]:
     """Let these adapters act in a block of code, in this thread: added up; without a name, none.
@@ -127,8 +154,10 @@ def use_adapter(
     lists segments of rows. `seed`, int64 [], is that of all dropout masks. What the block computed
     under a non-reentrant checkpoint is computed again under the same choice. UserError if unknown.
     """
-    layers = lora_layers(model).values() if isinstance(model, nn.Module) else model
-    choice = Choice(adapters) if rows is None else by_rows(rows)
+    layers = tuple(lora_layers(model).values() if isinstance(model, nn.Module) else model)
+    choice = Choice(tuple(dict.fromkeys(adapters))) if rows is None else by_rows(rows)
+    if rows is not None and adapters:
+        raise UserError(f"rows and {', '.join(adapters)} are given (expected one of the two)")
     _check_names(layers, choice.names)
     with scope(layers, choice._replace(seed=seed)):
         yield
@@ -155,8 +184,7 @@ def merge(model: nn.Module, *adapters: str) -> None:
     where a layer's forward is not that of `nn.Linear`, and where a sum is not finite.
     """
     layers = lora_layers(model)
-    if not adapters and layers:
-        adapters = next(iter(layers.values())).own_choice().names
+    adapters = tuple(dict.fromkeys(adapters)) or _chosen(layers.values())
     _check_names(layers.values(), adapters)
     if not adapters or not layers:
         raise UserError(f"{type(model).__name__} has no active adapter to merge")
@@ -166,10 +194,11 @@ def merge(model: nn.Module, *adapters: str) -> None:
         if own and layer.merged:
             merged = " and ".join(layer.merged)
             raise UserError(f"adapter {merged} is merged already: unmerge it first")
-        if own and not (layer.is_plain and type(layer._parameters.get("weight")) is nn.Parameter):
+        W = layer._parameters.get("weight")  # an offloaded one is on the meta device
+        if own and not (layer.is_plain and type(W) is nn.Parameter and not W.is_meta):
             raise UserError(
                 f"layer {name!r} cannot be merged: {layer.base_class.__name__} does not compute "
-                "x W^T + b on a weight of its own"
+                "x W^T + b on a weight of its own, in memory"
             )
         if own:
             weights[name] = own, layer.merged_weight(own)
@@ -198,7 +227,7 @@ def pack(model: nn.Module) -> None:
 
 def parameter_report(model: nn.Module) -> dict[str, int]:
     """Number of parameters by bucket: "lora", "other trainable", "frozen"."""
-    adapters = {id(p) for m in lora_layers(model).values() for p in _lora_parameters(m)}
+    adapters = {id(p) for layer in lora_layers(model).values() for p in lora_parameters(layer)}
     report = {"lora": 0, "other trainable": 0, "frozen": 0}
     for parameter in model.parameters():
         bucket = "lora" if id(parameter) in adapters else "other trainable"
@@ -206,7 +235,8 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
     return report
 
 
-def _lora_parameters(layer: LoRALinear) -> list[nn.Parameter]:
+def lora_parameters(layer: LoRALinear) -> list[nn.Parameter]:
+    """The factors of all adapters of a layer."""
     return [*layer.lora_A.values(), *layer.lora_B.values()]
 
 
@@ -214,28 +244,39 @@ def _merged(model: nn.Module) -> list[LoRALinear]:
     return [layer for layer in lora_layers(model).values() if layer.merged]
 
 
+def _chosen(layers: Collection[LoRALinear]) -> tuple[str, ...]:
+    """The adapters that act now, on whole inputs."""
+    choices = [choice_of(layer) for layer in layers]
+    if any(choice.segments is not None for choice in choices):
+        raise UserError("adapters act by rows here (expected one choice for all rows)")
+    return choices[0].names if choices else ()
+
+
 def _without_lora(model: nn.Module) -> nn.Module:
     for layer in lora_layers(model).values():
         layer.to_linear()
-    for module in model.modules():
-        vars(module).update(vars(module).pop(_GUARDED, {}))
+    parameters = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoder):
+            vars(module).update(vars(module).pop(_NESTED, {}))
         if isinstance(vars(module).get("save_pretrained"), partial):
             del module.save_pretrained
-    for parameter in vars(model).pop("_frozen_by_inject", ()):
-        parameter.requires_grad_(True)
+        for name, trained in vars(module).pop(_BEFORE, {}).items():
+            name = f"{prefix}.{name}" if prefix else name
+            if name in parameters:
+                parameters[name].requires_grad_(trained)
     return model
 
 
 def _guard_parents(model: nn.Module) -> None:
     """See to it that nothing around the LoRA layers passes them by."""
     for module in model.modules():
-        if not lora_layers(module) or isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear) or not lora_layers(module):
             continue
-        # Their fast paths read their children's weights.
-        for kind, switch in _FAST_PATHS:
-            if isinstance(module, kind) and _GUARDED not in vars(module):
-                vars(module)[_GUARDED] = {switch: getattr(module, switch)}
-                setattr(module, switch, False)
+        if isinstance(module, nn.TransformerEncoder) and _NESTED not in vars(module):
+            # Its nested tensors are for layers that read their children's weights.
+            vars(module)[_NESTED] = {"use_nested_tensor": module.use_nested_tensor}
+            module.use_nested_tensor = False
         if callable(getattr(type(module), "save_pretrained", None)):
             module.save_pretrained = partial(_save_pretrained, module)  # type: ignore
 
@@ -248,11 +289,11 @@ def _save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any
     """
     if keywords.get("state_dict") is not None:
         raise UserError("save_pretrained got a state_dict, into which no adapter can be merged")
-    active = not _merged(module) and next(iter(lora_layers(module).values())).own_choice().names
+    active = not _merged(module) and _chosen(lora_layers(module).values())
+    _check_tied(module)
     if active:
         merge(module)
     try:
-        _check_tied(module)
         return type(module).save_pretrained(module, *arguments, **keywords)  # type: ignore
     finally:
         if active:
@@ -260,40 +301,20 @@ def _save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any
 
 
 def _check_tied(module: nn.Module) -> None:
-    """Raise a UserError where a merged weight is tied to another one, as which it would be saved."""
-    tied = {id(p) for p in module.parameters()}
+    """Raise a UserError where a merged weight would be saved as the one that W0 is tied to."""
+    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(module).items():
-        if layer.merged and id(layer._parameter[0]) in tied:
+        if uses[id(layer.base_parameter)] > (0 if layer.merged else 1):
             raise UserError(
-                f"the weight of {name!r} is tied to another, and merged it is not: it would be "
-                "saved as the other (expected save_adapter, or another target)"
+                f"the weight of {name!r} is tied to another, and merged it would not be: it would "
+                "be saved as the other (expected save_adapter, or other targets)"
             )
 
 
-def _check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
-    for name in configs:
-        if not name or "." in name or hasattr(nn.ParameterDict(), name):
-            raise UserError(f"adapter {name!r}: PyTorch's modules use this name; choose another")
-    wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-    sharded = [p for p in model.parameters() if hasattr(p, "device_mesh")]
-    if wrapped or sharded:
-        raise UserError("the model is distributed already; inject first, then wrap or shard it")
-
-
-def _check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig) -> None:
-    layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    problem = ""
-    if isinstance(parent, nn.MultiheadAttention):
-        problem = "nn.MultiheadAttention reads its weight and never calls it"
-    elif nn.parameter.is_lazy(getattr(layer, "weight", None)):
-        problem = "it has no sizes yet; run a batch first"
-    elif isinstance(layer, LoRALinear):
-        if layer.merged:
-            problem = f"adapter {' and '.join(layer.merged)} is merged into it; unmerge first"
-        elif not layer.settings.get(adapter, settings).is_like(settings):
-            problem = f"it has an adapter {adapter!r} with other settings"
-    if problem:
-        raise UserError(f"layer {name!r} cannot be adapted: {problem}")
+def _check_loose(model: nn.Module) -> None:
+    for name, layer in lora_layers(model).items():
+        if reason := layer.why_stuck():
+            raise UserError(f"layer {name!r} cannot be turned back: {reason}")
 
 
 def _check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
@@ -302,58 +323,3 @@ def _check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
         if name not in known:
             there = ", ".join(map(repr, known)) or "none"
             raise UserError(f"adapter {name!r} is unknown (the model's adapters: {there})")
-
-
-def _named(model: nn.Module, wanted: Sequence[str], what: str) -> list[nn.Parameter]:
-    """The parameters of the modules, and the parameters, of these names or ends of names."""
-    kept: list[nn.Parameter] = []
-    for end in (wanted,) if isinstance(wanted, str) else wanted:
-        found = [
-            parameter
-            for name, owner in (*model.named_modules(), *model.named_parameters())
-            if name == end or name.endswith("." + end)
-            for parameter in ([owner] if isinstance(owner, nn.Parameter) else owner.parameters())
-        ]
-        if not found:
-            raise UserError(f"{what} has {end!r}, which names no module or parameter of the model")
-        kept += found
-    return kept
-
-
-def _targets(model: nn.Module, config: LoraConfig, kept: Collection[nn.Parameter]) -> list[str]:
-    """The names of the linear layers that are meant; each layer has its first name only."""
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}  # every name of a linear layer, and its first one
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            names[name] = first.setdefault(id(module), name)
-    wanted = config.targets
-    if wanted is None:
-        family = (f for f in FAMILIES if all(any(is_target(n, t) for n in names) for t in f))
-        wanted = next(family, FAMILIES[0])
-    found: dict[str, None] = {}
-    for target in wanted:
-        matches = [n for n in names if is_target(n, target)]
-        if target in ALL:
-            matches = [n for n in names if not _is_head(model, n, kept)]
-        if not matches:
-            listed = ", ".join(list(names)[:24]) + (", ..." if len(names) > 24 else "")
-            raise UserError(
-                f"LoRA target {target!r} matches no linear layer of {type(model).__name__} "
-                f"(expected the end of a name, one of {', '.join(TARGETS)}, or all; its linear "
-                f"layers are {listed or 'none'})"
-            )
-        found.update(dict.fromkeys(names[n] for n in matches))
-    return [name for name in dict.fromkeys(names.values()) if name in found]
-
-
-def _is_head(model: nn.Module, name: str, kept: Collection[nn.Parameter]) -> bool:
-    """Whether "all" leaves a linear layer out: in a head, trained whole, or never called."""
-    layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    outputs = getattr(model, "get_output_embeddings", lambda: None)()
-    return (
-        bool({*name.split(".")} & {*HEADS})
-        or layer is outputs
-        or isinstance(parent, nn.MultiheadAttention)
-        or any(own is other for own in layer.parameters() for other in kept)
-    )

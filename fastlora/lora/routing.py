@@ -62,32 +62,37 @@ def scope(layers: Iterable[LoRALinear], choice: Choice) -> Iterator[None]:
     """Let a choice hold for these layers in a block of code."""
     opened = _Scope(frozenset(layers), choice, torch._C._current_graph_task_id())
     _count(opened.layers, 1)
-    token = _scopes.set((*_scopes.get(), opened))
+    _scopes.set((*_scopes.get(), opened))
     try:
         yield
     finally:
-        _scopes.reset(token)
+        # Not by the variable's token: generators may close their scopes in any order.
+        _scopes.set(tuple(other for other in _scopes.get() if other is not opened))
         _count(opened.layers, -1)
 
 
 def _count(layers: Iterable[LoRALinear], change: int) -> None:
     with _lock:
         for layer in layers:
-            layer.scopes, layer.was_scoped = layer.scopes + change, True
+            layer.scopes += change
 
 
-def by_rows(rows: Sequence[str | None | Segment]) -> Choice:
+def by_rows(rows: Sequence[str | Segment | None]) -> Choice:
     """The choice of an adapter for each row (None for none), or of segments."""
-    if all(isinstance(row, Segment) for row in rows):
+    if rows and all(isinstance(row, Segment) for row in rows):
         segments = tuple(row for row in rows if isinstance(row, Segment))
+        for segment in segments:
+            if not 0 <= segment.start <= segment.stop:
+                raise UserError(f"rows has {segment} (expected 0 <= start <= stop)")
         return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), segments)
-    segments, start = (), 0
+    runs: list[Segment] = []
+    start = 0
     for name, run in groupby(rows):
         stop = start + len(list(run))
         if name is not None:
-            segments += (Segment(name, start, stop),)
+            runs.append(Segment(str(name), start, stop))
         start = stop
-    return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), segments, len(rows))
+    return Choice(tuple(dict.fromkeys(s.adapter for s in runs)), tuple(runs), len(rows))
 
 
 def choice_of(layer: LoRALinear) -> Choice:
@@ -96,25 +101,25 @@ def choice_of(layer: LoRALinear) -> Choice:
     innermost, task = next(covering, None), torch._C._current_graph_task_id()
     if task == -1:
         choice = innermost.choice if innermost else layer.own_choice()
-        if layer.was_scoped and (frame := _checkpoint_frame()) is not None:
-            vars(frame).setdefault("fastlora_choices", {})[layer] = choice
+        if innermost and (layer.training or torch.is_grad_enabled()):
+            layer.was_scoped = True
+        if (frame := _checkpoint_frame()) is not None:
+            noted = vars(frame).setdefault("fastlora_choices", {})
+            noted[layer] = choice if noted.get(layer, choice) == choice else None
         return choice
     # In backward: either code of the backward pass opened a scope, or this is a recomputation.
     if innermost is not None and innermost.task == task:
         return innermost.choice
     if not layer.was_scoped:
         return layer.own_choice()
-    noted = vars(_checkpoint_frame() or _NoFrame()).get("fastlora_choices", {})
-    if layer not in noted:
+    noted = getattr(_checkpoint_frame(), "fastlora_choices", {}).get(layer)
+    if noted is None:
         raise UserError(
             "a LoRALinear is computed again in backward and cannot tell which adapter acted in the "
-            "forward pass (expected torch.utils.checkpoint with use_reentrant=False, not nested)"
+            "forward pass (expected torch.utils.checkpoint with use_reentrant=False, not nested, "
+            "and one choice of adapters in what it covers)"
         )
-    return noted[layer]
-
-
-class _NoFrame:
-    pass
+    return noted
 
 
 def _checkpoint_frame() -> Any:

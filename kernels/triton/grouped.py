@@ -86,5 +86,5 @@ def _tiles(
         entries = [value for p in used for value in (p, ranges[terms[p]][0])]
         entries += [-1, 0] * (slots - len(used))
         table += [(a, min(stop, a + size), *entries) for a in range(start, stop, size)]
-    tiles = torch.tensor(table, dtype=torch.int32).view(-1, 2 + 2 * slots)
+    tiles = torch.tensor(table, dtype=torch.int32, device="cpu").view(-1, 2 + 2 * slots)
     return tiles.to(device, non_blocking=True), slots  # no waiting, for each batch has its own

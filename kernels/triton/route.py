@@ -63,7 +63,7 @@ class Kernels:
         R, shapes = plan.pieces.ranks, call.shapes
         uniform = is_uniform(shapes, call.ranges, M)
         extend = self.vendor and uniform
-        A, packed, B = _factors(call, plan, grad.dtype, extend, changed=False)
+        A, packed, B = _factors(call, plan, grad.dtype, extend, changed=call.hooked)
         x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved)
         dx = grad.new_empty(M, K) if need_dx else None
         base = None  # where there is one, `outer` adds the terms to it
@@ -118,7 +118,7 @@ def _factors(
     that neither another adapter's pass nor another thread's comes between a pass and its backward.
     """
     tensors = (*call.A, *call.B)
-    places = tuple((f.data_ptr(), f.shape) for f in tensors)
+    places = tuple((f.data_ptr(), f.shape, f.stride()) for f in tensors)
     made: list[bool] = []
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
@@ -128,12 +128,15 @@ def _factors(
         packed[:, K * extend :] = 0
         if extend:
             packed[:, :K] = call.weight
-        return packed.new_zeros(R, K), packed, packed[:, K * extend :]
+        A, B = packed.new_zeros(R, K), packed[:, K * extend :]
+        # Filled before another thread can find it.
+        torch._foreach_copy_(_parts(A, B, call.shapes), tensors)
+        return A, packed, B
 
     columns = tuple(s.column for s in call.shapes)
     # Buffers made in inference mode could not be written to outside of it.
     with torch.inference_mode(False), torch.no_grad():
         A, packed, B = call.form((places, columns, dtype, extend), make)
-        if made or changed:
+        if changed and not made:
             torch._foreach_copy_(_parts(A, B, call.shapes), tensors)
     return A, packed, B

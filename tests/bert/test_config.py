@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from fastlora.errors import UserError
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import ACTIVATIONS
+from fastlora.errors import UserError
 
 BASE = BertConfig(
     vocab_size=30522,

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import transformers
 
-from fastlora.errors import UserError
 from fastlora.bert.tokenizer import Tokenizer
+from fastlora.errors import UserError
 
 GOLDEN = [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
 TEXTS = [

@@ -8,9 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fastlora.errors import UserError
 from fastlora.bert.source import MINILM, Source, resolve
 from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
+from fastlora.errors import UserError
 
 TINY = {
     "vocab_size": 50,

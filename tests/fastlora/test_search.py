@@ -19,12 +19,12 @@ from optuna.trial import TrialState
 from fastlora import stages
 from fastlora.cli import main
 from fastlora.config import SearchConfig, TaskLoraConfig, TrainConfig
-from fastlora.lora.config import LoraConfig
 from fastlora.console import Log
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.files import read_toml
 from fastlora.host import Stop
 from fastlora.inputs import find_inputs
+from fastlora.lora.config import LoraConfig
 from fastlora.ranks import low_rank, smallest_within_error, sweep
 from fastlora.search import run_search
 from fastlora.session import run_training

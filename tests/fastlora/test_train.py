@@ -18,10 +18,10 @@ from fastlora import session, train
 from fastlora.cache import load_tasks
 from fastlora.checkpoint import Progress, latest_checkpoint, save_checkpoint
 from fastlora.config import TrainConfig
-from fastlora.lora.config import LoraConfig
 from fastlora.errors import RunError, UserError
 from fastlora.evaluate import predict, scores_of
 from fastlora.host import Stop
+from fastlora.lora.config import LoraConfig
 from fastlora.parallel import local_device
 from fastlora.runs import Metrics, open_run
 from fastlora.train import schedule

@@ -13,10 +13,10 @@ from fastlora import train
 from fastlora.batches import collate
 from fastlora.checkpoint import trainable
 from fastlora.config import TaskLoraConfig
-from fastlora.lora.config import LoraConfig
 from fastlora.console import Log
 from fastlora.errors import UserError
 from fastlora.inputs import find_inputs
+from fastlora.lora.config import LoraConfig
 from fastlora.parallel import Ranks
 from fastlora.ranks import sweep
 from fastlora.setup import build_model, prepare

@@ -28,37 +28,54 @@ def make(M, K, N, blocks, seed=0):
     return draw(M, K), draw(N, K) / K**0.5, draw(N), draw(M, N), factors
 
 
-def run(op, inputs, terms_of, dtype, factor_dtype, need_dx=True):
-    """y, dx and all dA, dB of `op` on copies of the inputs in a dtype."""
+def run(op, inputs, terms_of, dtype, factor_dtype, need_dx=True, trains=(), penalty=False):
+    """y, dx, all dA and dB of `op` on copies of the inputs in a dtype.
+
+    `trains` may name "weight" and "bias", whose gradients follow. With `penalty`, so do the
+    gradients of the sum of all gradients' squares, None where there is none.
+    """
     x, weight, bias, grad, factors = inputs
 
     def leaf(t, kind, needs):
-        return t.to(DEVICE, kind).requires_grad_(needs)
+        return t.detach().to(DEVICE, kind).requires_grad_(needs)
 
     x = leaf(x, dtype, need_dx)
     factors = [(leaf(A, factor_dtype, True), leaf(B, factor_dtype, True)) for A, B in factors]
-    fixed = [t.to(DEVICE, dtype) for t in (weight, bias, grad)]
-    y = op(x, *fixed[:2], terms_of(factors), SEED)
-    leaves = ([x] if need_dx else []) + [f for pair in factors for f in pair]
-    return [y, *torch.autograd.grad(y, leaves, fixed[2], allow_unused=True)]
+    weight, bias = leaf(weight, dtype, "weight" in trains), leaf(bias, dtype, "bias" in trains)
+    y = op(x, weight, bias, terms_of(factors), SEED)
+    leaves = [x, *(f for pair in factors for f in pair), weight, bias]
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
+    grad = grad.to(DEVICE, dtype)
+    first = torch.autograd.grad(y, leaves, grad, allow_unused=True, create_graph=penalty)
+    if not penalty:
+        return [y, *first]
+    squares = sum(part.square().sum() for part in first)
+    return [y, *first, *torch.autograd.grad(squares, leaves, allow_unused=True)]
 
 
-def check(route, inputs, terms_of, dtype, need_dx=True):
+def check(route, inputs, terms_of, dtype, need_dx=True, mask=None, **how):
     """Errors at most 2x (gradients 3x) those of plain PyTorch in the same dtype, plus a floor.
 
     Plain PyTorch's error is relative to the largest number of an output, and the worst of all
     outputs: at M = r = 1 one output hangs on a single sum, which it may happen to get right. The
     floor is the rounding of the result.
     """
-    mask = same_mask(route)
+    mask = mask or same_mask(route)
 
     def plain(*arguments):
         return reference(*arguments, mask=mask)
 
-    truth = run(plain, inputs, terms_of, torch.float64, torch.float64, need_dx)
-    theirs = run(plain, inputs, terms_of, dtype, dtype, need_dx)
+    truth = run(plain, inputs, terms_of, torch.float64, torch.float64, need_dx, **how)
+    theirs = run(plain, inputs, terms_of, dtype, dtype, need_dx, **how)
     with forced_route(route):
-        ours = run(lora_grouped, inputs, terms_of, dtype, torch.float32, need_dx)
+        ours = run(lora_grouped, inputs, terms_of, dtype, torch.float32, need_dx, **how)
+    judge(route, ours, theirs, truth, dtype)
+
+
+def judge(route, ours, theirs, truth, dtype):
+    """The errors of `check`: outputs of ours and of plain PyTorch in a dtype, and in fp64."""
+    assert [t is None for t in ours] == [t is None for t in truth]
+    ours, theirs, truth = ([t for t in side if t is not None] for side in (ours, theirs, truth))
     sizes = [exact.abs().max().item() if exact.numel() else 0.0 for exact in truth]
     pairs = zip(theirs, truth, sizes, strict=True)
     relative = max((b - exact).abs().max().item() / size for b, exact, size in pairs if size)

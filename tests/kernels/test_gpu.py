@@ -4,8 +4,9 @@ import pytest
 import torch
 from oracle import SEED, check, make
 
-from fastlora.kernels import Term, forced_route, lora_grouped, lora_qkv, tuning
-from fastlora.kernels.library import lora
+from fastlora.kernels import Packed, Term, forced_route, lora_grouped, lora_qkv
+from fastlora.kernels.autograd import lora
+from fastlora.kernels.triton import tuning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 KERNEL_ROUTES = ["gemm", "triton"]
@@ -84,35 +85,67 @@ def test_opcheck(route, rows):
     torch.library.opcheck(lora, arguments, test_utils=checks)
 
 
+def captured(step):
+    """A CUDA graph of a step, warmed up as PyTorch asks for, and what it computes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = step()
+    return graph, static
+
+
+@pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("route", KERNEL_ROUTES)
-def test_graph_replays_draw_new_masks_and_use_new_factors(problem, route):
+def test_graph_replays_draw_new_masks_and_use_new_factors(problem, route, owned):
+    """With a `Packed`, and, without one, on the plain path."""
     x, weight, adapters = problem
+    packed = Packed() if owned else None
+
+    def step():
+        y = lora_qkv(x, weight, None, adapters, 0.5, 0.5, packed=packed)
+        return [y, *gradients(y, x, adapters)]
+
     with forced_route(route):
-
-        def step():
-            y = lora_qkv(x, weight, None, adapters, 0.5, 0.5)
-            return [y, *gradients(y, x, adapters)]
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            static = step()
-        outputs = []
-        for _ in range(2):
-            graph.replay()
-            outputs.append([t.clone() for t in static])
-        assert not torch.equal(outputs[0][0], outputs[1][0])
-        assert all(t.isfinite().all() for t in outputs[1])
-        with torch.no_grad():
-            for pair in adapters.values():
-                pair[1].zero_()
+        graph, static = captured(step)
+    outputs = []
+    for _ in range(2):
         graph.replay()
-        torch.testing.assert_close(static[0], x @ weight.T, rtol=1e-2, atol=1e-2)
+        outputs.append([t.clone() for t in static])
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+    assert all(t.isfinite().all() for t in outputs[1])
+    with torch.no_grad():
+        for pair in adapters.values():
+            pair[1].zero_()
+    graph.replay()
+    torch.testing.assert_close(static[0], x @ weight.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+def test_a_graph_reads_no_memory_that_was_given_away(problem, route, autocast):
+    """What it reads stays with the `Packed`, also when that has forgotten the weight."""
+    x, weight, adapters = problem
+    packed = Packed()
+    x, weight = (t.detach().float() if autocast else t.detach() for t in (x, weight))
+
+    def step():
+        with torch.autocast("cuda", torch.float16, enabled=autocast):
+            return lora_qkv(x, weight, None, adapters, 0.5, 0.1, SEED, packed)
+
+    with forced_route(route):
+        graph, y = captured(step)
+    graph.replay()
+    expected = y.clone()
+    packed.clear()
+    taken = [torch.full((n,), float("nan"), device="cuda") for n in (1 << 10, 1 << 18) * 64]
+    graph.replay()
+    assert torch.equal(y, expected)
+    assert all(t.isnan().all() for t in taken)
 
 
 @pytest.mark.parametrize("route", KERNEL_ROUTES)

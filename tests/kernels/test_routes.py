@@ -12,16 +12,16 @@ from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastlora.kernels import (
+    Packed,
     Term,
     forced_route,
     lora_grouped,
     lora_linear,
     lora_qkv,
-    routes,
-    tuning,
 )
-from fastlora.kernels.grouped import Shape
-from fastlora.kernels.routes import ROUTES, Call
+from fastlora.kernels.call import Call, Shape
+from fastlora.kernels.routes import implementation
+from fastlora.kernels.triton import tuning
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -118,17 +118,18 @@ def test_an_adapter_trains_the_same_alone_or_in_company(route):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [None, Packed()], ids=["plain", "packed"])
 @pytest.mark.parametrize("route", NAMES)
-def test_factors_changed_in_place_are_used(route):
-    """The packed copies follow an optimiser's step, and a merged weight."""
+def test_tensors_changed_in_place_are_used(route, packed):
+    """Copies follow an optimiser's step, and a merged weight; a factor also through `.data`."""
     x, weight = torch.randn(9, 16, device=DEVICE), torch.randn(12, 16, device=DEVICE)
     A, B = torch.randn(4, 16, device=DEVICE), torch.randn(12, 4, device=DEVICE)
     with forced_route(route):
-        for tensor in (B, A, weight):
-            lora_linear(x, weight, None, A, B, 1.0)
+        for tensor in (B, A, weight, B.data, A.data):
+            lora_grouped(x, weight, None, [Term(A, B, 1.0)], packed=packed)
             tensor.mul_(3)
             torch.testing.assert_close(
-                lora_linear(x, weight, None, A, B, 1.0),
+                lora_grouped(x, weight, None, [Term(A, B, 1.0)], packed=packed),
                 x @ (weight + B @ A).T,
                 rtol=1e-4,
                 atol=1e-4,
@@ -139,14 +140,16 @@ def test_factors_changed_in_place_are_used(route):
 @pytest.mark.parametrize("fused", [False, True])
 def test_factors_are_used_after_a_step_of_an_optimiser(route, fused):
     """A fused one leaves the versions of its parameters as they are."""
+    packed = Packed()
     x, weight = torch.randn(9, 16, device=DEVICE), torch.randn(12, 16, device=DEVICE)
     A, B = (torch.randn(s, device=DEVICE).requires_grad_() for s in ((4, 16), (12, 4)))
     optimizer = torch.optim.AdamW([A, B], lr=0.1, fused=fused)
     with forced_route(route):
         for _ in range(2):
-            lora_linear(x, weight, None, A, B, 1.0).square().sum().backward()
+            y = lora_grouped(x, weight, None, [Term(A, B, 1.0)], packed=packed)
+            y.square().sum().backward()
             optimizer.step()
-            found = lora_linear(x, weight, None, A, B, 1.0)
+            found = lora_grouped(x, weight, None, [Term(A, B, 1.0)], packed=packed)
             torch.testing.assert_close(found, x @ (weight + B @ A).T, rtol=1e-4, atol=1e-4)
 
 
@@ -170,7 +173,7 @@ class CountLaunches(TorchDispatchMode):
     """Counts our kernels' launches and PyTorch's operations that compute."""
 
     FREE = ("aten::view", "aten::empty", "aten::new_empty", "aten::slice", "aten::t",
-            "aten::detach", "aten::fill_", "aten::permute",
+            "aten::detach", "aten::fill_", "aten::permute", "aten::lift_fresh",
             "aten::split", "aten::split_with_sizes")  # fmt: skip
 
     def __init__(self, monkeypatch):
@@ -191,44 +194,48 @@ class CountLaunches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_launches_of_route_gemm(monkeypatch):
-    """Forward 2, and a refresh of the factors after a step of the optimiser; backward 4."""
+@pytest.mark.parametrize("owned", [True, False])
+def test_launches_of_route_gemm(monkeypatch, owned):
+    """Forward 2 and the factors' copy, backward 4; without an owner, each fills its own buffers."""
     H, M = 32, 64
     x, weight, bias, grad, factors = make(M, H, 3 * H, [(8, H), (8, H)])
     x, weight, bias, grad = (t.to(DEVICE, torch.float32) for t in (x, weight, bias, grad))
     A, B = ([f.to(DEVICE, torch.float32) for f in side] for side in zip(*factors, strict=True))
     shapes = tuple(Shape(8, H, column, 1.0, 6554, 0) for column in (0, 2 * H))
-    call, gemm = Call(weight, A, B, SEED, shapes, ((0, M), (0, M))), ROUTES["gemm"]
+    forms = {} if owned else None
+    call, gemm = Call(weight, A, B, SEED, shapes, ((0, M), (0, M)), forms), implementation("gemm")
     _, saved = gemm.forward(x, bias, call)  # packs the frozen weight
     gemm.backward(grad, None, saved, call, need_dx=True)  # makes the tables of rows
-    A[0].add_(1)
     with CountLaunches(monkeypatch) as counted:
-        gemm.forward(x, bias, call)
-        after_a_step, counted.names = counted.names, []
         _, saved = gemm.forward(x, bias, call)
         forward, counted.names = counted.names, []
         gemm.backward(grad, None, saved, call, need_dx=True)
-    assert after_a_step == ["aten::_foreach_copy_", *forward]
-    assert forward == ["lora_down", "aten::addmm"]
-    assert counted.names == ["aten::mm", "lora_outer", "lora_reduce", "aten::mm"]
+    # W0 beside zeros where B goes, zeros where A goes, and both factors of both terms.
+    fill = ["aten::copy_", "aten::new_zeros", "aten::_foreach_copy_"]
+    assert forward == [*(["aten::_foreach_copy_"] if owned else fill), "lora_down", "aten::addmm"]
+    backward = ["aten::mm", "lora_outer", "lora_reduce", "aten::mm"]
+    assert counted.names == [*([] if owned else fill), *backward]
 
 
 @pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
 def test_scoring_and_training_share_the_packed_weight(first):
     """One copy of [W0 | B] serves both, whichever comes first."""
-    H = 32
+    H, packed = 32, Packed()
     x, weight, _, _, ((A, B),) = make(64, H, H, [(8, H)])
     x, weight, A, B = (t.to(DEVICE, torch.float32) for t in (x, weight, A, B))
     factors = A.requires_grad_(), B.requires_grad_()
-    before = len(routes._packed)
+
+    def op(p):
+        return lora_grouped(x, weight, None, [Term(*factors, 2.0, p)], packed=packed)
+
     with forced_route("gemm"):
         with first():
-            lora_linear(x, weight, None, *factors, 2.0)
-        lora_linear(x, weight, None, *factors, 2.0, 0.5).sum().backward()
+            op(0.0)
+        op(0.5).sum().backward()
         with torch.no_grad():
             B.add_(1)
-        y = lora_linear(x, weight, None, *factors, 2.0)
-    assert len(routes._packed) - before <= 1
+        y = op(0.0)
+    assert len(packed.forms(weight)) == 1
     torch.testing.assert_close(y, x @ weight.T + 2 * x @ A.T @ B.T, rtol=1e-4, atol=1e-4)
 
 

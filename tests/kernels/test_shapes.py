@@ -1,6 +1,7 @@
 """Every route on random shapes against the fp64 reference."""
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, NAMES, check, make
@@ -29,5 +30,7 @@ examples = settings(
     need_dx=st.booleans(),
 )
 def test_one_projection(route, dtype, M, K, N, r, p, need_dx):
+    if dtype == torch.float32:
+        M = min(M, 150)  # tiles are small in this type: 300 rows would take time and show no more
     inputs = make(M, K, N, [(r, N)])
     check(route, inputs, lambda f: [Term(*f[0], 0.5, p, stream=7)], dtype, need_dx)

@@ -15,11 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlora.kernels import tuning, turing
-from fastlora.kernels.grouped import Shape
-from fastlora.kernels.routes import ROUTES, Call
+from fastlora.kernels.call import Call, Shape
+from fastlora.kernels.routes import implementation
+from fastlora.kernels.triton import tuning
 
-turing.install()
 KINDS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
     torch.int32: "*i32", torch.int64: "*i64",
@@ -50,7 +49,8 @@ def _compile(kernel, capability, signature, constants, aligned, warps, stages):
         attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = dict(num_warps=warps, num_stages=stages)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tuning.compiling(capability):
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def compile_launch(capability, kernel, arguments, constants, blocks):
@@ -99,7 +99,7 @@ def all_launches(dtype, p=0.1, r=32):
     """Every kind of launch that the routes make on a dtype."""
     x, bias, grad, call = sample(dtype, r=r, p=p)
     halves = call._replace(ranges=((0, 4), (0, 8)))
-    for route in (ROUTES["gemm"], ROUTES["triton"]):
+    for route in (implementation("gemm"), implementation("triton")):
         for made in (call, halves):
             _, saved = route.forward(x, bias, made)
             route.backward(grad, x, saved, made, need_dx=True)

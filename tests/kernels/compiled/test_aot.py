@@ -9,7 +9,7 @@ import torch
 import triton
 from compiled import aot
 
-from fastlora.kernels import tuning, turing
+from fastlora.kernels.triton import tuning
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 CASES = [
@@ -125,39 +125,3 @@ def test_table(capsys):
         for line in (header, *rows):
             print("  ".join(f"{cell!s:<{w}}" for cell, w in zip(line, widths, strict=True)))
     assert rows
-
-
-def test_hook_leaves_other_kernels_alone_and_chains():
-    calls = []
-
-    def earlier(*arguments):
-        calls.append(arguments)
-        return "earlier", "hash"
-
-    hook = turing.Hook(earlier)
-    key, digest = hook()
-    assert key.startswith("earlier")
-    assert digest.startswith("hash")
-
-    class Options:
-        num_stages = 1
-
-    def stock(module, metadata):
-        return "stock"
-
-    for capability, stages in ((80, 1), (75, 2)):
-        Options.num_stages = stages
-        table = {"ttgir": stock}
-        hook(object(), table, Options, None, capability)
-        assert table["ttgir"] is stock
-    Options.num_stages = 1
-    table = {"ttgir": stock}
-    hook(object(), table, Options, None, 75)
-    assert table["ttgir"] is not stock
-    assert table["ttgir"]("module { tt.func public @their_kernel() }", {}) == "stock"
-    assert len(calls) == 4
-
-
-def test_hook_refuses_an_untested_triton(monkeypatch):
-    monkeypatch.setattr(triton, "__version__", "3.3.1")
-    assert "3.3.1" in turing.install()

@@ -8,7 +8,8 @@ import torch
 from compiled import aot, ptx_cpu
 from oracle import check, make
 
-from fastlora.kernels import Term, tuning
+from fastlora.kernels import Term
+from fastlora.kernels.triton import tuning
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="PTX is run where no GPU is")
 ROW = tuning.SHIPPED["75/fp16"]

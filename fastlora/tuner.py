@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from fastlora.kernels.triton import tuning
 from fastlora.kernels.ops import lora_qkv
 from fastlora.kernels.routes import forced_route
+from fastlora.kernels.triton import tuning
 
 ROWS = (512, 8192)  # one in each bucket
 WIDTH, RANK = 768, 32

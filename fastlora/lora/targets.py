@@ -1,0 +1,105 @@
+"""Which layers of a model an adapter means, and whether they can have one: nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fastlora.errors import UserError
+from fastlora.kernels import Linear
+from fastlora.lora.config import ALL, FAMILIES, TARGETS, LoraConfig, is_target
+from fastlora.lora.layer import OWN, LoRALinear
+
+# Parts of a name that say that a linear layer belongs to a head.
+HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls", "heads")
+
+
+def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
+    """Raise UserError for a name that no adapter can have, and for a distributed model."""
+    for name in configs:
+        if not isinstance(name, str) or not name or "." in name:
+            raise UserError(f"adapter name is {name!r} (expected a text without dots)")
+        if hasattr(nn.ParameterDict(), name):
+            raise UserError(f"adapter {name!r}: PyTorch's modules use this name; choose another")
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise UserError("the model has layers without sizes (lazy ones): run a batch first")
+    wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    sharded = [p for p in model.parameters() if hasattr(p, "device_mesh")]
+    if wrapped or sharded:
+        raise UserError("the model is distributed already; inject first, then wrap or shard it")
+
+
+def check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig) -> None:
+    """Raise UserError where a linear layer cannot get this adapter."""
+    layer: Any = model.get_submodule(name)
+    parent, kind, problem = model.get_submodule(name.rpartition(".")[0]), type(layer), ""
+    if isinstance(parent, nn.MultiheadAttention):
+        problem = "nn.MultiheadAttention reads its weight and never calls it"
+    elif not isinstance(layer, LoRALinear):
+        own = {*vars(layer), *layer._modules, *layer._parameters, *layer._buffers, *dir(kind)}
+        if clash := OWN & own - {*dir(Linear)}:
+            problem = f"{kind.__name__} has a {min(clash)!r} of its own, as LoRALinear has"
+    else:
+        if layer.merged:
+            problem = f"adapter {' and '.join(layer.merged)} is merged into it; unmerge first"
+        elif not layer.settings.get(adapter, settings).is_like(settings):
+            problem = f"it has an adapter {adapter!r} with other settings"
+    if problem:
+        raise UserError(f"layer {name!r} cannot be adapted: {problem}")
+
+
+def trained_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """The parameters of the modules, and the parameters, of these names or ends of names."""
+    kept: list[nn.Parameter] = []
+    # By all of their names, where they have several.
+    modules = tuple(model.named_modules(remove_duplicate=False))
+    parameters = tuple(model.named_parameters(remove_duplicate=False))
+    for end in (names,) if isinstance(names, str) else names:
+        found = [
+            parameter
+            for name, owner in (*modules, *parameters)
+            if name == end or name.endswith("." + end)
+            for parameter in ([owner] if isinstance(owner, nn.Parameter) else owner.parameters())
+        ]
+        if not found:
+            raise UserError(f"train has {end!r}, which names no module or parameter of the model")
+        kept += found
+    return kept
+
+
+def target_names(model: nn.Module, config: LoraConfig, kept: Collection[nn.Parameter]) -> list[str]:
+    """The names of the linear layers that are meant; each layer has its first name only."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}  # every name of a linear layer, and its first one
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names[name] = first.setdefault(id(module), name)
+    families = (f for f in FAMILIES if all(any(is_target(n, t) for n in names) for t in f))
+    found: dict[str, None] = {}
+    for target in config.targets or next(families, FAMILIES[0]):
+        matches = [n for n in names if is_target(n, target)]
+        if target in ALL:
+            matches = [n for n in names if not _is_head(model, n, kept)]
+        if not matches:
+            listed = ", ".join(list(names)[:24]) + (", ..." if len(names) > 24 else "")
+            raise UserError(
+                f"LoRA target {target!r} matches no linear layer of {type(model).__name__} "
+                f"(expected the end of a name, one of {', '.join(TARGETS)}, or all; its linear "
+                f"layers are {listed or 'none'})"
+            )
+        found.update(dict.fromkeys(names[n] for n in matches))
+    return [name for name in dict.fromkeys(names.values()) if name in found]
+
+
+def _is_head(model: nn.Module, name: str, kept: Collection[nn.Parameter]) -> bool:
+    """Whether "all" leaves a linear layer out: in a head, trained whole, or never called."""
+    layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    return (
+        bool({*name.split(".")} & {*HEADS})
+        or layer is outputs
+        or isinstance(parent, nn.MultiheadAttention)
+        or any(own is other for own in layer.parameters() for other in kept)
+    )

@@ -1,0 +1,93 @@
+"""Two processes on CPUs that train one model by DDP or FSDP2, and compare it with one process.
+
+    python two_processes.py ddp|fsdp FOLDER
+
+Exits with 1, and says where they differ, unless they agree on every route.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastlora import LoraConfig, inject, set_adapter
+from fastlora.kernels import forced_route
+
+# Rows of each process in each step; one of them has none for once.
+ROWS = [(6, 6), (12, 0), (5, 7), (6, 6)]
+BOTH = [(6, 6), (11, 1), (5, 7), (6, 6)]  # FSDP2's collectives need some of everybody
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2)])
+    configs = {name: LoraConfig(r=3, dropout=0.0, targets="0") for name in ("a", "b")}
+    for layer in inject(model, configs, train=("1.0.bias",)).values():
+        for B in layer.lora_B.values():
+            nn.init.normal_(B, std=0.1)
+    set_adapter(model, "a", "b")
+    return model
+
+
+def train(model, rows, rank=None):
+    """Each process's loss counts its own rows; averaged gradients are those of all of them."""
+    data = torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    for first, second in rows:
+        whole = rank is None
+        x = data if whole else data.split([first, second])[rank]
+        optimizer.zero_grad()
+        loss = (model(x) - x.roll(1, 1)).square().sum() / 12
+        (loss if whole else 2 * loss).backward()
+        optimizer.step()
+    state = {n.removeprefix("module."): p.detach() for n, p in model.named_parameters()}
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in state.items()}
+
+
+def written_together():
+    """How far a layer's output is off after collective writes to its weight."""
+    model, x = build()[0], torch.ones(3, 16)
+    set_adapter(model)
+    model(x)
+    with torch.no_grad():
+        model[0].weight.add_(dist.get_rank())
+        for write in (dist.all_reduce, lambda weight: dist.broadcast(weight, 0)):
+            write(model[0].weight.data)
+            plain = F.linear(x, model[0].weight, model[0].bias).tanh()
+            yield (model(x) - plain).abs().max().item()
+
+
+def work(rank, how, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    rows = ROWS if how == "ddp" else BOTH
+    for route in ("reference", "gemm", "triton"):
+        with forced_route(route):
+            expected = train(build(), rows)
+            model = build()
+            if how == "ddp":
+                model = DistributedDataParallel(model)
+            else:
+                mesh = init_device_mesh("cpu", (2,))
+                for part in (*model, model):
+                    fully_shard(part, mesh=mesh)
+            found = train(model, rows, rank)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
+    if how == "ddp":
+        assert max(written_together()) < 1e-5
+    dist.destroy_process_group()
+    print(f"rank {rank}: agrees", flush=True)
+
+
+if __name__ == "__main__":
+    mp.start_processes(work, args=tuple(sys.argv[1:]), nprocs=2, start_method="fork")

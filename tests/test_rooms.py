@@ -1,0 +1,96 @@
+"""Imports go one way, and the library stays small enough to read in an afternoon."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"fastlora": ROOT / "fastlora", "kernels": ROOT / "kernels", "bert": ROOT / "bert"}
+LEAVES = {"errors", "files", "tensors"}
+# What a room may import besides itself. "application" is all that is not named here.
+ARROWS = {
+    "errors": set(),
+    "files": {"errors"},
+    "tensors": {"errors", "files"},
+    "kernels": set(),
+    "bert": LEAVES,
+    "lora": {"kernels", *LEAVES},
+}
+# Inside kernels: the routes know how a call is described, and not who calls them.
+ROUTES_KNOW = {"call", "dropout", "packed"}
+# The LoRA library with minBERT; then the application, which shall come down to 4,500.
+LIBRARY_LINES, APPLICATION_LINES, FILE_LINES, FUNCTION_LINES = 3500, 5350, 350, 80
+
+
+def modules():
+    """Every module's name below fastlora, and its file."""
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            parts = parts if package == "fastlora" else (package, *parts)
+            yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def imports(path):
+    """What a module imports of fastlora, without that prefix, under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (n.removeprefix("fastlora.") for n in names if n.startswith("fastlora."))
+
+
+def room(module):
+    first = module.partition(".")[0]
+    return first if first in ARROWS else "application"
+
+
+MODULES = dict(modules())
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) != "application"])
+def test_a_room_imports_only_rooms_below_it(module):
+    here = room(module)
+    found = {room(name) for name in imports(MODULES[module])} - {here}
+    assert found <= ARROWS[here], f"{here} may import {ARROWS[here] or 'nothing'}"
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m.startswith(("kernels.cpu", "kernels.t"))]
+)
+def test_a_route_knows_neither_the_other_nor_its_callers(module):
+    own = ".".join(module.split(".")[:2])
+    others = [name for name in imports(MODULES[module]) if not name.startswith(own)]
+    assert {name.split(".")[1] for name in others} <= ROUTES_KNOW
+
+
+def lines(path):
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_library_and_the_application_are_small(capsys):
+    counts = {"library": 0, "application": 0}
+    for module, path in MODULES.items():
+        counts["library" if room(module) in ("kernels", "bert", "lora") else "application"] += (
+            lines(path)
+        )
+    with capsys.disabled():
+        print(f"\nlines: {counts} of {LIBRARY_LINES} and {APPLICATION_LINES}")
+    assert min(counts.values()) > 0, "a room is empty: is the tree laid out as expected?"
+    assert counts["library"] <= LIBRARY_LINES
+    assert counts["application"] <= APPLICATION_LINES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_are_small(module):
+    path = MODULES[module]
+    assert lines(path) <= FILE_LINES
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            size = node.end_lineno - node.lineno + 1
+            assert size <= FUNCTION_LINES, f"{path.name}:{node.lineno} {node.name} has {size} lines"
