@@ -1,6 +1,6 @@
-"""minBERT: the encoder, its configuration, weights and tokenizer, in Hugging Face's layout.
+"""minBERT: the encoder over tensors, its configuration and weights, in Hugging Face's layout.
 
-Installs as ``fastlora.bert``; import from its modules, e.g. ``fastlora.bert.weights``.
+It installs as ``fastlora.bert``; import from its modules.
 """
 
 if __name__ != "fastlora.bert":

@@ -33,11 +33,11 @@ class _CpuAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, dropout: Any, layout: Layout, heads: int) -> Tensor:
         packed = _split(qkv, layout, heads, 3)
         q, k, v = packed.unbind()
-        hidden = q.new_zeros(layout.batch, heads, layout.length)  # what is added to scores
+        scale = q.shape[-1] ** -0.5
+        hidden = q.new_zeros(len(q), 1, layout.length)  # what is added to scores
         if layout.mask is not None:
             least = torch.finfo(q.dtype).min / 2  # halved, so that no sum overflows
-            hidden.masked_fill_(layout.mask[:, 0].logical_not(), least)
-        hidden, scale = hidden.view(-1, 1, layout.length), q.shape[-1] ** -0.5
+            hidden.unflatten(0, (-1, heads)).masked_fill_(layout.mask.logical_not(), least)
         probabilities = _softmax(torch.baddbmm(hidden, q, k.mT, alpha=scale))  # [B h, S, S]
         dropped = dropout(probabilities)  # all that backward needs of the mask
         ctx.layout, ctx.heads = layout, heads
@@ -64,11 +64,12 @@ class _CpuAttention(torch.autograd.Function):
 
 
 def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:
-    """[T, parts * H] -> [parts, B h, S, d], any token at padding, in one copy."""
+    """[T, parts * H] -> [parts, B h, S, d], the token before it at padding, in one copy."""
     key = "split", parts, heads
     if key not in layout.derived:
         places = torch.arange(len(tokens) * parts * heads).view(-1, parts, heads)
-        places = places if layout.source is None else places[layout.source]
+        if layout.mask is not None:  # of the same row, mostly: another's may be NaN
+            places = places[layout.mask.flatten().cumsum(0).sub_(1).clamp_(min=0)]
         square = places.view(layout.batch, layout.length, parts, heads)
         layout.derived[key] = square.permute(2, 0, 3, 1).flatten()
     rows = tokens.reshape(len(tokens) * parts * heads, -1).index_select(0, layout.derived[key])
@@ -80,9 +81,7 @@ def _join(split: Tensor, layout: Layout, heads: int) -> Tensor:
     (parts, *_, width), key = split.shape, ("join", len(split), heads)
     if key not in layout.derived:
         places = torch.arange(split.numel() // width).view(parts, -1, heads, layout.length)
-        places = places.permute(1, 3, 0, 2).flatten(0, 1)  # [B S, parts, h]
-        places = places if layout.index is None else places[layout.index]
-        layout.derived[key] = places.flatten()
+        layout.derived[key] = layout.unpad(places.permute(1, 3, 0, 2).flatten(2)).flatten()
     rows = split.view(-1, width).index_select(0, layout.derived[key])
     return rows.view(-1, parts * heads * width)
 

@@ -1,6 +1,6 @@
 """The encoder's configuration, under the names of Hugging Face's ``config.json``."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastlora.errors import UserError
@@ -54,9 +54,8 @@ class BertConfig:
             if values.get(key, supported[0]) not in supported:
                 expected = " or ".join(map(repr, supported))
                 raise UserError(f"{path}: {key} is {values[key]!r} (minBERT has {expected})")
-        known = {field.name for field in fields(cls)}
         try:
-            return cls(**{key: value for key, value in values.items() if key in known})
+            return cls(**{key: values[key] for key in cls.__annotations__ if key in values})
         except (ValueError, TypeError, ArithmeticError) as error:
             raise UserError(f"{path}: {error}") from error
 

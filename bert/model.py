@@ -65,7 +65,6 @@ class Layout:
     batch: int  # B
     length: int  # S
     index: Tensor | None = None  # int64 [T], their positions in the flattened [B * S]
-    source: Tensor | None = None  # int64 [B * S], the token at each position, any at padding
     mask: Tensor | None = None  # bool [B, 1, 1, S], True at real keys
     derived: dict[tuple, Tensor] = field(default_factory=dict, compare=False)  # by any layer
 
@@ -86,14 +85,14 @@ class Layout:
         if missing := max(0, tokens - len(index)):
             spare = real.any(1, keepdim=True).logical_and(real.logical_not())
             index = torch.cat((index, spare.flatten().nonzero()[:missing, 0]))
-        source = real.flatten().cumsum(0).sub_(1).clamp_(min=0)
-        return cls(batch, length, index, source, real[:, None, None, :])
+        return cls(batch, length, index, real[:, None, None, :])
 
     def to(self, device: torch.device | str) -> Layout:
         """Copy it to a device, without waiting for the copy where that is possible."""
-        tensors = (self.index, self.source, self.mask)
-        moved = [None if t is None else t.to(device, non_blocking=True) for t in tensors]
-        return Layout(self.batch, self.length, moved[0], moved[1], moved[2])
+        if self.index is None or self.mask is None:
+            return Layout(self.batch, self.length)
+        index, mask = (t.to(device, non_blocking=True) for t in (self.index, self.mask))
+        return Layout(self.batch, self.length, index, mask)
 
     def pad(self, tokens: Tensor) -> Tensor:
         """[T, C] -> [B, S, C], zeros at padding."""
@@ -113,7 +112,7 @@ class _Unpad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
-        ctx.rows = rows.shape[0]
+        ctx.rows = len(rows)
         ctx.save_for_backward(index)
         return rows.index_select(0, index)
 
@@ -157,7 +156,6 @@ class SelfAttention(nn.Module):
         self.dropout = parts.dropout(config.attention_probs_dropout_prob)
         self.projection: Callable[[SelfAttention, Tensor], Tensor] = packed_projection
         self.plain = {nn.Linear, parts.linear}  # not their subclasses, which may do anything
-        self.moves = 0  # of the packed storage
 
     def is_plain(self, layer: nn.Module) -> bool:
         """Whether calling `layer` gives x W^T + b of its own parameters, and does nothing else."""
@@ -171,27 +169,9 @@ class SelfAttention(nn.Module):
         )
 
     def packed(self) -> tuple[Tensor, Tensor]:
-        """Weight [3H, H] and bias [3H] over the storage of query, key and value, no gradient."""
+        """Weight [3H, H] and bias [3H] of query, key and value."""
         layers = (self.query, self.key, self.value)
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        if torch.compiler.is_compiling():  # the compiler knows no storage
-            return torch.cat([*weights]).detach(), torch.cat([*biases]).detach()
-        with _LAYING:
-            place = weights[0].data_ptr()
-            packed = _packed(weights), _packed(biases)
-            self.moves += packed[0].data_ptr() != place
-            return packed
-
-    def versions(self) -> tuple[int | tuple[int, int], ...]:
-        """What differs after `packed()` when a weight or bias has changed, for holders of copies.
-
-        It is the number of moves, since a freed address may be taken again, then the address and
-        version (-1 for what was made in inference mode, which counts none) of each.
-        """
-        layers = (self.query, self.key, self.value)
-        tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
-        states = [(t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
-        return (self.moves, *states)
+        return together([one.weight for one in layers]), together([one.bias for one in layers])
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -212,35 +192,28 @@ def packed_projection(attention: SelfAttention, x: Tensor) -> Tensor:
     layers = (attention.query, attention.key, attention.value)
     if not all(map(attention.is_plain, layers)):
         return torch.cat([layer(x) for layer in layers], 1)
-    if any(layer.weight.requires_grad or layer.bias.requires_grad for layer in layers):
-        weight = torch.cat([layer.weight for layer in layers])
-        return F.linear(x, weight, torch.cat([layer.bias for layer in layers]))
     return F.linear(x, *attention.packed())
 
 
-def _packed(parts: Sequence[Tensor]) -> Tensor:
-    """One tensor over the parts' shared storage; moves them there when they are apart.
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Parameters of one shape, one after the other: without a copy while they are frozen.
 
-    Moving a module, copying it or giving it new parameters takes the parts apart, so this looks
-    each time instead of trusting a flag.
+    For that they share a storage, and are moved to one where they do not: moving a module, copying
+    it or giving it new parameters takes them apart, so this looks each time.
     """
-    first, rows = parts[0].detach(), parts[0].shape[0]
-    step = first.numel()
-    base = first.storage_offset()
-    together = all(
-        part.is_contiguous()
-        and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and part.storage_offset() == base + i * step
-        for i, part in enumerate(parts)
-    )
-    if not together:
-        # Parameters made in inference mode could never be trained again.
-        with torch.inference_mode(False):
-            first = torch.cat([part.detach() for part in parts])
-            for part, block in zip(parts, first.split(rows), strict=True):
-                part.data = block
-        base = 0
-    return first.as_strided((len(parts) * rows, *first.shape[1:]), first.stride(), base)
+    if torch.compiler.is_compiling() or any(part.requires_grad for part in parts):
+        return torch.cat([*parts])  # the compiler knows no storage
+    with _LAYING:
+        first, shape = parts[0].detach(), (len(parts) * len(parts[0]), *parts[0].shape[1:])
+        fits = first.untyped_storage().nbytes() == len(parts) * first.nbytes
+        whole = first.as_strided(shape, first.stride(), 0) if fits else first
+        if not (fits and all(map(Tensor.is_set_to, parts, whole.chunk(len(parts))))):
+            # What is made in inference mode can never be trained, and shows no writes.
+            with torch.inference_mode(any(part.is_inference() for part in parts)):
+                whole = torch.cat([part.detach() for part in parts])
+                for part, block in zip(parts, whole.chunk(len(parts)), strict=True):
+                    part.data = block
+        return whole
 
 
 class ResidualOutput(nn.Module):

@@ -9,17 +9,15 @@ if TYPE_CHECKING:
     from fastlora.errors import Interrupted, RunError, UserError
     from fastlora.lora.config import LoraConfig
     from fastlora.lora.files import load_adapter, save_adapter
-    from fastlora.lora.layer import LoRALinear
+    from fastlora.lora.layer import LoRALinear, lora_layers
+    from fastlora.lora.merging import merge, unmerge
     from fastlora.lora.model import (
         eject,
         inject,
-        lora_layers,
-        merge,
         merge_and_unload,
         pack,
         parameter_report,
         set_adapter,
-        unmerge,
         use_adapter,
     )
     from fastlora.lora.routing import Segment
@@ -33,10 +31,11 @@ _HOMES = {
     "errors": ["Interrupted", "RunError", "UserError"],
     "lora.config": ["LoraConfig"],
     "lora.files": ["load_adapter", "save_adapter"],
-    "lora.layer": ["LoRALinear"],
+    "lora.layer": ["LoRALinear", "lora_layers"],
+    "lora.merging": ["merge", "unmerge"],
     "lora.model": [
-        *("eject", "inject", "lora_layers", "merge", "merge_and_unload", "pack"),
-        *("parameter_report", "set_adapter", "unmerge", "use_adapter"),
+        *("eject", "inject", "merge_and_unload", "pack", "parameter_report", "set_adapter"),
+        "use_adapter",
     ],
     "lora.routing": ["Segment"],
     "model": ["MultitaskBert"],

@@ -6,12 +6,14 @@ encoder and tokenizer that their weights belong to.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastlora.errors import UserError
@@ -36,6 +38,20 @@ class BaseInfo:
     def facts(self) -> dict[str, str]:
         """What a file says about its base."""
         return {"fastlora_version": version("fastlora-bert"), **asdict(self)}
+
+
+def fingerprint(encoder: nn.Module) -> str:
+    """sha256 over names, shapes and bytes of the base weights, LoRA parameters left out.
+
+    Take it of the fp32 weights as loaded: a cast or merged encoder has another fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(encoder.named_parameters()):
+        if "lora_" not in name:
+            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
+            values = parameter.detach().cpu().contiguous().view(-1)
+            digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def adapter_names(kind: str, tasks: Iterable[str]) -> list[str]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.bert.model import Layout
-from fastlora.bert.tokenizer import Encoded
 from fastlora.data import TaskData
+from fastlora.tokenizer import Encoded
 
 # Examples are sorted by length inside windows of about this many batches: enough that a batch
 # holds similar lengths, few enough that an epoch stays shuffled.
@@ -63,7 +63,7 @@ class Batch:
         """All that are on the device."""
         layout = self.layout
         single = (self.input_ids, self.attention_mask, self.token_type_ids, self.rows)
-        found = (*single, layout.index, layout.source, layout.mask)
+        found = (*single, layout.index, layout.mask)
         return [t for t in (*found, *self.labels.values(), *self.real.values()) if t is not None]
 
     def to(self, device: torch.device | str) -> "Batch":

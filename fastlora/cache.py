@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastlora.bert.tokenizer import Encoded, Tokenizer
 from fastlora.data import TaskData, encode_rows, read_content, read_rows
 from fastlora.errors import UserError
 from fastlora.files import atomic_folder, cache_folder
 from fastlora.tasks import Task
+from fastlora.tokenizer import Encoded, Tokenizer
 
 # To be raised when the code comes to give other tokens, or to store them in another way.
 _FORMAT = 1

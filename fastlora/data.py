@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fastlora.bert.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
 from fastlora.tasks import Task
+from fastlora.tokenizer import Encoded, Tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fastlora.bert.source import Source, resolve
 from fastlora.config import DEFAULT_TASKS, TrainConfig
 from fastlora.errors import UserError
 from fastlora.files import cache_folder
 from fastlora.lora.config import TARGETS
+from fastlora.source import Source, resolve
 from fastlora.tasks import BUILTIN, Task, task_from_table
 
 

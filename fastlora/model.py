@@ -108,8 +108,10 @@ class Projection:
         layers = (attention.query, attention.key, attention.value)
         if torch.compiler.is_compiling():
             return project_together(layers, x, weight, bias)
-        # The packed weight lies where query's does: a change of key or value shows here only.
-        if (versions := attention.versions()) != self.versions:
+        # `packed` sees where the three lie, and a write to the first; those to others show here.
+        others = (attention.key.weight, attention.value.weight)
+        versions = tuple(0 if w.is_inference() else w._version for w in others)
+        if versions != self.versions:
             self.packed.clear()
             self.versions = versions
         return project_together(layers, x, weight, bias, self.packed)

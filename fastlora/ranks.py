@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora.data import TaskData
 from fastlora.evaluate import predict, score
-from fastlora.lora.model import lora_layers
+from fastlora.lora.layer import lora_layers
 from fastlora.model import MultitaskBert
 from fastlora.train import Trainer
 from fastlora.variants import is_variant

@@ -14,12 +14,13 @@ from torch import nn
 from fastlora.adapters import (
     BaseInfo,
     adapter_place,
+    fingerprint,
     load_all,
     read_heads,
     save_adapter,
     save_heads,
 )
-from fastlora.bert.weights import fingerprint, save_encoder
+from fastlora.bert.weights import save_encoder
 from fastlora.config import LoraOptions, TaskLoraConfig, TrainConfig
 from fastlora.console import Log
 from fastlora.errors import Interrupted, UserError
@@ -215,7 +216,8 @@ def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInf
     extra = {k: getattr(config, k) for k in ("mode", "adapters", "pairs", "model")}
     with atomic_folder(folder) as building:
         if config.mode == "full":
-            save_encoder(model.encoder, building / ENCODER, setup.inputs.source.folder)
+            save_encoder(model.encoder, building / ENCODER)
+            setup.inputs.source.copy_tokenizer(building / ENCODER)
             base = replace(base, encoder_sha256=fingerprint(model.encoder))
         elif config.mode == "lora":
             for name in model.settings:

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fastlora.adapters import adapter_names
+from fastlora.adapters import adapter_names, fingerprint
 from fastlora.bert.model import BertModel, Parts
-from fastlora.bert.source import Source
-from fastlora.bert.tokenizer import Tokenizer
-from fastlora.bert.weights import fingerprint, load_encoder
+from fastlora.bert.weights import load_encoder
 from fastlora.cache import load_tasks
 from fastlora.config import Precision, TaskLoraConfig, TrainConfig
 from fastlora.data import TaskData
@@ -29,7 +27,9 @@ from fastlora.lora.layer import DEFAULT
 from fastlora.lora.model import pack
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device, memory_errors, world_size
+from fastlora.source import Source
 from fastlora.tasks import Task
+from fastlora.tokenizer import Tokenizer
 
 PARTS = Parts(Linear, Dropout)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -127,7 +127,7 @@ def seed_random(seed: int, device: torch.device) -> None:
 @torch.random.fork_rng([])  # layers are drawn before they are read
 def read_encoder(source: Source) -> Loaded:
     """The encoder of a model's folder; UserError when it has none that fits."""
-    encoder, notes = load_encoder(source, PARTS)
+    encoder, notes = load_encoder(source.folder, PARTS)
     return Loaded(encoder, fingerprint(encoder), notes)
 
 

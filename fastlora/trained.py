@@ -10,21 +10,22 @@ from typing import Any
 import torch
 
 from fastlora import adapters
-from fastlora.bert.source import Source, resolve
-from fastlora.bert.tokenizer import Tokenizer
-from fastlora.bert.weights import fingerprint, load_encoder, save_encoder
+from fastlora.bert.weights import load_encoder, save_encoder
 from fastlora.data import Rows, encode_rows, read_rows
 from fastlora.errors import UserError
 from fastlora.evaluate import answers, predict
 from fastlora.files import atomic_folder
 from fastlora.inputs import adapter_folder
 from fastlora.lora.files import read_config
-from fastlora.lora.model import merge, pack, unmerge
+from fastlora.lora.merging import merge, unmerge
+from fastlora.lora.model import pack
 from fastlora.model import MultitaskBert
 from fastlora.parallel import local_device
 from fastlora.session import ENCODER
 from fastlora.setup import PARTS, use_measured_blocks
+from fastlora.source import Source, resolve
 from fastlora.tasks import Task
+from fastlora.tokenizer import Tokenizer
 
 PROBE = (
     "a moving film, if a little long .",
@@ -57,9 +58,9 @@ def load_trained(path: Path, device: str = "auto", model: str | None = None) -> 
     full = extra["mode"] == "full"
     source = resolve(str(folder / ENCODER) if full else model or extra["model"])
     tokenizer = Tokenizer.from_folder(source.folder)
-    encoder, _ = load_encoder(source, PARTS)
+    encoder, _ = load_encoder(source.folder, PARTS)
     use_measured_blocks()
-    base = adapters.BaseInfo(source.name, fingerprint(encoder), tokenizer.fingerprint)
+    base = adapters.BaseInfo(source.name, adapters.fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, extra["pairs"])
     names = []
     if extra["mode"] == "lora":
@@ -121,6 +122,7 @@ def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
     merge(net.encoder, *net.adapters(task or next(iter(trained.tasks))))
     after = predict(net, probe)
     with atomic_folder(out) as building:
-        save_encoder(net.encoder, building, trained.source.folder)
+        save_encoder(net.encoder, building)
+        trained.source.copy_tokenizer(building)
     unmerge(net.encoder)
     return max(float(abs(before[n] - after[n]).max()) for n in probe)

@@ -53,7 +53,7 @@ def _parse(
     return implementation(route), call
 
 
-def _forward(x: Tensor, bias: Tensor | None, *description: Any) -> tuple[Tensor, Tensor]:
+def run_forward(x: Tensor, bias: Tensor | None, *description: Any) -> tuple[Tensor, Tensor]:
     """y [M, N], and what backward needs (see the routes)."""
     route, call = _parse(*description)
     with _without_autocast(x):
@@ -85,7 +85,7 @@ _DESCRIPTION = (
 )
 lora = torch.library.custom_op(
     "fastlora::lora",
-    _forward,
+    run_forward,
     mutates_args=(),
     schema=f"(Tensor x, Tensor? bias, {_DESCRIPTION}) -> (Tensor, Tensor)",
 )
@@ -158,7 +158,7 @@ class _Eager(torch.autograd.Function):
         owned: Owned,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        y, saved = _forward(x, bias, weight, factors, seed, *fixed, owned)
+        y, saved = run_forward(x, bias, weight, factors, seed, *fixed, owned)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         ctx.fixed, ctx.owned = fixed, (*owned[:2], hooks is not None)
         _save(ctx, x, saved, weight, seed, factors)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastlora.kernels import reference
-from fastlora.kernels.autograd import lora, lora_eager
+from fastlora.kernels.autograd import lora, lora_eager, run_forward
 from fastlora.kernels.dropout import draw_seed, threshold
 from fastlora.kernels.packed import Packed, form
 from fastlora.kernels.reference import Term
@@ -76,6 +76,8 @@ def lora_grouped(
     fixed = [term.c for term in terms], places, name
     if compiling:
         y, _ = lora(rows, bias, weight, factors, seed, *fixed)
+    elif not torch.is_grad_enabled():
+        y, _ = run_forward(rows, bias, weight, factors, seed, *fixed, (forms, keep, False))
     else:
         y, _ = lora_eager(rows, bias, weight, seed, fixed, (forms, keep, False), *factors)
     return y.view(*x.shape[:-1], weight.shape[0])

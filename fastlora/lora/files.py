@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fastlora.errors import UserError
 from fastlora.files import read_json, write_json
 from fastlora.lora.config import TARGETS, LoraConfig, is_target
-from fastlora.lora.layer import DEFAULT, LoRALinear
-from fastlora.lora.model import adapter_names, inject, lora_layers
+from fastlora.lora.layer import DEFAULT, LoRALinear, adapter_names, lora_layers, lora_parameters
+from fastlora.lora.model import inject
 from fastlora.tensors import check_tensors, read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -190,9 +190,7 @@ def _trained_modules(model: nn.Module) -> list[str]:
 
     Raises UserError for a trainable parameter outside of them.
     """
-    factors = {
-        id(p) for m in lora_layers(model).values() for p in (*m.lora_A.values(), *m.lora_B.values())
-    }
+    factors = {id(p) for layer in lora_layers(model).values() for p in lora_parameters(layer)}
     left = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors}
     found: list[str] = []
     for name, module in model.named_modules():

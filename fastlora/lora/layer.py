@@ -6,7 +6,7 @@ Hu et al. 2021: W = W0 + scale B A with W0 frozen, A Kaiming-uniform and B zero 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -37,6 +37,8 @@ class LoRALinear(Linear):
 
     active: tuple[str, ...] | None  # None: several adapters, and none has been chosen
     base_weight: Tensor  # W0, while something is merged
+    unmerged: list[nn.Parameter]  # the parameter that W0 is, which may be tied to another module's
+    thawed: list[nn.Parameter]  # the factors that train when it is unmerged
 
     def __init__(
         self,
@@ -237,45 +239,6 @@ class LoRALinear(Linear):
             found = " and ".join(sorted(wanted)) or "none"
             raise UserError(f"adapter {found} is asked for, but {merged} is merged: unmerge first")
 
-    def merged_weight(self, names: Sequence[str]) -> Tensor:
-        """W0 + sum of scale B A [out, in], in fp32 or wider, rounded to the weight's type once."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = self.weight.to(dtype)
-        for name in names:
-            A, B = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
-            weight = weight + self.settings[name].scale * B @ A
-        return weight.to(self.weight.dtype)
-
-    def put_merged(self, weight: Tensor, names: Sequence[str]) -> None:
-        """Let a new parameter be the weight, and the merged adapters freeze.
-
-        W0, which may be tied to another module's weight, stays as it is.
-        """
-        self.unmerged = [self.weight]  # in a list, so that it is not registered again
-        factors = [side[name] for side in (self.lora_A, self.lora_B) for name in names]
-        self.thawed = [factor for factor in factors if factor.requires_grad]
-        for factor in factors:  # without a gradient, an optimiser leaves it alone
-            factor.requires_grad_(False).grad = None
-        self.register_buffer("base_weight", self.weight.detach())
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.merged = tuple(names)
-
-    @property
-    def base_parameter(self) -> nn.Parameter:
-        """The parameter that W0 is, or was before a merge."""
-        return self.unmerged[0] if self.merged else self._parameters["weight"]  # type: ignore
-
-    def put_back(self) -> None:
-        """Let W0 be the weight again, and what trained before train."""
-        parameter = self.base_parameter
-        W0 = self.base_weight
-        if (parameter.dtype, parameter.device) != (W0.dtype, W0.device):  # the layer has moved
-            parameter.data = W0
-        for factor in self.thawed:
-            factor.requires_grad_(True)
-        self.weight, self.merged = parameter, ()
-        del self.unmerged, self.thawed, self.base_weight
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
             rest[-1].append(f"{prefix}weight has an adapter merged into it: unmerge before loading")
@@ -342,6 +305,21 @@ _uncompiled_choice = torch.compiler.disable(choice_of)
 def draw_number() -> int:
     """A number from PyTorch's generator, for seeds of generators that more depends on."""
     return int(torch.randint(2**62, (), device="cpu"))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRA layers of a model by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def adapter_names(layers: Iterable[LoRALinear]) -> tuple[str, ...]:
+    """The adapters of some layers, each once."""
+    return tuple(dict.fromkeys(name for layer in layers for name in layer.settings))
+
+
+def lora_parameters(layer: LoRALinear) -> list[nn.Parameter]:
+    """The factors of all adapters of a layer."""
+    return [*layer.lora_A.values(), *layer.lora_B.values()]
 
 
 def project_together(

@@ -6,21 +6,27 @@ references to them stay as they are. It checks everything first: if refused, not
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from zlib import crc32
 
-import torch
 from torch import Tensor, nn
 
 from fastlora.errors import UserError
 from fastlora.kernels import Linear, Packed
 from fastlora.lora.config import LoraConfig
-from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number
-from fastlora.lora.routing import Choice, Segment, by_rows, choice_of, scope
+from fastlora.lora.layer import (
+    DEFAULT,
+    LoRALinear,
+    adapter_names,
+    draw_number,
+    lora_layers,
+    lora_parameters,
+)
+from fastlora.lora.merging import check_tied, merge, merged_layers, save_pretrained, unmerge
+from fastlora.lora.routing import Choice, Segment, by_rows, check_names, scope
 from fastlora.lora.targets import check_layer, check_model, target_names, trained_parameters
 
 # What `inject` notes on the model: which parameters trained before, and a parent's own setting.
@@ -54,7 +60,8 @@ def inject(
     for adapter, names in plan.items():
         for name in names:
             check_layer(model, name, adapter, configs[adapter].of_layer(name))
-    layers, before = lora_layers(model), vars(model).get(_BEFORE)
+    layers = lora_layers(model)
+    before, known = vars(model).get(_BEFORE), adapter_names(layers.values())
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         injected = _put_adapters(model, configs, plan, kept, draws_as or {})
@@ -69,7 +76,7 @@ def inject(
         vars(model)[_BEFORE] = trained
     now = adapter_names((*layers.values(), *injected.values()))
     choice: tuple[str, ...] | None = now if len(now) == 1 else None
-    if same := now == adapter_names(layers.values()):
+    if same := now == known:
         choice = next(iter(layers.values())).active
     for layer in injected.values() if same else lora_layers(model).values():
         layer.active = choice
@@ -126,8 +133,8 @@ def merge_and_unload(model: nn.Module, *adapters: str) -> nn.Module:
     _check_loose(model)
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
-            _check_tied(module)
-    if not _merged(model):
+            check_tied(module)
+    if not merged_layers(model):
         merge(model, *adapters)
     return _without_lora(model)
 
@@ -135,7 +142,7 @@ def merge_and_unload(model: nn.Module, *adapters: str) -> nn.Module:
 def set_adapter(model: nn.Module, *adapters: str) -> None:
     """Let these adapters act from now on, added up; without a name, none. UserError if unknown."""
     layers, names = lora_layers(model).values(), tuple(dict.fromkeys(adapters))
-    _check_names(layers, names)
+    check_names(layers, names)
     for layer in layers:
         layer.was_scoped |= layer.active not in (None, names)
         layer.active = names
@@ -158,60 +165,9 @@ def use_adapter(
     choice = Choice(tuple(dict.fromkeys(adapters))) if rows is None else by_rows(rows)
     if rows is not None and adapters:
         raise UserError(f"rows and {', '.join(adapters)} are given (expected one of the two)")
-    _check_names(layers, choice.names)
+    check_names(layers, choice.names)
     with scope(layers, choice._replace(seed=seed)):
         yield
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRA layers of a model by module name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def adapter_names(layers: Iterable[LoRALinear]) -> tuple[str, ...]:
-    """The adapters of some layers, each once."""
-    return tuple(dict.fromkeys(name for layer in layers for name in layer.settings))
-
-
-@torch.no_grad()
-def merge(model: nn.Module, *adapters: str) -> None:
-    """Fold adapters (by default the active ones) into the weights of the layers that have them.
-
-    The sum is taken in fp32 or wider and rounded once. The state dict of a merged model has the
-    merged `weight` and W0 as `base_weight`, and loads into an unmerged one as what it is.
-
-    Raises UserError, with nothing changed, for an unknown name, where something is merged already,
-    where a layer's forward is not that of `nn.Linear`, and where a sum is not finite.
-    """
-    layers = lora_layers(model)
-    adapters = tuple(dict.fromkeys(adapters)) or _chosen(layers.values())
-    _check_names(layers.values(), adapters)
-    if not adapters or not layers:
-        raise UserError(f"{type(model).__name__} has no active adapter to merge")
-    weights = {}
-    for name, layer in layers.items():
-        own = [adapter for adapter in adapters if adapter in layer.settings]
-        if own and layer.merged:
-            merged = " and ".join(layer.merged)
-            raise UserError(f"adapter {merged} is merged already: unmerge it first")
-        W = layer._parameters.get("weight")  # an offloaded one is on the meta device
-        if own and not (layer.is_plain and type(W) is nn.Parameter and not W.is_meta):
-            raise UserError(
-                f"layer {name!r} cannot be merged: {layer.base_class.__name__} does not compute "
-                "x W^T + b on a weight of its own, in memory"
-            )
-        if own:
-            weights[name] = own, layer.merged_weight(own)
-            if not weights[name][1].isfinite().all() and layer.weight.isfinite().all():
-                raise UserError(f"layer {name!r}: W0 + BA is not finite in {layer.weight.dtype}")
-    for name, (own, weight) in weights.items():
-        layers[name].put_merged(weight, own)
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: put W0 back, bit for bit."""
-    for layer in _merged(model):
-        layer.put_back()
 
 
 def pack(model: nn.Module) -> None:
@@ -233,23 +189,6 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
         bucket = "lora" if id(parameter) in adapters else "other trainable"
         report[bucket if parameter.requires_grad else "frozen"] += parameter.numel()
     return report
-
-
-def lora_parameters(layer: LoRALinear) -> list[nn.Parameter]:
-    """The factors of all adapters of a layer."""
-    return [*layer.lora_A.values(), *layer.lora_B.values()]
-
-
-def _merged(model: nn.Module) -> list[LoRALinear]:
-    return [layer for layer in lora_layers(model).values() if layer.merged]
-
-
-def _chosen(layers: Collection[LoRALinear]) -> tuple[str, ...]:
-    """The adapters that act now, on whole inputs."""
-    choices = [choice_of(layer) for layer in layers]
-    if any(choice.segments is not None for choice in choices):
-        raise UserError("adapters act by rows here (expected one choice for all rows)")
-    return choices[0].names if choices else ()
 
 
 def _without_lora(model: nn.Module) -> nn.Module:
@@ -278,48 +217,10 @@ def _guard_parents(model: nn.Module) -> None:
             vars(module)[_NESTED] = {"use_nested_tensor": module.use_nested_tensor}
             module.use_nested_tensor = False
         if callable(getattr(type(module), "save_pretrained", None)):
-            module.save_pretrained = partial(_save_pretrained, module)  # type: ignore
-
-
-def _save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-    """transformers' `save_pretrained` with the active adapters merged into what is written.
-
-    So any reader of the folder has what was trained; a model with adapters that loads it, as a
-    resumed Trainer does, gets W0 and the adapters back.
-    """
-    if keywords.get("state_dict") is not None:
-        raise UserError("save_pretrained got a state_dict, into which no adapter can be merged")
-    active = not _merged(module) and _chosen(lora_layers(module).values())
-    _check_tied(module)
-    if active:
-        merge(module)
-    try:
-        return type(module).save_pretrained(module, *arguments, **keywords)  # type: ignore
-    finally:
-        if active:
-            unmerge(module)
-
-
-def _check_tied(module: nn.Module) -> None:
-    """Raise a UserError where a merged weight would be saved as the one that W0 is tied to."""
-    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    for name, layer in lora_layers(module).items():
-        if uses[id(layer.base_parameter)] > (0 if layer.merged else 1):
-            raise UserError(
-                f"the weight of {name!r} is tied to another, and merged it would not be: it would "
-                "be saved as the other (expected save_adapter, or other targets)"
-            )
+            module.save_pretrained = partial(save_pretrained, module)  # type: ignore
 
 
 def _check_loose(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
         if reason := layer.why_stuck():
             raise UserError(f"layer {name!r} cannot be turned back: {reason}")
-
-
-def _check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
-    known = adapter_names(layers)
-    for name in adapters:
-        if name not in known:
-            there = ", ".join(map(repr, known)) or "none"
-            raise UserError(f"adapter {name!r} is unknown (the model's adapters: {there})")

@@ -12,7 +12,7 @@ recomputation, so the choice is noted on that frame and found there again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -93,6 +93,23 @@ def by_rows(rows: Sequence[str | Segment | None]) -> Choice:
             runs.append(Segment(str(name), start, stop))
         start = stop
     return Choice(tuple(dict.fromkeys(s.adapter for s in runs)), tuple(runs), len(rows))
+
+
+def check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
+    """Raise UserError for an adapter that none of these layers has."""
+    known = tuple(dict.fromkeys(name for layer in layers for name in layer.settings))
+    for name in adapters:
+        if name not in known:
+            there = ", ".join(map(repr, known)) or "none"
+            raise UserError(f"adapter {name!r} is unknown (the model's adapters: {there})")
+
+
+def acting(layers: Collection[LoRALinear]) -> tuple[str, ...]:
+    """The adapters that act now, on whole inputs; UserError where they act by rows."""
+    choices = [choice_of(layer) for layer in layers]
+    if any(choice.segments is not None for choice in choices):
+        raise UserError("adapters act by rows here (expected one choice for all rows)")
+    return choices[0].names if choices else ()
 
 
 def choice_of(layer: LoRALinear) -> Choice:

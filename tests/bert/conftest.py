@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.bert.source import resolve
+from fastlora.source import resolve
 
 
 @pytest.fixture(autouse=True, scope="session")

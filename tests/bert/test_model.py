@@ -4,7 +4,6 @@ import transformers
 
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import ACTIVATIONS, BertModel, Layout
-from fastlora.bert.source import Source
 from fastlora.bert.weights import load_encoder
 
 # references.md: "Hello, my dog is cute" through MiniLM-L6, fp32.
@@ -16,7 +15,7 @@ FIRST = [0.023017, -0.010278, 0.220136, 0.521736, -0.11702]
 @pytest.fixture(scope="module")
 def minilm_pair(minilm):
     theirs = transformers.BertModel.from_pretrained(minilm, attn_implementation="eager").eval()
-    return load_encoder(Source(minilm, "minilm"))[0], theirs
+    return load_encoder(minilm)[0], theirs
 
 
 def random_pair(**changes):

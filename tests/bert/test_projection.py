@@ -160,37 +160,6 @@ def test_packing_leaves_the_versions_of_parameters_alone():
     assert attention.query.weight._version == before
 
 
-def test_versions_show_every_change():
-    attention = self_attention()
-    attention.packed()
-    versions = attention.versions()
-    assert len(versions) == 7
-    attention.packed()
-    attention.projection(attention, torch.randn(5, 16))
-    assert attention.versions() == versions
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.mul_(2)
-            assert attention.versions() != versions
-            versions = attention.versions()
-    attention.value.weight.data = attention.value.weight.data.clone()
-    assert attention.versions() != versions
-    with torch.inference_mode():
-        assert [version for _, version in self_attention().versions()[1:]] == [-1] * 6
-    attention.query = nn.Linear(16, 16, bias=False)
-    assert len(attention.versions()) == 6
-
-
-def test_versions_show_a_change_whose_result_lies_at_the_same_address():
-    """There and back changes no count of PyTorch's, and freed memory is given out again."""
-    for _ in range(50):
-        attention = self_attention()
-        before, versions = attention.packed()[0].clone(), attention.versions()
-        after = attention.half().float().packed()[0]
-        assert not torch.equal(after, before)
-        assert attention.versions() != versions
-
-
 def test_threads_share_a_model(monkeypatch):
     torch.manual_seed(0)
     model, moves, cat = BertModel(CONFIG).requires_grad_(False).eval(), [], torch.cat

@@ -10,6 +10,7 @@ import transformers
 
 from fastlora.config import TrainConfig
 from fastlora.lora.config import LoraConfig
+from fastlora.source import resolve
 
 NOUNS = ["film", "dog", "cat", "boat", "runs", "sings", "sleeps", "sees", "red", "blue"]
 WORDS = [*NOUNS, "the", "a", "good", "bad", "fine", "not", "very", ".", "?"]
@@ -27,6 +28,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of MiniLM; without the wheel and the hub, resolve() says how to get it."""
+    return resolve("minilm").folder
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from fastlora.adapters import (
     BaseInfo,
     adapter_names,
     adapter_place,
+    fingerprint,
     load_adapter,
     load_all,
     load_heads,
@@ -159,3 +160,13 @@ def test_a_broken_file_about_heads_is_named(saved_heads):
     (saved_heads / "heads.json").write_text("{}")
     with pytest.raises(UserError, match=r"heads\.json: has no 'tasks'"):
         load_heads(saved_heads, heads(1), TASKS, BASE)
+
+
+def test_fingerprint_sees_the_base_weights_only():
+    model = BertModel(BertConfig(**TINY))
+    before = fingerprint(model)
+    inject(model, LoraConfig(r=4))
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.bias[0] += 1
+    assert fingerprint(model) != before

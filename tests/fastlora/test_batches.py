@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlora.batches import Span, _shares, collate, eval_batches, plan_epoch
-from fastlora.bert.tokenizer import Encoded
 from fastlora.data import TaskData
 from fastlora.tasks import BUILTIN
+from fastlora.tokenizer import Encoded
 
 
 def task_data(name, lengths, seed=0, joint=False):
@@ -184,7 +184,7 @@ def test_to_moves_every_tensor():
     datasets = {"quora": task_data("quora", [7, 6], joint=True)}
     batch = collate(datasets, np.array([[0, 0], [0, 1]])).to("meta")
     tensors = [batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.labels["quora"]]
-    tensors += [batch.layout.index, batch.layout.source, batch.layout.mask]
+    tensors += [batch.layout.index, batch.layout.mask]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert batch.indices["quora"].tolist() == [0, 1]
 

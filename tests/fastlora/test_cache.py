@@ -11,10 +11,10 @@ import pytest
 
 from fastlora import cache
 from fastlora.batches import collate, plan_epoch
-from fastlora.bert.tokenizer import Tokenizer
 from fastlora.cache import load_tasks
 from fastlora.errors import UserError
 from fastlora.tasks import BUILTIN, task_from_table
+from fastlora.tokenizer import Tokenizer
 
 SST, QUORA, STS = BUILTIN["sst"], BUILTIN["quora"], BUILTIN["sts"]
 HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastlora.bert.source import resolve
-from fastlora.bert.tokenizer import Encoded, Tokenizer
 from fastlora.data import encode_rows, read_rows
 from fastlora.errors import UserError
 from fastlora.inputs import has_files
+from fastlora.source import resolve
 from fastlora.tasks import BUILTIN
+from fastlora.tokenizer import Encoded, Tokenizer
 
 SST, QUORA, STS = BUILTIN["sst"], BUILTIN["quora"], BUILTIN["sts"]
 SIBLING = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -10,6 +10,9 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from fastlora.kernels import Term, forced_route, lora_grouped, lora_linear
 from fastlora.kernels.reference import lora_grouped as reference
 
+# From within PyTorch's forward-mode derivatives.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 M, K, N = 14, 16, 24
 ROUTES = pytest.mark.parametrize("route", NAMES)
 ROWS = pytest.mark.parametrize("ranged", [False, True], ids=["uniform", "ranged"])

@@ -216,6 +216,20 @@ def test_whatever_the_default_device_is(route, seed, problem):
             assert torch.equal(lora_linear(x, *rest, 0.5, p, SEED), y)
 
 
+def test_few_rows_on_a_cpu_draw_the_masks_that_many_do(problem):
+    """Plain PyTorch computes them, with the same masks from a seed."""
+    x, weight, bias, A, B = problem
+    terms = [Term(A.requires_grad_(), B.requires_grad_(), 0.5, 0.3, stream=2, start=3)]
+
+    def run():
+        y = lora_grouped(x, weight, bias, terms, SEED)
+        return [y, *torch.autograd.grad(y.square().sum(), (A, B))]
+
+    few = run()
+    with forced_route("reference"):
+        assert_same(few, run())
+
+
 def test_two_losses_of_one_optimiser():
     """A step leaves the other loss's parameters as they are; no hook of ours counts a change."""
     layers = [torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(2))) for _ in range(2)]

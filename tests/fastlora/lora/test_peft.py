@@ -12,10 +12,10 @@ import transformers
 from fastlora import LoraConfig, inject, load_adapter, lora_layers, save_adapter
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
-from fastlora.bert.source import resolve
 from fastlora.bert.weights import load_encoder
 from fastlora.lora.config import TARGETS
 from fastlora.lora.files import read_config
+from fastlora.source import resolve
 
 SIZES = {
     "vocab_size": 50,

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import transformers
 
-from fastlora.bert.tokenizer import Tokenizer
 from fastlora.errors import UserError
+from fastlora.tokenizer import Tokenizer
 
 GOLDEN = [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
 TEXTS = [
@@ -93,7 +93,7 @@ def test_cased_rules_come_from_the_config(ours, vocab_only):
 
 
 def test_more_texts_than_a_chunk_keep_their_order(ours, monkeypatch):
-    monkeypatch.setattr("fastlora.bert.tokenizer._CHUNK", 3)
+    monkeypatch.setattr("fastlora.tokenizer._CHUNK", 3)
     encoded = ours.encode(TEXTS)
     assert sequences(encoded) == [ours.encode([text]).ids.tolist() for text in TEXTS]
 

@@ -4,6 +4,7 @@ No torch here: a wrong model name is answered before anything heavy is imported.
 """
 
 import importlib.util
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,12 @@ class Source:
     def __post_init__(self) -> None:
         require(self.folder / "config.json")
         require(self.folder / "model.safetensors")
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Copy the files that a tokenizer is made of beside another encoder."""
+        for name in TOKENIZER_FILES:
+            if (file := self.folder / name).exists():
+                shutil.copyfile(file, folder / name)
 
 
 def resolve(name: str) -> Source:

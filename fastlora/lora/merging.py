@@ -1,0 +1,129 @@
+"""Adapters folded into the weights, and back: in memory, state dicts and `save_pretrained`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.errors import UserError
+from fastlora.lora.layer import LoRALinear, lora_layers
+from fastlora.lora.routing import acting, check_names
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *adapters: str) -> None:
+    """Fold adapters (by default the active ones) into the weights of the layers that have them.
+
+    The sum is taken in fp32 or wider and rounded once. The state dict of a merged model has the
+    merged `weight` and W0 as `base_weight`, and loads into an unmerged one as what it is.
+
+    Raises UserError, with nothing changed, for an unknown name, where something is merged already,
+    where a layer's forward is not that of `nn.Linear`, and where a sum is not finite.
+    """
+    layers = lora_layers(model)
+    adapters = tuple(dict.fromkeys(adapters)) or acting(layers.values())
+    check_names(layers.values(), adapters)
+    if not adapters or not layers:
+        raise UserError(f"{type(model).__name__} has no active adapter to merge")
+    weights = {}
+    for name, layer in layers.items():
+        own = [adapter for adapter in adapters if adapter in layer.settings]
+        if own and layer.merged:
+            merged = " and ".join(layer.merged)
+            raise UserError(f"adapter {merged} is merged already: unmerge it first")
+        W = layer._parameters.get("weight")  # an offloaded one is on the meta device
+        if own and not (layer.is_plain and type(W) is nn.Parameter and not W.is_meta):
+            raise UserError(
+                f"layer {name!r} cannot be merged: {layer.base_class.__name__} does not compute "
+                "x W^T + b on a weight of its own, in memory"
+            )
+        if own:
+            weights[name] = own, _merged_weight(layer, own)
+            if not weights[name][1].isfinite().all() and layer.weight.isfinite().all():
+                raise UserError(f"layer {name!r}: W0 + BA is not finite in {layer.weight.dtype}")
+    for name, (own, weight) in weights.items():
+        _put(layers[name], weight, own)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`: put W0 back, bit for bit."""
+    for layer in merged_layers(model):
+        _put_back(layer)
+
+
+def merged_layers(model: nn.Module) -> list[LoRALinear]:
+    """The layers that something is merged into."""
+    return [layer for layer in lora_layers(model).values() if layer.merged]
+
+
+def _merged_weight(layer: LoRALinear, names: Sequence[str]) -> Tensor:
+    """W0 + sum of scale B A [out, in], in fp32 or wider, rounded to the weight's type once."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    weight = layer.weight.to(dtype)
+    for name in names:
+        A, B = layer.lora_A[name].to(dtype), layer.lora_B[name].to(dtype)
+        weight = weight + layer.settings[name].scale * B @ A
+    return weight.to(layer.weight.dtype)
+
+
+def _put(layer: LoRALinear, weight: Tensor, names: Sequence[str]) -> None:
+    """Let a new parameter be the weight, and the merged adapters freeze.
+
+    W0, which may be tied to another module's weight, stays as it is.
+    """
+    # In a list, so that it is not registered again.
+    layer.unmerged = [layer.weight]  # type: ignore[list-item]
+    factors = [side[name] for side in (layer.lora_A, layer.lora_B) for name in names]
+    layer.thawed = [factor for factor in factors if factor.requires_grad]
+    for factor in factors:  # without a gradient, an optimiser leaves it alone
+        factor.requires_grad_(False).grad = None
+    layer.register_buffer("base_weight", layer.weight.detach())
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.merged = tuple(names)
+
+
+def _put_back(layer: LoRALinear) -> None:
+    """Let W0 be the weight again, and what trained before train."""
+    (parameter,), W0 = layer.unmerged, layer.base_weight
+    if (parameter.dtype, parameter.device) != (W0.dtype, W0.device):  # the layer has moved
+        parameter.data = W0
+    for factor in layer.thawed:
+        factor.requires_grad_(True)
+    layer.weight, layer.merged = parameter, ()
+    del layer.unmerged, layer.thawed, layer.base_weight
+
+
+def save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    """transformers' `save_pretrained` with the active adapters merged into what is written.
+
+    So any reader of the folder has what was trained; a model with adapters that loads it, as a
+    resumed Trainer does, gets W0 and the adapters back.
+    """
+    if keywords.get("state_dict") is not None:
+        raise UserError("save_pretrained got a state_dict, into which no adapter can be merged")
+    active = not merged_layers(module) and acting(lora_layers(module).values())
+    check_tied(module)
+    if active:
+        merge(module)
+    try:
+        return type(module).save_pretrained(module, *arguments, **keywords)  # type: ignore
+    finally:
+        if active:
+            unmerge(module)
+
+
+def check_tied(module: nn.Module) -> None:
+    """Raise a UserError where a merged weight would be saved as the one that W0 is tied to."""
+    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    for name, layer in lora_layers(module).items():
+        if uses[id(layer.unmerged[0] if layer.merged else layer.weight)] > (
+            0 if layer.merged else 1
+        ):
+            raise UserError(
+                f"the weight of {name!r} is tied to another, and merged it would not be: it would "
+                "be saved as the other (expected save_adapter, or other targets)"
+            )
