@@ -266,7 +266,7 @@ def tune(
     use_measured_blocks()  # of other types and GPUs: they stay
     tuner.tune(where, dtype, print)
     with atomic_open(tuned_file()) as file:
-        file.write(tuning.dumps(tuning.MEASURED))
+        file.write(tuner.dumps(tuning.MEASURED))
     print(f"measured block sizes in {tuned_file()}; runs on this machine use them")
 
 

@@ -21,7 +21,6 @@ from fastlora.files import cache_folder
 from fastlora.host import Stop
 from fastlora.inputs import Inputs
 from fastlora.kernels import Dropout, Linear, Route, route
-from fastlora.kernels.triton import tuning
 from fastlora.lora.config import LoraConfig
 from fastlora.lora.layer import DEFAULT
 from fastlora.lora.model import pack
@@ -223,7 +222,7 @@ def use_measured_blocks() -> None:
     """Take what `fastlora tune` measured here, if it ran; UserError for a broken file."""
     if tuned_file().is_file():
         with user_errors():
-            tuning.load(tuned_file())
+            tuner.load(tuned_file())
 
 
 def find_precision(name: Precision, device: torch.device) -> Precision:

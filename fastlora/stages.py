@@ -3,8 +3,7 @@
 Stages, each an Optuna study in one journal file, which several processes may work on:
     defaults   the settings as given: what the search must beat
     rates      learning rate and warmup, by successive halving on growing numbers of examples
-    ranks      the largest rank at these rates and at those given; smaller ones are truncations
-               of what it learned
+    ranks      the largest rank at these rates and those given; smaller ones are truncations of it
     shapes     dropout and targets, by successive halving
     final-N    the best and the defaults, in full, one study a seed
 """

@@ -1,9 +1,11 @@
-"""`fastlora tune`: measures block sizes and routes on the GPU that is here."""
+"""`fastlora tune`: measures block sizes and routes on the GPU that is here, for later runs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,24 @@ def tune(
         found[key] = tuning.MEASURED[key] = best
         report(f"{key} routes: " + ", ".join(f"{r} {ms:.3f} ms" for r, ms in routes.items()))
     return found
+
+
+def load(file: Path) -> None:
+    """Put a file of `dumps` before the shipped rows; ValueError where it is something else."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        for key, row in rows.items():
+            kernels = {name: tuning.Blocks(**row[name]) for name in ("down", "fused", "outer")}
+            tuning.MEASURED[key] = tuning.Config(row["route"], **kernels)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: not a table of measured block sizes ({error}); delete it"
+        ) from error
+
+
+def dumps(rows: dict[str, tuning.Config]) -> str:
+    """Measurements as the text that `load` reads."""
+    return json.dumps({key: asdict(row) for key, row in rows.items()}, indent=1)
 
 
 def _problem(rows: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:

@@ -2,65 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from itertools import accumulate, pairwise
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from fastlora.kernels.packed import form
-
-Ranges = tuple[tuple[int, int], ...]  # of rows, per term: first, end
-T = TypeVar("T")
+from fastlora.kernels.dropout import keep_scale
+from fastlora.kernels.packed import Forms
 
 
-class Shape(NamedTuple):
-    """The part of a `Term` that is no tensor and the same in every batch."""
+class Term(NamedTuple):
+    """One adapter's low-rank update of a block of the output.
 
-    rank: int
-    width: int  # columns of the output that it adds to
-    column: int  # the first of them
-    scale: float  # c = scale / (1 - p)
-    threshold: int
-    stream: int
+    It reads rows [start, stop) of x (leading dimensions flattened) and adds to those rows of y,
+    columns [column, column + N). The mask's rows count from `start`, so that an adapter trains
+    the same alone or in company.
+    """
+
+    lora_A: Tensor  # [r, K]
+    lora_B: Tensor  # [N, r]
+    scale: float  # alpha / r (or alpha / sqrt(r), rsLoRA)
+    dropout_p: float = 0.0  # probability to drop an element of the branch's input
+    stream: int = 0  # 32 bits that separate the masks of terms that share a seed
+    start: int = 0
+    stop: int | None = None
+    column: int = 0
+
+    @property
+    def c(self) -> float:
+        """The factor of u B^T: scale / (1 - p)."""
+        return self.scale * keep_scale(self.dropout_p)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row and end of a term that has an end."""
+        assert self.stop is not None
+        return self.start, self.stop
 
 
 class Call(NamedTuple):
-    """One call's inputs besides x: A [r, K] and B [N_t, r] a term, fp32 or in x's type."""
+    """One call's inputs besides x. Each term has an end; its factors are fp32 or in x's type."""
 
     weight: Tensor  # [N, K]
-    A: Sequence[Tensor]
-    B: Sequence[Tensor]
+    terms: Sequence[Term]
     seed: Tensor | None
-    shapes: tuple[Shape, ...]
-    ranges: Ranges
-    forms: dict | None = None  # the packed forms of the weight, where its owner holds some
-    # While a CUDA graph is captured, it takes what the graph will read.
-    keep: Callable[..., None] | None = None
-    # In backward, whether somebody's hooks gave the factors back: perhaps as other tensors.
-    hooked: bool = False
+    forms: Forms = Forms()  # the packed forms of the weight
+    # Whether the factors may be others than the pass before packed: not in backward, unless
+    # somebody's hooks gave them back.
+    changed: bool = True
 
-    def form(self, key: Hashable, make: Callable[[], T]) -> T:
-        """A packed form of the weight: made for this call, or kept by the weight's owner."""
-        found = form(self.forms, key, make)
-        if self.keep is not None:
-            self.keep(found)
-        return found
-
-
-def padded(rank: int) -> int:
-    """Columns of a term in u, v and packed factors: zeros up to multiples of 8 align its rows."""
-    return (rank + 7) // 8 * 8
-
-
-def rank_offsets(shapes: Sequence[Shape]) -> list[int]:
-    """First column of each term in u, v and the packed factors, and their width R."""
-    return [0, *accumulate(padded(shape.rank) for shape in shapes)]
-
-
-def is_uniform(shapes: Sequence[Shape], ranges: Ranges, rows: int) -> bool:
-    """Whether every term covers all rows, and no two of them the same columns."""
-    if any(start != 0 or stop != rows for start, stop in ranges):
-        return False
-    blocks = sorted((s.column, s.column + s.width) for s in shapes)
-    return all(a[1] <= b[0] for a, b in pairwise(blocks))
+    @property
+    def factors(self) -> list[Tensor]:
+        """A and B of the first term, A and B of the next."""
+        return [factor for term in self.terms for factor in term[:2]]

@@ -10,16 +10,17 @@ as a FLOP counter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastlora.kernels import reference
-from fastlora.kernels.autograd import lora, lora_eager, run_forward
-from fastlora.kernels.dropout import draw_seed, threshold
-from fastlora.kernels.packed import Packed, form
-from fastlora.kernels.reference import Term
+from fastlora.kernels.autograd import run
+from fastlora.kernels.call import Call, Term
+from fastlora.kernels.dropout import draw_seed
+from fastlora.kernels.packed import Forms, Packed
 from fastlora.kernels.routes import is_forced, route
 from fastlora.kernels.triton import tuning
 
@@ -46,40 +47,26 @@ def lora_grouped(
     _check(x, weight, terms)
     if _is_small(x, weight):
         return reference.lora_grouped(x, weight, bias, terms, seed)
-    plain = not _fusable(x, weight, bias, terms, seed, packed)
-    if not plain:
-        dtype = _compute_dtype(x)
-        large = torch.compiler.is_compiling() or x.numel() >= tuning.SMALL * x.shape[-1]
-        name = route(x.device, dtype, large).name
-        plain = not terms and name != "reference"
-    if plain:
+    name = _route(x, terms) if _fusable(x, weight, bias, terms, seed, packed) else ""
+    if not name:
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    compiling = torch.compiler.is_compiling()
-    forms = None if packed is None or compiling else packed.forms(weight)
-    keep = packed.keep if packed is not None and _capturing(x) else None
+    dtype, forms, compiling = _compute_dtype(x), Forms(), torch.compiler.is_compiling()
+    if packed is not None and not compiling:
+        forms = Forms(packed.forms(weight), packed.graph if _capturing(x) else None)
     if weight.dtype != dtype:
-        weight = _cast(weight, dtype, forms)
-        if keep is not None:
-            keep(weight)
-    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    rows = x.reshape(-1, x.shape[-1])
+        cast = partial(weight.to, dtype)
+        weight = cast() if compiling else forms.get(dtype, cast)
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1 or rows.stride(0) == 0:
         rows = rows.contiguous()
     if seed is None and any(term.dropout_p > 0 for term in terms):
         seed = draw_seed(x.device)
-    factors = [*(term.lora_A for term in terms), *(term.lora_B for term in terms)]
-    places: list[int] = []
+    placed = []
     for term in terms:
         start, stop, _ = slice(term.start, term.stop).indices(len(rows))
-        drop = threshold(term.dropout_p)
-        places += (term.column, drop, term.stream, start, max(start, stop))
-    fixed = [term.c for term in terms], places, name
-    if compiling:
-        y, _ = lora(rows, bias, weight, factors, seed, *fixed)
-    elif not torch.is_grad_enabled():
-        y, _ = run_forward(rows, bias, weight, factors, seed, *fixed, (forms, keep, False))
-    else:
-        y, _ = lora_eager(rows, bias, weight, seed, fixed, (forms, keep, False), *factors)
+        placed.append(term._replace(start=start, stop=max(start, stop)))
+    bias = None if bias is None else bias.to(dtype)
+    y = run(rows, bias, Call(weight, placed, seed, forms), name)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -154,12 +141,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _cast(weight: Tensor, dtype: torch.dtype, forms: dict | None) -> Tensor:
-    if forms is None:
-        return weight.to(dtype)
-    # What is cast in inference mode could not be saved for backward later.
-    with torch.inference_mode(False):
-        return form(forms, dtype, lambda: weight.to(dtype))
+def _route(x: Tensor, terms: Sequence[Term]) -> str:
+    """The route's name; "" where PyTorch's own product does all."""
+    large = torch.compiler.is_compiling() or x.numel() >= tuning.SMALL * x.shape[-1]
+    name = route(x.device, _compute_dtype(x), large).name
+    return name if terms or name == "reference" else ""
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:

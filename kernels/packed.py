@@ -11,8 +11,9 @@ it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -20,17 +21,26 @@ T = TypeVar("T")
 LIMIT = 32  # forms of one weight; the oldest goes first, as adapters come and go
 
 
-def form(forms: dict | None, key: Hashable, make: Callable[[], T]) -> T:
-    """A form of a weight: made for this call alone, or kept among `forms`."""
-    if forms is None:
-        return make()
-    found = forms.get(key)
-    if found is None:
-        # A list of the keys, for another thread may change the dictionary meanwhile.
-        for oldest in list(forms)[: max(0, len(forms) - LIMIT + 1)]:
-            forms.pop(oldest, None)
-        found = forms[key] = make()
-    return found
+class Forms(NamedTuple):
+    """Where a call finds the packed forms of its weight, and leaves what it makes."""
+
+    kept: dict | None = None  # None: nobody keeps them, each is made for this call alone
+    graph: list | None = None  # while a CUDA graph is captured, takes what the graph will read
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The form that is kept by this key, or else what `make` returns, kept from now on."""
+        kept = {} if self.kept is None else self.kept
+        found = kept.get(key)
+        if found is None:
+            # A list of the keys, for another thread may change the dictionary meanwhile.
+            for oldest in list(kept)[: max(0, len(kept) - LIMIT + 1)]:
+                kept.pop(oldest, None)
+            # What is made in inference mode could not be saved for backward later, or changed.
+            with torch.inference_mode(False), torch.no_grad():
+                found = kept[key] = make()
+        if self.graph is not None:
+            self.graph.append(found)
+        return found
 
 
 class Packed:
@@ -43,10 +53,10 @@ class Packed:
 
     def __init__(self) -> None:
         self._current: tuple[tuple, StorageWeakRef, dict] | None = None
-        self._kept: list[Any] = []
+        self.graph: list[Any] = []  # what captured CUDA graphs read, for as long as this object
 
     def forms(self, weight: Tensor) -> dict | None:
-        """The forms of this weight as it is now, for `Call`; None where no change could be seen."""
+        """The forms of this weight as it is now; None where no change could be seen."""
         if weight.is_inference():
             return None  # it counts no versions
         place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight._version
@@ -55,10 +65,6 @@ class Packed:
         if current is None or current[0] != place or current[1].expired():
             current = self._current = place, StorageWeakRef(weight.untyped_storage()), {}
         return current[2]
-
-    def keep(self, *used: Any) -> None:
-        """Hold what a captured CUDA graph reads, for as long as this object lives."""
-        self._kept += used
 
     def clear(self) -> None:
         """Forget all forms: the weight has changed."""

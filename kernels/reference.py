@@ -10,35 +10,12 @@ where a fused form cannot (see `ops.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.kernels.dropout import keep_mask, keep_scale
-
-
-class Term(NamedTuple):
-    """One adapter's low-rank update of a block of the output.
-
-    It reads rows [start, stop) of x (leading dimensions flattened) and adds to those rows of y,
-    columns [column, column + N). The mask's rows count from `start`, so that an adapter trains
-    the same alone or in company.
-    """
-
-    lora_A: Tensor  # [r, K]
-    lora_B: Tensor  # [N, r]
-    scale: float  # alpha / r (or alpha / sqrt(r), rsLoRA)
-    dropout_p: float = 0.0  # probability to drop an element of the branch's input
-    stream: int = 0  # 32 bits that separate the masks of terms that share a seed
-    start: int = 0
-    stop: int | None = None
-    column: int = 0
-
-    @property
-    def c(self) -> float:
-        """The factor of u B^T: scale / (1 - p)."""
-        return self.scale * keep_scale(self.dropout_p)
+from fastlora.kernels.call import Term
+from fastlora.kernels.dropout import keep_mask
 
 
 def lora_grouped(

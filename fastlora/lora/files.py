@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,44 +111,43 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
     tensors.
     """
     folder = Path(folder)
-    config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)[0]
-    modules = sorted({match[1] for match in map(_FACTOR.fullmatch, tensors) if match})
+    config, tensors, state = read_config(folder), read_tensors(folder / WEIGHTS)[0], {}
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if missing := [module for module in modules if module not in linears]:
-        raise UserError(f"{folder / WEIGHTS}: {missing[0]!r} is no linear layer of the model")
-    if not modules:
-        raise UserError(f"{folder / WEIGHTS}: holds no LoRA weights")
-    expected: dict[str, Tensor] = {}
+    own = {n: m for n, m in lora_layers(model).items() if adapter in m.settings}
+    modules = list(own) or _modules(tensors)
     for module in modules:
+        if module not in linears:
+            raise UserError(f"{folder / WEIGHTS}: {module!r} is no linear layer of the model")
         linear, r = linears[module], config.of_layer(module).r
         for side, shape in (("A", (r, linear.in_features)), ("B", (linear.out_features, r))):
-            expected[f"{_ROOT}{module}.lora_{side}.weight"] = torch.empty(shape, device="meta")
-    heads = read_json(folder / CONFIG).get("modules_to_save") or []
-    state = model.state_dict(keep_vars=True)
-    for module, _ in model.named_modules():
+            device = "meta" if linear.weight.is_meta else "cpu"
+            state[f"{module}.lora_{side}.weight"] = torch.empty(shape, device=device)
+    for module in own:
+        _check_settings(folder / CONFIG, config.of_layer(module), own[module], adapter)
+    factors, heads = set(state), read_json(folder / CONFIG).get("modules_to_save") or []
+    everything = model.state_dict(keep_vars=True)
+    whole = [key for key in tensors if not _FACTOR.fullmatch(key)]
+    for head in heads:
         # PEFT compares the ends of names, so that its "classifier" is "pre_classifier", too.
-        names = [n for n in state if n.startswith(f"{module}.") and not _OURS.search(n)]
-        there = any(_ROOT + name in tensors for name in names)
-        if there and any(module.endswith(head) for head in heads):
-            expected |= {_ROOT + name: state[name] for name in names}
-    if any(linears[m].weight.is_meta for m in modules) or any(
-        value.is_meta for name, value in state.items() if _ROOT + name in expected
-    ):
+        meant = [name for name, _ in model.named_modules() if name.endswith(str(head))]
+        there = [m for m in meant if any(key.startswith(f"{_ROOT}{m}.") for key in whole)]
+        for module in there or meant[:1]:
+            inside = [n for n in everything if n.startswith(f"{module}.") and not _OURS.search(n)]
+            state |= {name: everything[name] for name in inside}
+    if any(value.is_meta for value in state.values()):
         raise UserError(f"{folder / WEIGHTS}: the model lies on the meta device, or is offloaded")
-    _check_settings(model, folder, config, modules, adapter)
-    check_tensors(folder / WEIGHTS, tensors, expected)
-    trained = tuple({key.removeprefix(_ROOT) for key in expected if not _FACTOR.fullmatch(key)})
-    if not any(adapter in layer.settings for layer in lora_layers(model).values()):
+    check_tensors(folder / WEIGHTS, tensors, {_ROOT + name: value for name, value in state.items()})
+    trained = [name for name in state if name not in factors]
+    if not own:
         exact = replace(config, targets=tuple(map(re.escape, modules)))
         parameters = [name for name in trained if isinstance(state[name], nn.Parameter)]
-        inject(model, {adapter: exact}, train=parameters)
-    layers = lora_layers(model)
+        own = inject(model, {adapter: exact}, train=parameters)
+    for module in modules:
+        state[f"{module}.lora_A.weight"] = own[module].lora_A[adapter]
+        state[f"{module}.lora_B.weight"] = own[module].lora_B[adapter]
     with torch.no_grad():
-        for module in modules:
-            for side, factors in (("A", layers[module].lora_A), ("B", layers[module].lora_B)):
-                factors[adapter].copy_(tensors[f"{_ROOT}{module}.lora_{side}.weight"])
-        for name in trained:
-            state[name].copy_(tensors[_ROOT + name])
+        for name, value in state.items():
+            value.copy_(tensors[_ROOT + name])
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -165,8 +164,7 @@ def read_config(folder: Path) -> LoraConfig:
         plain = _PLAIN.get(key, (value,) if key in _ANY or not value else ())
         if value is not None and value not in plain and type(value) not in plain:
             raise UserError(f"{path}: {key} is {value!r}, but only plain LoRA can be loaded")
-    matches = map(_FACTOR.fullmatch, read_tensors(folder / WEIGHTS)[0])
-    modules = sorted({match[1] for match in matches if match})
+    modules = _modules(read_tensors(folder / WEIGHTS)[0])
     if not modules:
         raise UserError(f"{folder / WEIGHTS}: holds no LoRA weights")
     named = [t for t in TARGETS if any(is_target(module, t) for module in modules)]
@@ -183,6 +181,23 @@ def read_config(folder: Path) -> LoraConfig:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _modules(tensors: Iterable[str]) -> list[str]:
+    """The layers that tensors of these names adapt."""
+    return sorted({match[1] for match in map(_FACTOR.fullmatch, tensors) if match})
+
+
+def _check_settings(path: Path, theirs: LoraConfig, layer: LoRALinear, adapter: str) -> None:
+    """Raise UserError unless the model's adapter is as the file has it; dropout does not matter."""
+    ours = layer.settings[adapter]
+    if adapter in layer.merged:
+        raise UserError(f"{path}: adapter {adapter!r} is merged; unmerge it first")
+    if not replace(theirs, dropout=ours.dropout).is_like(ours):
+        raise UserError(
+            f"{path}: holds {theirs}, but the model was built with {ours}; build it with the "
+            "adapter's own settings"
+        )
 
 
 def _trained_modules(model: nn.Module) -> list[str]:
@@ -234,25 +249,3 @@ def _peft_config(
         },
         "bias": "none",
     }
-
-
-def _check_settings(
-    model: nn.Module, folder: Path, config: LoraConfig, modules: list[str], adapter: str
-) -> None:
-    """Raise UserError unless the model's adapter, where it has it, is that of the file."""
-    layers = {n: m for n, m in lora_layers(model).items() if adapter in m.settings}
-    for name in layers:
-        if name not in modules:
-            raise UserError(f"{folder / WEIGHTS}: the adapter of layer {name!r} is missing")
-    for name in modules if layers else ():
-        if name not in layers:
-            raise UserError(f"{folder / WEIGHTS}: layer {name!r} has no adapter in the model")
-        if adapter in layers[name].merged:
-            raise UserError(f"{folder / WEIGHTS}: adapter {adapter!r} is merged; unmerge it first")
-        theirs, ours = config.of_layer(name), layers[name].settings[adapter]
-        # Dropout is training's business.
-        if not replace(theirs, dropout=ours.dropout).is_like(ours):
-            raise UserError(
-                f"{folder / CONFIG}: holds {theirs}, but the model was built with {ours}; "
-                "build it with the adapter's own settings"
-            )

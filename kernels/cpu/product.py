@@ -21,8 +21,8 @@ def product(x: Tensor, bias: Tensor | None, call: Call, *, transposed: bool = Fa
     weight = call.weight.T if transposed else call.weight
     if not _in_onednn(x, call.weight):
         return F.linear(x, weight, bias)
-    if call.forms is not None:
-        weight = call.form((x.dtype, transposed), lambda: _blocks(weight))
+    if call.forms.kept is not None:
+        weight = call.forms.get((x.dtype, transposed), lambda: _blocks(weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

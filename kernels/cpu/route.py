@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlora.kernels.call import Call, Shape
+from fastlora.kernels.call import Call, Term
 from fastlora.kernels.cpu.product import product
-from fastlora.kernels.dropout import LANES, keep_mask
+from fastlora.kernels.dropout import keep_mask, threshold
 
 
 class Reference:
@@ -16,56 +16,58 @@ class Reference:
     @staticmethod
     def saved_shape(call: Call, rows: int) -> tuple[int, ...]:
         """All terms' u, one after the other."""
-        terms = zip(call.shapes, call.ranges, strict=True)
-        return (sum((stop - start) * s.rank for s, (start, stop) in terms),)
+        return (sum(rows * rank for rows, rank in _sizes(call)),)
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """y [M, N], and the terms' u."""
         y = product(x, bias, call)
         saved = x.new_empty(Reference.saved_shape(call, len(x)))
-        terms = zip(call.shapes, call.ranges, call.A, call.B, _us(call, saved), strict=True)
-        for s, (start, stop), A, B, u in terms:
-            branch = x[start:stop]
-            keep = _keep(branch, s, call.seed)
+        for t, u in zip(call.terms, _us(call, saved), strict=True):
+            branch = x[t.start : t.stop]
+            keep = _keep(branch, t, call.seed)
             branch = branch if keep is None else keep.mul_(branch)
-            torch.addmm(u, branch, A.to(x.dtype).T, beta=0, alpha=s.scale, out=u)
-            y[start:stop, s.column : s.column + s.width].addmm_(u, B.to(x.dtype).T)
+            torch.addmm(u, branch, t.lora_A.to(x.dtype).T, beta=0, alpha=t.c, out=u)
+            block = y[t.start : t.stop, t.column : t.column + len(t.lora_B)]
+            block.addmm_(u, t.lora_B.to(x.dtype).T)
         return y, saved
 
     @staticmethod
     def backward(
         grad: Tensor, x: Tensor | None, saved: Tensor, call: Call, need_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """dx [M, K] where needed, and each dA, then each dB. Without terms, x may be None."""
+        """dx [M, K] where needed, and dA, dB of each term. Without terms, x may be None."""
         dx = product(grad, None, call, transposed=True) if need_dx else None
-        dA, dB = [], []
-        terms = zip(call.shapes, call.ranges, call.A, call.B, _us(call, saved), strict=True)
-        for s, (start, stop), A, B, u in terms:
+        gradients = []
+        for t, u in zip(call.terms, _us(call, saved), strict=True):
             assert x is not None
-            g = grad[start:stop, s.column : s.column + s.width]
-            v = torch.addmm(u, g, B.to(x.dtype), beta=0, alpha=s.scale)  # [M_t, r]
-            branch = x[start:stop]
-            keep = _keep(branch, s, call.seed)
+            g = grad[t.start : t.stop, t.column : t.column + len(t.lora_B)]
+            v = torch.addmm(u, g, t.lora_B.to(x.dtype), beta=0, alpha=t.c)  # [M_t, r]
+            branch = x[t.start : t.stop]
+            keep = _keep(branch, t, call.seed)
             if dx is not None:
-                part, A = dx[start:stop], A.to(x.dtype)
+                part, A = dx[t.start : t.stop], t.lora_A.to(x.dtype)
                 part.addmm_(v, A) if keep is None else part.addcmul_(v @ A, keep)
-            dA.append(v.T @ (branch if keep is None else keep.mul_(branch)))
-            dB.append((u.T @ g).T)
-        return dx, dA + dB
+            dA = v.T @ (branch if keep is None else keep.mul_(branch))
+            gradients += [dA, (u.T @ g).T]
+        return dx, gradients
+
+
+def _sizes(call: Call) -> list[tuple[int, int]]:
+    """Rows and ranks of each term's u."""
+    return [(t.rows[1] - t.rows[0], t.lora_A.shape[0]) for t in call.terms]
 
 
 def _us(call: Call, saved: Tensor) -> list[Tensor]:
     """Each term's u [M_t, r] in the flat buffer."""
-    terms = zip(call.shapes, call.ranges, strict=True)
-    sizes = [(stop - start, s.rank) for s, (start, stop) in terms]
+    sizes = _sizes(call)
     parts = saved.split([m * r for m, r in sizes]) if sizes else []
     return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _keep(x: Tensor, shape: Shape, seed: Tensor | None) -> Tensor | None:
+def _keep(x: Tensor, term: Term, seed: Tensor | None) -> Tensor | None:
     """The term's mask of its rows of x, as numbers; None without dropout."""
-    if not shape.threshold:
+    if not threshold(term.dropout_p):
         return None
     assert seed is not None
-    return keep_mask(seed, shape.stream, len(x), x.shape[1], shape.threshold / LANES, x.dtype)
+    return keep_mask(seed, term.stream, len(x), x.shape[1], term.dropout_p, x.dtype)

@@ -11,17 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.triton import tuning
-from fastlora.kernels.triton.forward import load_piece, load_tile
+from fastlora.kernels.triton.forward import load_piece, load_tile, store_tile
 from fastlora.kernels.triton.grouped import Plan
 from fastlora.kernels.triton.mask import keep_mask
 
 
 @triton.jit
 def lora_outer(
-    x_ptr, v_ptr, a_ptr, base_ptr, dx_ptr, partial_ptr, seed_ptr, chunks_ptr, pieces_ptr,
-    scales_ptr,
+    x_ptr, v_ptr, a_ptr, base_ptr, dx_ptr, partial_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
     K,
-    stride_xm, stride_vm, stride_ar, stride_bm, stride_dm,
+    stride_x0, stride_x1, stride_v0, stride_v1, stride_a0, stride_a1, stride_base0, stride_base1,
+    stride_dx0, stride_dx1,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_DX: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def lora_outer(
     With IN_BLOCK, x is the output's gradient and v is u: partial = u^T g over the piece's columns.
     """
     chunk = tl.program_id(1)
-    chunk_ptr = chunks_ptr + chunk * (2 + 2 * SLOTS)
+    chunk_ptr = tiles_ptr + chunk * (2 + 2 * SLOTS)
     k0 = tl.program_id(0) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     rank = tl.arange(0, BLOCK_R)
@@ -47,13 +47,13 @@ def lora_outer(
                 column0, depth, scale = column, width, 1.0
             acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
             if HAS_DX:
-                a = load_tile(a_ptr, offset + rank, stride_ar, k, 1, rank < ranks, k < K)
+                a = load_tile(a_ptr, offset + rank, stride_a0, k, stride_a1, rank < ranks, k < K)
             for first in range(start, stop, BLOCK_M):
                 row = first + tl.arange(0, BLOCK_M)
                 live = row < stop
                 row64 = row.to(tl.int64)
-                x = load_tile(x_ptr, row64, stride_xm, column0 + k, 1, live, k < depth)
-                v = load_tile(v_ptr, row64, stride_vm, offset + rank, 1, live, rank < ranks)
+                x = load_tile(x_ptr, row64, stride_x0, column0 + k, stride_x1, live, k < depth)
+                v = load_tile(v_ptr, row64, stride_v0, offset + rank, stride_v1, live, rank < ranks)
                 if HAS_DROPOUT:
                     # One draw serves dA and dx.
                     keep = keep_mask(seed, stream, row - origin, k0, threshold, BLOCK_K, x.dtype)
@@ -63,27 +63,22 @@ def lora_outer(
                     branch = tl.dot(v, a, input_precision="ieee") * scale
                     if HAS_DROPOUT:
                         branch *= keep.to(tl.float32)
-                    dx_ptrs = dx_ptr + row64[:, None] * stride_dm + k[None, :]
-                    inside = live[:, None] & (k < depth)[None, :]
                     if slot == 0:
-                        base_ptrs = base_ptr + row64[:, None] * stride_bm + k[None, :]
-                        branch += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
+                        so_far = load_tile(base_ptr, row64, stride_base0, k, stride_base1, live, k < K)
                     else:
-                        branch += tl.load(dx_ptrs, mask=inside, other=0.0).to(tl.float32)
-                    tl.store(dx_ptrs, branch.to(dx_ptr.dtype.element_ty), mask=inside)
+                        so_far = load_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K)
+                    branch += so_far.to(tl.float32)
+                    store_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K, branch)
             partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
-            tl.store(
-                partial_ptr + partial_row[:, None] * K + k[None, :],
-                acc * scale,
-                mask=(k < K)[None, :],
-            )
+            # Every rank of the tile, those that the piece lacks as zeros.
+            store_tile(partial_ptr, partial_row, K, k, 1, rank < BLOCK_R, k < K, acc * scale)
         # The next slot reads the dx that other threads of this program wrote.
         tl.debug_barrier()
 
 
 @triton.jit
 def lora_reduce(
-    partial_ptr, d_ptr, chunks_ptr, pieces_ptr,
+    partial_ptr, d_ptr, tiles_ptr, pieces_ptr,
     PARTIALS, K,
     SLOTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +88,7 @@ def lora_reduce(
     acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     for first in range(0, PARTIALS, BLOCK_C):
         i = first + tl.arange(0, BLOCK_C)
-        entry = chunks_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
+        entry = tiles_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
         mine = tl.load(entry, mask=i < PARTIALS, other=-1) == piece
         acc += load_tile(partial_ptr, i.to(tl.int64) * BLOCK_R + rank, K, k, 1, mine, k < K)
     offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
@@ -124,31 +119,19 @@ def outer(
     chunks, slots = plan.tiles(blocks.chunk)
     pieces, K = plan.pieces, x.shape[1] if width is None else width
     partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
-    tables = dict(chunks_ptr=chunks, pieces_ptr=pieces.table)
-    constants = dict(SLOTS=slots, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r)
-    tuning.launch(
-        lora_outer,
-        (triton.cdiv(K, blocks.k), len(chunks)),
-        dict(
-            x_ptr=x, v_ptr=v, a_ptr=factor, base_ptr=base, dx_ptr=dx, partial_ptr=partial,
-            seed_ptr=seed, scales_ptr=pieces.scales, K=K, stride_xm=x.stride(0),
-            stride_vm=v.stride(0), stride_ar=0 if factor is None else factor.stride(0),
-            stride_bm=0 if base is None else base.stride(0),
-            stride_dm=0 if dx is None else dx.stride(0), **tables,
-        ),
-        dict(
-            BLOCK_M=blocks.m, HAS_DROPOUT=pieces.has_dropout and width is None,
-            HAS_DX=base is not None, IN_BLOCK=width is not None, ALIGN=pieces.align, **constants,
-        ),
-        blocks,
+    plan.launch(
+        lora_outer, triton.cdiv(K, blocks.k), blocks.chunk, blocks, seed,
+        dict(x=x, v=v, a=factor, base=base, dx=dx), dict(partial_ptr=partial, K=K),
+        HAS_DX=base is not None, IN_BLOCK=width is not None,
     )  # fmt: skip
     d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
+    tables = dict(tiles_ptr=chunks, pieces_ptr=pieces.table)
     tuning.launch(
         lora_reduce,
         # Pieces first: only a grid's first axis goes beyond 65,535.
         (len(pieces.terms) * pieces.block_r, triton.cdiv(K, blocks.k)),
         dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * slots, K=K, **tables),
-        dict(BLOCK_C=32, **constants),
+        dict(SLOTS=slots, BLOCK_C=32, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r),
         blocks,
     )
     return d

@@ -40,10 +40,18 @@ def load_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_c
 
 
 @triton.jit
+def store_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_columns, values):
+    """Write the elements at [rows, columns] that are live, in the memory's type."""
+    ptrs = ptr + rows[:, None] * stride_rows + columns[None, :] * stride_columns
+    inside = live_rows[:, None] & live_columns[None, :]
+    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def lora_down(
     x_ptr, a_ptr, u_ptr, copy_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
     K,
-    stride_xm, stride_ar, stride_ak, stride_um,
+    stride_x0, stride_x1, stride_a0, stride_a1, stride_u0, stride_u1,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_COPY: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -69,27 +77,19 @@ def lora_down(
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for k0 in range(0, depth, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, row64, stride_xm, first + k, 1, live, k < depth)
+            x = load_tile(x_ptr, row64, stride_x0, first + k, stride_x1, live, k < depth)
             # Slots of one tile run side by side, so x comes from DRAM once.
             if HAS_COPY and slot == 0:
-                inside = live[:, None] & (k < depth)[None, :]
-                tl.store(copy_ptr + row64[:, None] * stride_um + k[None, :], x, mask=inside)
-            a = tl.load(
-                a_ptr + (offset + rank)[None, :] * stride_ar + (first + k)[:, None] * stride_ak,
-                mask=(rank < ranks)[None, :] & (k < depth)[:, None],
-                other=0.0,
-            )  # [BLOCK_K, BLOCK_R]
+                store_tile(copy_ptr, row64, stride_u0, k, stride_u1, live, k < depth, x)
+            place, known = offset + rank, rank < ranks
+            a = load_tile(a_ptr, first + k, stride_a1, place, stride_a0, k < depth, known)
             if HAS_DROPOUT:
                 keep = keep_mask(seed, stream, mask_row, k0, threshold, BLOCK_K, x.dtype)
                 x = x * keep
             acc = tl.dot(x, a, acc, input_precision="ieee")
         if not IN_BLOCK:
             acc *= tl.load(scales_ptr + piece)
-        tl.store(
-            u_ptr + row64[:, None] * stride_um + (offset + rank)[None, :],
-            acc.to(u_ptr.dtype.element_ty),
-            mask=live[:, None] & (rank < ranks)[None, :],
-        )
+        store_tile(u_ptr, row64, stride_u0, offset + rank, stride_u1, live, rank < ranks, acc)
 
 
 def down(
@@ -107,23 +107,10 @@ def down(
 
     `copy` is the left part [M, K] of the buffer whose right part u is.
     """
-    tiles, slots = plan.tiles(blocks.m)
-    pieces = plan.pieces
-    tuning.launch(
-        lora_down,
-        (slots, len(tiles)),
-        dict(
-            x_ptr=x, a_ptr=factor, u_ptr=u, copy_ptr=copy, seed_ptr=seed, tiles_ptr=tiles,
-            pieces_ptr=pieces.table, scales_ptr=pieces.scales, K=x.shape[1],
-            stride_xm=x.stride(0), stride_ar=factor.stride(0), stride_ak=factor.stride(1),
-            stride_um=u.stride(0),
-        ),
-        dict(
-            SLOTS=slots, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r,
-            HAS_DROPOUT=pieces.has_dropout and not in_block, HAS_COPY=copy is not None,
-            IN_BLOCK=in_block, ALIGN=pieces.align,
-        ),
-        blocks,
+    plan.launch(
+        lora_down, None, blocks.m, blocks, seed,
+        dict(x=x, a=factor, u=u), dict(copy_ptr=copy, K=x.shape[1]),
+        HAS_COPY=copy is not None, IN_BLOCK=in_block,
     )  # fmt: skip
 
 
@@ -131,7 +118,8 @@ def down(
 def lora_fused(
     x_ptr, w_ptr, b_ptr, u_ptr, f_ptr, y_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
     N, K,
-    stride_xm, stride_wn, stride_wk, stride_um, stride_fr, stride_fn, stride_ym,
+    stride_x0, stride_x1, stride_w0, stride_w1, stride_u0, stride_u1, stride_f0, stride_f1,
+    stride_y0, stride_y1,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, BACKWARD: tl.constexpr, ALIGN: tl.constexpr,
@@ -146,21 +134,15 @@ def lora_fused(
     live = row < tl.load(tile_ptr + 1)
     n = n0 + tl.arange(0, BLOCK_N)
     row64 = row.to(tl.int64)
-    y_ptrs = y_ptr + row64[:, None] * stride_ym + n[None, :]
-    inside = live[:, None] & (n < N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_BASE:
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, row64, stride_xm, k, 1, live, k < K)  # [BLOCK_M, BLOCK_K]
-            w = tl.load(
-                w_ptr + n[None, :] * stride_wn + k[:, None] * stride_wk,
-                mask=(n < N)[None, :] & (k < K)[:, None],
-                other=0.0,
-            )  # [BLOCK_K, BLOCK_N]
+            x = load_tile(x_ptr, row64, stride_x0, k, stride_x1, live, k < K)
+            w = load_tile(w_ptr, k, stride_w1, n, stride_w0, k < K, n < N)  # [BLOCK_K, BLOCK_N]
             acc = tl.dot(x, w, acc, input_precision="ieee")
     else:
-        acc += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
+        acc += load_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N).to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if HAS_DROPOUT:
@@ -173,8 +155,8 @@ def lora_fused(
             # Forward terms reach their own block of columns only.
             if BACKWARD or (column < n0 + BLOCK_N and column + width > n0):
                 place, known = offset + rank, rank < ranks
-                u = load_tile(u_ptr, row64, stride_um, place, 1, live, known)
-                f = load_tile(f_ptr, place, stride_fr, n, stride_fn, known, n < N)
+                u = load_tile(u_ptr, row64, stride_u0, place, stride_u1, live, known)
+                f = load_tile(f_ptr, place, stride_f0, n, stride_f1, known, n < N)
                 if BACKWARD:
                     term = tl.dot(u, f, input_precision="ieee") * tl.load(scales_ptr + piece)
                     if HAS_DROPOUT:
@@ -184,7 +166,7 @@ def lora_fused(
                     acc += term
                 else:
                     acc = tl.dot(u, f, acc, input_precision="ieee")
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
+    store_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N, acc)
 
 
 def fused(
@@ -205,23 +187,9 @@ def fused(
     x [M, K], weight [N, K], u [M, R], factor [R, N], y [M, N]; in backward the caller names g, W^T,
     v, A and dx by these.
     """
-    tiles, slots = plan.tiles(blocks.m)
-    pieces = plan.pieces
-    tuning.launch(
-        lora_fused,
-        (triton.cdiv(y.shape[1], blocks.n), len(tiles)),
-        dict(
-            x_ptr=x, w_ptr=weight, b_ptr=bias, u_ptr=u, f_ptr=factor, y_ptr=y, seed_ptr=seed,
-            tiles_ptr=tiles, pieces_ptr=pieces.table, scales_ptr=pieces.scales, N=y.shape[1],
-            K=0 if x is None else x.shape[1], stride_xm=0 if x is None else x.stride(0),
-            stride_wn=0 if weight is None else weight.stride(0),
-            stride_wk=0 if weight is None else weight.stride(1), stride_um=u.stride(0),
-            stride_fr=factor.stride(0), stride_fn=factor.stride(1), stride_ym=y.stride(0),
-        ),
-        dict(
-            SLOTS=slots, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k,
-            BLOCK_R=pieces.block_r, HAS_BASE=x is not None, HAS_BIAS=bias is not None,
-            HAS_DROPOUT=pieces.has_dropout and backward, BACKWARD=backward, ALIGN=pieces.align,
-        ),
-        blocks,
+    plan.launch(
+        lora_fused, triton.cdiv(y.shape[1], blocks.n), blocks.m, blocks, seed,
+        dict(x=x, w=weight, u=u, f=factor, y=y),
+        dict(b_ptr=bias, N=y.shape[1], K=0 if x is None else x.shape[1]),
+        BLOCK_N=blocks.n, HAS_BASE=x is not None, HAS_BIAS=bias is not None, BACKWARD=backward,
     )  # fmt: skip

@@ -7,54 +7,87 @@ what a batch fixes (tiles of rows) are cached apart: layers share the one, batch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora.kernels.call import Ranges, Shape, padded, rank_offsets
+from fastlora.kernels.call import Call, Term
+from fastlora.kernels.dropout import threshold
+from fastlora.kernels.triton import tuning
 
 RANK_BLOCK = 64  # a term of higher rank is several pieces, so that a tile stays in registers
+# What of a term is the same in every batch: rank, first column and width of its block, stream,
+# threshold, c.
+Shape = tuple[int, int, int, int, int, float]
+
+
+def padded(rank: int) -> int:
+    """Columns of a term in u, v and packed factors: zeros up to multiples of 8 align its rows."""
+    return (rank + 7) // 8 * 8
+
+
+def rank_offsets(terms: Sequence[Term]) -> list[int]:
+    """First column of each term in u, v and the packed factors, and their width R."""
+    return [0, *accumulate(padded(term.lora_A.shape[0]) for term in terms)]
+
+
+def is_uniform(terms: Sequence[Term], rows: int) -> bool:
+    """Whether every term covers all rows, and no two of them the same columns."""
+    if any(term.start != 0 or term.stop != rows for term in terms):
+        return False
+    blocks = sorted((term.column, term.column + term.lora_B.shape[0]) for term in terms)
+    return all(a[1] <= b[0] for a, b in pairwise(blocks))
 
 
 class Pieces:
     """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device."""
 
     def __init__(self, shapes: tuple[Shape, ...], device: torch.device) -> None:
-        *offsets, self.ranks = rank_offsets(shapes)  # R, the width of u and v
-        table, scales, terms = [], [], []
-        for term, (shape, offset) in enumerate(zip(shapes, offsets, strict=True)):
+        table, scales, terms, offset = [], [], [], 0
+        for term, (rank, column, width, stream, drop, scale) in enumerate(shapes):
             # Streams have 32 bits and no sign; the table has signed ones.
-            stream = (shape.stream + 2**31) % 2**32 - 2**31
-            for first in range(0, padded(shape.rank), RANK_BLOCK):
-                size = min(RANK_BLOCK, padded(shape.rank) - first)
-                block = (shape.column, shape.width, stream, shape.threshold)
-                table.append((offset + first, size, *block))
-                scales.append(shape.scale)
+            stream = (stream + 2**31) % 2**32 - 2**31
+            for first in range(0, padded(rank), RANK_BLOCK):
+                size = min(RANK_BLOCK, padded(rank) - first)
+                table.append((offset + first, size, column, width, stream, drop))
+                scales.append(scale)
                 terms.append(term)
+            offset += padded(rank)
+        self.ranks = offset  # R, the width of u and v
         self.terms = tuple(terms)  # the term of each piece
         # [P, 6], a row a piece: its first column in u, v and the packed factors, its ranks, the
         # first column and the width of its block, its stream and threshold.
         self.table = torch.tensor(table, dtype=torch.int32, device=device)
         self.scales = torch.tensor(scales, dtype=torch.float32, device=device)  # [P], each one's c
-        self.has_dropout = any(shape.threshold for shape in shapes)
+        self.has_dropout = any(row[5] for row in table)
         # What divides the columns and widths of all blocks.
-        self.align = 1 if any(s.column % 16 or s.width % 16 for s in shapes) else 16
+        self.align = 1 if any(row[2] % 16 or row[3] % 16 for row in table) else 16
         # Ranks of a kernel's tile: a power of two that tensor cores take.
-        self.block_r = max(16, 1 << max(size - 1 for _, size, *_ in table).bit_length())
+        self.block_r = max(16, 1 << max(row[1] - 1 for row in table).bit_length())
 
 
 class Plan(NamedTuple):
     """What one call of the operation does: the layer's pieces on the batch's rows."""
 
     pieces: Pieces
-    ranges: Ranges
+    ranges: tuple[tuple[int, int], ...]  # of rows, per term: first, end
     rows: int
     # Takes the tables that a captured CUDA graph reads, which must outlive the caches' entries.
-    keep: Callable[..., None] | None = None
+    graph: list | None = None
+
+    @classmethod
+    def of(cls, call: Call, x: Tensor) -> Plan:
+        """The plan of a call on the rows of x."""
+        shapes = (
+            (len(t.lora_A), t.column, len(t.lora_B), t.stream, threshold(t.dropout_p), t.c)
+            for t in call.terms
+        )
+        ranges = tuple(term.rows for term in call.terms)
+        return cls(make_pieces(tuple(shapes), x.device), ranges, len(x), call.forms.graph)
 
     def tiles(self, size: int) -> tuple[Tensor, int]:
         """int32 [tiles, 2 + 2 * slots]: first row, end, then a piece and its first row a slot.
@@ -64,9 +97,33 @@ class Plan(NamedTuple):
         """
         device = self.pieces.table.device
         found = _tiles(self.ranges, self.pieces.terms, self.rows, size, device)
-        if self.keep is not None:
-            self.keep(self.pieces, found[0])
+        if self.graph is not None:
+            self.graph += (self.pieces, found[0])
         return found
+
+    def launch(
+        self,
+        kernel: Any,
+        programs: int | None,  # on each tile; None for one a slot
+        size: int,  # rows of a tile
+        blocks: tuning.Blocks,
+        seed: Tensor | None,  # None for no dropout
+        matrices: dict[str, Tensor | None],
+        others: dict[str, Any],
+        **constants: Any,
+    ) -> None:
+        """Run a kernel on the tiles; of `matrices`, x goes to it as x_ptr, stride_x0, stride_x1."""
+        (tiles, slots), pieces = self.tiles(size), self.pieces
+        tables = dict(tiles_ptr=tiles, pieces_ptr=pieces.table, scales_ptr=pieces.scales)
+        arguments = dict(seed_ptr=seed, **tables, **others)
+        for name, matrix in matrices.items():
+            strides = (0, 0) if matrix is None else matrix.stride()
+            arguments[f"{name}_ptr"] = matrix
+            arguments[f"stride_{name}0"], arguments[f"stride_{name}1"] = strides
+        constants |= dict(SLOTS=slots, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r)
+        constants |= dict(HAS_DROPOUT=pieces.has_dropout and seed is not None, ALIGN=pieces.align)
+        grid = slots if programs is None else programs, len(tiles)
+        tuning.launch(kernel, grid, arguments, constants, blocks)
 
 
 make_pieces = lru_cache(maxsize=1024)(Pieces)
@@ -74,7 +131,7 @@ make_pieces = lru_cache(maxsize=1024)(Pieces)
 
 @lru_cache(maxsize=1024)
 def _tiles(
-    ranges: Ranges, terms: tuple[int, ...], rows: int, size: int, device: torch.device
+    ranges: tuple[tuple[int, int], ...], terms: tuple[int, ...], rows: int, size: int, device: torch.device
 ) -> tuple[Tensor, int]:
     cuts = sorted({0, rows, *(row for ends in ranges for row in ends)})
     segments = [

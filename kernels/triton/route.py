@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.kernels.call import Call, Shape, is_uniform, rank_offsets
+from fastlora.kernels.call import Call, Term
 from fastlora.kernels.triton import tuning
 from fastlora.kernels.triton.backward import outer
 from fastlora.kernels.triton.forward import down, fused
-from fastlora.kernels.triton.grouped import Plan, make_pieces
+from fastlora.kernels.triton.grouped import Plan, is_uniform, rank_offsets
 
 
 class Kernels:
@@ -31,46 +31,46 @@ class Kernels:
         self.vendor = vendor
 
     def saved_shape(self, call: Call, rows: int) -> tuple[int, ...]:
-        """u, or [x | u]."""
-        extend = self.vendor and is_uniform(call.shapes, call.ranges, rows)
-        return rows, rank_offsets(call.shapes)[-1] + call.weight.shape[1] * extend
+        """[x | u], or u alone as one row."""
+        (_, K), R = call.weight.shape, rank_offsets(call.terms)[-1]
+        extend = self.vendor and is_uniform(call.terms, rows)
+        return (rows, K + R) if extend else (rows * R,)
 
     def forward(self, x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """y [M, N], and u or [x | u]."""
-        (M, K), seed = x.shape, call.seed
-        plan, blocks = _plan(call, x)
+        M, K = x.shape
+        plan, blocks = Plan.of(call, x), _blocks(x)
         saved = x.new_empty(self.saved_shape(call, M))
-        extend = saved.shape[1] > plan.pieces.ranks
-        A, packed, B = _factors(call, plan, x.dtype, extend, changed=True)
+        extend = saved.dim() == 2
+        A, packed, B = _factors(call, x.dtype, extend)
         if extend:
-            down(x, A, saved[:, K:], plan, seed, blocks.down, copy=saved[:, :K])
+            down(x, A, saved[:, K:], plan, call.seed, blocks.down, copy=saved[:, :K])
             return F.linear(saved, packed, bias), saved
-        down(x, A, saved, plan, seed, blocks.down)
+        u = saved.view(M, -1)
+        down(x, A, u, plan, call.seed, blocks.down)
         if self.vendor:
             y = F.linear(x, call.weight, bias)
-            fused(None, None, None, saved, B.T, y, plan, seed, blocks.fused)
+            fused(None, None, None, u, B.T, y, plan, None, blocks.fused)
         else:
             y = x.new_empty(M, call.weight.shape[0])
-            fused(x, call.weight, bias, saved, B.T, y, plan, seed, blocks.fused)
+            fused(x, call.weight, bias, u, B.T, y, plan, None, blocks.fused)
         return y, saved
 
     def backward(
         self, grad: Tensor, x: Any, saved: Tensor, call: Call, need_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """dx [M, K] where needed, and each dA, then each dB."""
-        M, K = grad.shape[0], call.weight.shape[1]
-        (plan, blocks), seed = _plan(call, grad), call.seed
-        R, shapes = plan.pieces.ranks, call.shapes
-        uniform = is_uniform(shapes, call.ranges, M)
-        extend = self.vendor and uniform
-        A, packed, B = _factors(call, plan, grad.dtype, extend, changed=call.hooked)
-        x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved)
+        """dx [M, K] where needed, and dA, dB of each term."""
+        (M, _), (_, K), seed = grad.shape, call.weight.shape, call.seed
+        plan, blocks = Plan.of(call, grad), _blocks(grad)
+        extend = saved.dim() == 2
+        A, packed, B = _factors(call, grad.dtype, extend)
+        x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved.view(M, -1))
         dx = grad.new_empty(M, K) if need_dx else None
         base = None  # where there is one, `outer` adds the terms to it
         if extend and need_dx:
-            base, v = (grad @ packed).split([K, R], 1)
+            base, v = (grad @ packed).tensor_split([K], 1)
         else:
-            v = grad.new_empty(M, R)
+            v = torch.empty_like(u)
             down(grad, B.T, v, plan, None, blocks.down, in_block=True)
             if need_dx and self.vendor:
                 base = dx = grad @ call.weight
@@ -78,26 +78,15 @@ class Kernels:
                 w = call.weight.T
                 fused(grad, w, None, v, A, dx, plan, seed, blocks.fused, backward=True)
         dA = outer(x, v, plan, seed, blocks.outer, factor=A, base=base, dx=dx)
-        if uniform:
-            return dx, _parts(dA, _mm_fp32(grad.T, u), shapes)
-        widest = max(s.width for s in shapes)
+        if is_uniform(call.terms, M):
+            return dx, _parts(dA, _mm_fp32(grad.T, u), call.terms)
+        widest = max(term.lora_B.shape[0] for term in call.terms)
         dB = outer(grad, u, plan, None, blocks.outer, width=widest).T
-        return dx, _parts(dA, dB, [s._replace(column=0) for s in shapes])
+        return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])
 
 
-def _parts(A: Tensor, B: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """Each term's part of A [R, K], then each term's of B [N, R]."""
-    As, Bs = [], []
-    for s, first in zip(shapes, rank_offsets(shapes), strict=False):
-        ranks = slice(first, first + s.rank)
-        As.append(A[ranks])
-        Bs.append(B[s.column : s.column + s.width, ranks])
-    return As + Bs
-
-
-def _plan(call: Call, x: Tensor) -> tuple[Plan, tuning.Config]:
-    plan = Plan(make_pieces(call.shapes, x.device), call.ranges, x.shape[0], call.keep)
-    return plan, tuning.config(tuning.capability(x.device), x.dtype, x.shape[0])
+def _blocks(x: Tensor) -> tuning.Config:
+    return tuning.config(tuning.capability(x.device), x.dtype, x.shape[0])
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -107,36 +96,42 @@ def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _factors(
-    call: Call, plan: Plan, dtype: torch.dtype, extend: bool, changed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(A: Tensor, B: Tensor, terms: Sequence[Term]) -> list[Tensor]:
+    """Each term's part of A [R, K] and of B [N, R]."""
+    parts = []
+    for term, first in zip(terms, rank_offsets(terms), strict=False):
+        (width, rank), column = term.lora_B.shape, term.column
+        parts += [A[first : first + rank], B[column : column + width, first : first + rank]]
+    return parts
+
+
+def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tensor, Tensor]:
     """All terms' A [R, K], [W0 | B] [N, K + R] and B [N, R] in the compute type.
 
     Without `extend`, the second is only B. See `_parts` for which rows and columns are whose. Where
-    the weight's owner keeps the buffers, the factors are copied into them in each forward pass
-    (`changed`): nothing need watch who changes them. Two sets of factors never share a buffer, so
-    that neither another adapter's pass nor another thread's comes between a pass and its backward.
+    the weight's owner keeps the buffers, the factors are copied into them in each forward pass:
+    nothing need watch who changes them. Two sets of factors never share a buffer, so that neither
+    another adapter's pass nor another thread's comes between a pass and its backward.
     """
-    tensors = (*call.A, *call.B)
-    places = tuple((f.data_ptr(), f.shape, f.stride()) for f in tensors)
     made: list[bool] = []
+
+    def fill(A: Tensor, B: Tensor) -> None:
+        torch._foreach_copy_(_parts(A, B, call.terms), call.factors)
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         made.append(True)
-        (N, K), R = call.weight.shape, plan.pieces.ranks
+        (N, K), R = call.weight.shape, rank_offsets(call.terms)[-1]
         packed = call.weight.new_empty(N, K * extend + R, dtype=dtype)
         packed[:, K * extend :] = 0
         if extend:
             packed[:, :K] = call.weight
         A, B = packed.new_zeros(R, K), packed[:, K * extend :]
-        # Filled before another thread can find it.
-        torch._foreach_copy_(_parts(A, B, call.shapes), tensors)
+        fill(A, B)  # before another thread can find it
         return A, packed, B
 
-    columns = tuple(s.column for s in call.shapes)
-    # Buffers made in inference mode could not be written to outside of it.
-    with torch.inference_mode(False), torch.no_grad():
-        A, packed, B = call.form((places, columns, dtype, extend), make)
-        if changed and not made:
-            torch._foreach_copy_(_parts(A, B, call.shapes), tensors)
+    places = tuple((f.data_ptr(), f.shape, f.stride()) for f in call.factors)
+    columns = tuple(term.column for term in call.terms)
+    A, packed, B = call.forms.get((places, columns, dtype, extend), make)
+    if call.changed and not made:
+        fill(A, B)
     return A, packed, B

@@ -7,11 +7,9 @@ and not run in the interpreter. Shipped rows are guesses that compile without sp
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,21 +115,3 @@ def compiling(capability: int) -> AbstractContextManager[Any]:
     from fastlora.kernels.triton import turing
 
     return turing.compiling()
-
-
-def load(file: Path) -> None:
-    """Put a file of `dumps` before the shipped rows; ValueError where it is something else."""
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        for key, row in rows.items():
-            kernels = {name: Blocks(**row[name]) for name in ("down", "fused", "outer")}
-            MEASURED[key] = Config(row["route"], **kernels)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: not a table of measured block sizes ({error}); delete it"
-        ) from error
-
-
-def dumps(rows: dict[str, Config]) -> str:
-    """Measurements as the text that `load` reads."""
-    return json.dumps({key: asdict(row) for key, row in rows.items()}, indent=1)

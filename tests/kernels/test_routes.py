@@ -11,6 +11,7 @@ import torch
 from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastlora import tuner
 from fastlora.kernels import (
     Packed,
     Term,
@@ -19,7 +20,8 @@ from fastlora.kernels import (
     lora_linear,
     lora_qkv,
 )
-from fastlora.kernels.call import Call, Shape
+from fastlora.kernels.call import Call
+from fastlora.kernels.packed import Forms
 from fastlora.kernels.routes import implementation
 from fastlora.kernels.triton import tuning
 
@@ -200,16 +202,18 @@ def test_launches_of_route_gemm(monkeypatch, owned):
     H, M = 32, 64
     x, weight, bias, grad, factors = make(M, H, 3 * H, [(8, H), (8, H)])
     x, weight, bias, grad = (t.to(DEVICE, torch.float32) for t in (x, weight, bias, grad))
-    A, B = ([f.to(DEVICE, torch.float32) for f in side] for side in zip(*factors, strict=True))
-    shapes = tuple(Shape(8, H, column, 1.0, 6554, 0) for column in (0, 2 * H))
-    forms = {} if owned else None
-    call, gemm = Call(weight, A, B, SEED, shapes, ((0, M), (0, M)), forms), implementation("gemm")
+    terms = [
+        Term(*(f.to(DEVICE, torch.float32) for f in pair), 1.0, 0.1, 0, 0, M, column)
+        for pair, column in zip(factors, (0, 2 * H), strict=True)
+    ]
+    call = Call(weight, terms, SEED, Forms({} if owned else None))
+    later, gemm = call._replace(changed=False), implementation("gemm")
     _, saved = gemm.forward(x, bias, call)  # packs the frozen weight
-    gemm.backward(grad, None, saved, call, need_dx=True)  # makes the tables of rows
+    gemm.backward(grad, None, saved, later, need_dx=True)  # makes the tables of rows
     with CountLaunches(monkeypatch) as counted:
         _, saved = gemm.forward(x, bias, call)
         forward, counted.names = counted.names, []
-        gemm.backward(grad, None, saved, call, need_dx=True)
+        gemm.backward(grad, None, saved, later, need_dx=True)
     # W0 beside zeros where B goes, zeros where A goes, and both factors of both terms.
     fill = ["aten::copy_", "aten::new_zeros", "aten::_foreach_copy_"]
     assert forward == [*(["aten::_foreach_copy_"] if owned else fill), "lora_down", "aten::addmm"]
@@ -308,10 +312,10 @@ def test_measured_blocks_go_before_shipped_ones(tmp_path, monkeypatch):
     shipped = tuning.config(90, torch.float16, 8192)
     measured = replace(shipped, route="triton", down=tuning.Blocks(m=16, warps=8))
     file = tmp_path / "blocks.json"
-    file.write_text(tuning.dumps({tuning.key_of(90, torch.float16, 8192): measured}))
-    tuning.load(file)
+    file.write_text(tuner.dumps({tuning.key_of(90, torch.float16, 8192): measured}))
+    tuner.load(file)
     assert tuning.config(90, torch.float16, 8192) == measured
     assert tuning.config(90, torch.float16, 512) == tuning.SHIPPED["90/small"]
     file.write_text('{"90/fp16/large": {"route": "gemm"}}')
     with pytest.raises(ValueError, match=r"blocks\.json: not a table .*delete it"):
-        tuning.load(file)
+        tuner.load(file)

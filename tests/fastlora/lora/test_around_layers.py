@@ -197,6 +197,7 @@ def test_transformer_encoders_evaluate_with_what_was_trained(layers, copied, gra
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_eject_gives_transformer_encoders_their_fast_paths_back(fill):
     model = encoder().eval()
     with torch.no_grad():

@@ -231,6 +231,15 @@ def test_injected_into_transformers_the_same_adapters_give_minberts_states(fill)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_an_adapted_bert_compiles_in_one_graph(fill):
+    torch._dynamo.reset()
+    model = transformers.BertModel(transformers.BertConfig(**TINY)).eval()
+    inject(model, LoraConfig(dropout=0.0))
+    expected = fill(model)(IDS).last_hidden_state
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(IDS).last_hidden_state, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     "make", [two_layers, lambda: transformers.BertModel(transformers.BertConfig(**TINY))]

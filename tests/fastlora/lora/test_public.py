@@ -15,10 +15,8 @@ LIBRARY = [name for name in fastlora.__all__ if fastlora._HOME_OF.get(name, "").
 
 def test_public_names_are_listed_and_there():
     assert set(fastlora.__all__) <= set(dir(fastlora))
-    assert {"LoRALinear", "inject", "save_adapter", "load_adapter", "UserError"} <= {
-        *LIBRARY,
-        *(fastlora.__all__),
-    }
+    assert {"LoRALinear", "LoraConfig", "inject", "use_adapter", "save_adapter"} <= {*LIBRARY}
+    assert {"UserError", "kernels"} <= {*fastlora.__all__}
     for name in fastlora.__all__:
         assert getattr(fastlora, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'slip'"):
@@ -73,8 +71,10 @@ def test_the_library_loads_no_command_line_and_no_bert():
     assert rooms <= {"errors", "files", "kernels", "lora", "tensors"}
 
 
-def test_importing_fastlora_alone_loads_no_torch():
+def test_importing_fastlora_alone_loads_nothing_and_kernels_are_a_room_of_their_own():
     assert "torch" not in loaded_after("import fastlora; dir(fastlora)")
+    found = loaded_after("import fastlora; assert callable(fastlora.kernels.lora_grouped)")
+    assert "torch" in found and not any(name.startswith("fastlora.lora") for name in found)
 
 
 def test_two_losses_on_one_optimizer_work_after_the_import():

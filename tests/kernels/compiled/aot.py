@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastlora.kernels.call import Call, Shape
+from fastlora.kernels.call import Call, Term
 from fastlora.kernels.routes import implementation
 from fastlora.kernels.triton import tuning
 
@@ -90,15 +90,16 @@ def sample(dtype, M=8, H=768, r=32, p=0.1):
     """Inputs of query, key and value with LoRA on query and value: x, bias, grad, call."""
     x, grad = torch.zeros(M, H, dtype=dtype), torch.zeros(M, 3 * H, dtype=dtype)
     weight, bias = torch.zeros(3 * H, H, dtype=dtype), torch.zeros(3 * H, dtype=dtype)
-    shapes = tuple(Shape(r, H, c, 1.0, round(p * 65536), c) for c in (0, 2 * H))
-    factors = [torch.zeros(r, H)] * 2, [torch.zeros(H, r)] * 2
-    return x, bias, grad, Call(weight, *factors, torch.tensor(1), shapes, ((0, M), (0, M)))
+    factors = torch.zeros(r, H), torch.zeros(H, r)
+    terms = [Term(*factors, 1.0, p, stream=c, stop=M, column=c) for c in (0, 2 * H)]
+    return x, bias, grad, Call(weight, terms, torch.tensor(1))
 
 
 def all_launches(dtype, p=0.1, r=32):
     """Every kind of launch that the routes make on a dtype."""
     x, bias, grad, call = sample(dtype, r=r, p=p)
-    halves = call._replace(ranges=((0, 4), (0, 8)))
+    first, second = call.terms
+    halves = call._replace(terms=[first._replace(stop=4), second])
     for route in (implementation("gemm"), implementation("triton")):
         for made in (call, halves):
             _, saved = route.forward(x, bias, made)
