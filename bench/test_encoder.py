@@ -7,9 +7,10 @@ import pytest
 import torch
 from implementations import PLACES
 
-from fastlora import LoraConfig, inject
+from fastlora import LoraConfig, pack
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel, Layout
+from fastlora.model import adapt_encoder
 from fastlora.setup import PARTS
 
 SHAPE = dict(
@@ -42,7 +43,7 @@ class Encoders:
             self.models[f"peft {attention}"] = peft.get_peft_model(base, setting)
         ours = BertModel(BertConfig(**SHAPE, **rates), PARTS)
         ours.load_state_dict({n: t for n, t in weights.items() if "position_ids" not in n})
-        inject(ours, LoraConfig(r=RANK, alpha=16, dropout=dropout))
+        adapt_encoder(ours, {"default": LoraConfig(r=RANK, alpha=16, dropout=dropout)})
         self.models["fastlora"] = ours
         for model in self.models.values():
             torch.manual_seed(1)
@@ -52,6 +53,7 @@ class Encoders:
                 else:
                     parameter.data = parameter.data.to(dtype)
             model.to(device).train()
+        pack(ours)
         lengths = torch.randint(SHORTEST, LONGEST + 1, (BATCH,)).clamp_(max=LONGEST)
         lengths[0] = LONGEST
         self.mask = (torch.arange(LONGEST) < lengths[:, None]).to(device)

@@ -1,4 +1,4 @@
-"""`LoRALinear` against PEFT's layer, as modules: six in a row, as in the issue of slow small batches.
+"""`LoRALinear` against PEFT's layer, as modules: six in a row, few rows and many.
 
 Evaluation is a forward pass without gradients; training is forward and backward with dropout. A
 ratio is that of PEFT's time to ours in the same seconds.

@@ -117,6 +117,15 @@ class Projection:
         return project_together(layers, x, weight, bias, self.packed)
 
 
+def adapt_encoder(encoder: BertModel, settings: Mapping[str, LoraConfig]) -> dict[str, LoRALinear]:
+    """Put LoRA on minBERT, whose query, key and value stay one product; returns the layers."""
+    layers = inject(encoder, settings, draws_as={name: plain(name) for name in settings})
+    for module in encoder.modules():
+        if isinstance(module, SelfAttention):
+            module.projection = Projection()
+    return layers
+
+
 class MultitaskBert(nn.Module):
     """An encoder with a head per task, and LoRA adapters: one for all tasks, one each, or both.
 
@@ -147,13 +156,8 @@ class MultitaskBert(nn.Module):
 
     def adapt(self, settings: Mapping[str, LoraConfig]) -> None:
         """Freeze the encoder and put LoRA on it: "default" for all tasks, others for theirs."""
-        self.adapted = inject(
-            self.encoder, settings, draws_as={name: plain(name) for name in settings}
-        )
+        self.adapted = adapt_encoder(self.encoder, settings)
         self.settings = dict(settings)
-        for module in self.encoder.modules():
-            if isinstance(module, SelfAttention):
-                module.projection = Projection()
 
     def adapters(self, task: str) -> tuple[str, ...]:
         """The adapters on a task's rows: the shared one, the task's own, or both."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastlora import tuner
 from fastlora.adapters import adapter_names, fingerprint
 from fastlora.bert.model import BertModel, Parts
 from fastlora.bert.weights import load_encoder

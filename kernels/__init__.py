@@ -12,7 +12,6 @@ if __name__ != "fastlora.kernels":
 
 from fastlora.kernels.call import Term
 from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
-from fastlora.kernels.linear import Linear
-from fastlora.kernels.ops import add_terms, lora_grouped, lora_linear, lora_qkv
+from fastlora.kernels.ops import Linear, add_terms, lora_grouped, lora_linear, lora_qkv
 from fastlora.kernels.packed import Packed
 from fastlora.kernels.routes import Route, forced_route, route

@@ -65,10 +65,9 @@ def _terms(factors: Sequence[Tensor], others: Iterable[Sequence[Any]]) -> list[T
 
 
 def _save(ctx: Any, x: Tensor, saved: Tensor, weight: Tensor, seed: Any, factors: Any) -> None:
-    """Keep for backward what it reads; `ctx.width` is the number of x's columns in `saved`."""
+    """Keep for backward what it reads: x where there are terms, unless `saved` is [x | u]."""
     ctx.set_materialize_grads(False)
-    ctx.width = x.shape[1] if saved.dim() == 2 else 0
-    apart = x if factors and ctx.width == 0 else None  # without terms, backward reads no x
+    apart = x if factors and saved.dim() == 1 else None
     ctx.save_for_backward(apart, saved, weight, seed, *factors)
 
 
@@ -84,7 +83,7 @@ class _Eager(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, saved = _forward(x, bias, call, route)
         _save(ctx, x, saved, call.weight, call.seed, factors)
-        if ctx.width == 0:
+        if saved.dim() == 1:
             ctx.mark_non_differentiable(saved)
         ctx.others, ctx.forms, ctx.route = [term[2:] for term in call.terms], call.forms, route
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -94,7 +93,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple:
         x, saved, weight, seed, *factors = ctx.saved_tensors
         call = Call(weight, _terms(factors, ctx.others), seed, ctx.forms, ctx.hooked)
-        need_dx, need_bias = ctx.needs_input_grad[:2]
+        (need_dx, need_bias), K = ctx.needs_input_grad[:2], weight.shape[1]
         dx: Tensor | None = None
         gradients: list[Any] = [None] * len(factors)
         if grad is None:
@@ -102,14 +101,13 @@ class _Eager(torch.autograd.Function):
         elif torch.is_grad_enabled() or _is_batch(grad):
             # Where [x | u] is saved, its left part stands for x, in the graph, too.
             with torch.enable_grad():
-                x = saved[:, : ctx.width] if x is None and ctx.width else x
+                x = saved[:, :K] if saved.dim() == 2 else x
             needed = need_dx, *ctx.needs_input_grad[4:]
             dx, *gradients = _differentiable(grad, x, call, ctx.route, needed)
         else:
             dx, gradients = _backward(grad, x, saved, need_dx, call, ctx.route)
         if grad_saved is not None and need_dx:  # only of a gradient's gradient
-            part = grad_saved[:, : ctx.width]
-            dx = part if dx is None else dx + part
+            dx = grad_saved[:, :K] if dx is None else dx + grad_saved[:, :K]
         d_bias = grad.sum(0) if need_bias and grad is not None else None
         return dx, d_bias, None, None, *gradients
 
@@ -150,8 +148,8 @@ _CALL = "Tensor weight, Tensor[] factors, Tensor? seed, float[] reals, SymInt[] 
 def _parse(
     weight: Tensor, factors: Any, seed: Any, reals: Any, places: Any, route: str
 ) -> tuple[Call, str]:
-    others = [(*reals[2 * i : 2 * i + 2], *places[4 * i : 4 * i + 4]) for i in range(len(reals) // 2)]
-    return Call(weight, _terms(factors, others), seed), route
+    fields = factors[::2], factors[1::2], reals[::2], reals[1::2], *(places[i::4] for i in range(4))
+    return Call(weight, [Term(*term) for term in zip(*fields, strict=True)], seed), route
 
 
 @torch.library.custom_op(

@@ -92,12 +92,7 @@ def _limits(drop: int, bits: int) -> Tensor:
 
 
 def philox_keep(
-    seed: Tensor,
-    stream: int,
-    rows: int,
-    columns: int,
-    p: float,
-    dtype: torch.dtype = torch.bool,
+    seed: Tensor, stream: int, rows: int, columns: int, p: float, dtype: torch.dtype = torch.bool
 ) -> Tensor:
     """The specification: Philox4x32-7 with counter (column // 8, row, stream, 0).
 

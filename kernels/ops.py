@@ -1,4 +1,4 @@
-"""The LoRA operation: the public functions, and whether a call can run fused.
+"""The LoRA operation: what others call, and whether a call can run fused.
 
 A call runs fused where all of its tensors are plain ones on one CPU or GPU and the weight is
 frozen. All else goes to the reference, which is made of PyTorch's differentiable operations: no
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def lora_grouped(
     _check(x, weight, terms)
     if _is_small(x, weight):
         return reference.lora_grouped(x, weight, bias, terms, seed)
-    name = _route(x, terms) if _fusable(x, weight, bias, terms, seed, packed) else ""
+    name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
     dtype, forms, compiling = _compute_dtype(x), Forms(), torch.compiler.is_compiling()
@@ -121,6 +122,17 @@ def lora_qkv(
     return lora_grouped(x, weight, bias, terms, seed, packed)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` that is faster on a CPU while its weight is frozen."""
+
+    # Set by an owner who knows when the weight changes.
+    packed: Packed | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return lora_grouped(input, self.weight, self.bias, (), packed=self.packed)
+
+
 def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
     N, K = weight.shape
     if x.shape[-1] != K:
@@ -141,13 +153,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _route(x: Tensor, terms: Sequence[Term]) -> str:
-    """The route's name; "" where PyTorch's own product does all."""
-    large = torch.compiler.is_compiling() or x.numel() >= tuning.SMALL * x.shape[-1]
-    name = route(x.device, _compute_dtype(x), large).name
-    return name if terms or name == "reference" else ""
-
-
 def _is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether the product is so small that plain PyTorch is the faster."""
     return (
@@ -158,28 +163,28 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _fusable(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    terms: Sequence[Term],
-    seed: Tensor | None,
-    packed: Packed | None,
-) -> bool:
-    """Whether the fused form can run; see the module's text."""
-    if torch.compiler.is_compiling():
+def _fused_route(
+    x: Tensor, weight: Tensor, bias: Any, terms: Sequence[Term], seed: Any, packed: Packed | None
+) -> str:
+    """The route of the fused form, or "" where it cannot run; see the module's text."""
+    if compiling := torch.compiler.is_compiling():
         # On a CPU the compiler fuses PyTorch's operations itself, but draws no masks from a seed.
         operator = x.is_cuda or seed is not None
-        exporting = torch.compiler.is_exporting()
-        return bool(terms) and operator and not exporting and not weight.requires_grad
-    others = (weight, bias, seed, *(factor for term in terms for factor in term[:2]))
-    return (
-        _is_ordinary(x)
-        and all(t is None or (type(t) in _TYPES and t.device == x.device) for t in others)
-        and _compute_dtype(weight) == _compute_dtype(x)
-        and not weight.requires_grad
-        and not (packed is None and _capturing(x))  # nobody would keep what the graph reads
-    )
+        fusable = bool(terms) and operator and not torch.compiler.is_exporting()
+    else:
+        others = (weight, bias, seed, *(factor for term in terms for factor in term[:2]))
+        fusable = (
+            _is_ordinary(x)
+            and all(t is None or (type(t) in _TYPES and t.device == x.device) for t in others)
+            and _compute_dtype(weight) == _compute_dtype(x)
+            and not (packed is None and _capturing(x))  # nobody would keep what the graph reads
+        )
+    if weight.requires_grad or not fusable:
+        return ""
+    large, dtype = compiling or x.numel() >= tuning.SMALL * x.shape[-1], _compute_dtype(x)
+    name = route(x.device, dtype, large).name
+    has_kernel = len(terms) > 0 and dtype in tuning.NAMES
+    return name if has_kernel or name == "reference" else ""
 
 
 def _is_ordinary(x: Tensor) -> bool:

@@ -28,6 +28,7 @@ FAMILIES = (
     ("q_proj", "v_proj"),  # Llama, OPT, CLIP, BART
     ("q", "v"),  # MPNet, T5
     ("Wqkv",),  # ModernBERT
+    ("in_proj",),  # DeBERTa
 )
 
 

@@ -47,7 +47,8 @@ def inject(
     adapters gets more of them: a layer keeps an adapter that it has with the same settings, and
     what trained goes on training. A sole adapter is active; several must be chosen from by
     `set_adapter` or `use_adapter`. Adapters in `draws_as` draw the random numbers of the one that
-    it names.
+    it names. Give it the whole model that you will save: `save_pretrained` of a parent that it has
+    not seen writes W0.
 
     Returns the layers of these adapters by module name. Raises UserError, with nothing changed, for
     a target that matches nothing or cannot be adapted, and for a model whose parameters are
@@ -103,7 +104,6 @@ def _put_adapters(
             layer: Any = model.get_submodule(name)
             if not isinstance(layer, LoRALinear):
                 layer = LoRALinear.from_linear(layer, crc32(name.encode()))
-                layer.requires_grad_(False)
             injected[name] = layer
             if adapter not in layer.settings:
                 settings = configs[adapter].of_layer(name)

@@ -5,6 +5,8 @@ Two stages and no atomics, so that a gradient is the same bits each time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,9 +20,9 @@ from fastlora.kernels.triton.mask import keep_mask
 
 @triton.jit
 def lora_outer(
-    x_ptr, v_ptr, a_ptr, base_ptr, dx_ptr, partial_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
+    x_ptr, v_ptr, a_ptr, b_ptr, dx_ptr, partial_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
     K,
-    stride_x0, stride_x1, stride_v0, stride_v1, stride_a0, stride_a1, stride_base0, stride_base1,
+    stride_x0, stride_x1, stride_v0, stride_v1, stride_a0, stride_a1, stride_b0, stride_b1,
     stride_dx0, stride_dx1,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_DX: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
@@ -64,14 +66,17 @@ def lora_outer(
                     if HAS_DROPOUT:
                         branch *= keep.to(tl.float32)
                     if slot == 0:
-                        so_far = load_tile(base_ptr, row64, stride_base0, k, stride_base1, live, k < K)
+                        part = load_tile(b_ptr, row64, stride_b0, k, stride_b1, live, k < K)
                     else:
-                        so_far = load_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K)
-                    branch += so_far.to(tl.float32)
+                        part = load_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K)
+                    branch += part.to(tl.float32)
                     store_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K, branch)
             partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
-            # Every rank of the tile, those that the piece lacks as zeros.
-            store_tile(partial_ptr, partial_row, K, k, 1, rank < BLOCK_R, k < K, acc * scale)
+            tl.store(
+                partial_ptr + partial_row[:, None] * K + k[None, :],
+                acc * scale,
+                mask=(k < K)[None, :],
+            )
         # The next slot reads the dx that other threads of this program wrote.
         tl.debug_barrier()
 
@@ -98,31 +103,28 @@ def lora_reduce(
 
 
 def outer(
+    plan: Plan,
     x: Tensor,
     v: Tensor,
-    plan: Plan,
-    seed: Tensor | None,
-    blocks: tuning.Blocks,
-    *,
-    factor: Tensor | None = None,
-    base: Tensor | None = None,
-    dx: Tensor | None = None,
-    width: int | None = None,
+    A: Any = None,
+    base: Any = None,
+    dx: Any = None,
+    width: int = 0,
 ) -> Tensor:
     """dA [R, K] fp32 from x [M, K] and v [M, R] (two launches).
 
     With `base` [M, K], also dx = base + c m * (v A); it may be dx itself, and must be where rows
-    have no term. `factor` is A [R, K].
+    have no term. A [R, K].
 
     With `width`, the widest block: dB^T [R, width] from the output's gradient and u instead.
     """
+    pieces, blocks, K = plan.pieces, plan.blocks.outer, width or x.shape[1]
     chunks, slots = plan.tiles(blocks.chunk)
-    pieces, K = plan.pieces, x.shape[1] if width is None else width
     partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
     plan.launch(
-        lora_outer, triton.cdiv(K, blocks.k), blocks.chunk, blocks, seed,
-        dict(x=x, v=v, a=factor, base=base, dx=dx), dict(partial_ptr=partial, K=K),
-        HAS_DX=base is not None, IN_BLOCK=width is not None,
+        lora_outer, blocks, blocks.chunk, triton.cdiv(K, blocks.k), not width,
+        dict(x=x, v=v, a=A, b=base, dx=dx), dict(partial_ptr=partial, K=K),
+        HAS_DX=base is not None, IN_BLOCK=width > 0,
     )  # fmt: skip
     d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
     tables = dict(tiles_ptr=chunks, pieces_ptr=pieces.table)

@@ -6,11 +6,12 @@ that apply there, one a slot; a piece is at most 64 ranks of one term.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels.triton import tuning
 from fastlora.kernels.triton.grouped import Plan
 from fastlora.kernels.triton.mask import keep_mask
 
@@ -93,23 +94,16 @@ def lora_down(
 
 
 def down(
-    x: Tensor,
-    factor: Tensor,
-    u: Tensor,
-    plan: Plan,
-    seed: Tensor | None,
-    blocks: tuning.Blocks,
-    *,
-    copy: Tensor | None = None,
-    in_block: bool = False,
+    plan: Plan, x: Tensor, A: Tensor, u: Tensor, copy: Tensor | None = None, in_block: bool = False
 ) -> None:
-    """Launch `lora_down`: x [M, K], factor [R, K] (or B^T [R, N] with `in_block`), u [M, R].
+    """Launch `lora_down`: x [M, K], A [R, K] (or B^T [R, N] with `in_block`), u [M, R].
 
     `copy` is the left part [M, K] of the buffer whose right part u is.
     """
+    blocks = plan.blocks.down
     plan.launch(
-        lora_down, None, blocks.m, blocks, seed,
-        dict(x=x, a=factor, u=u), dict(copy_ptr=copy, K=x.shape[1]),
+        lora_down, blocks, blocks.m, None, not in_block,
+        dict(x=x, a=A, u=u), dict(copy_ptr=copy, K=x.shape[1]),
         HAS_COPY=copy is not None, IN_BLOCK=in_block,
     )  # fmt: skip
 
@@ -170,25 +164,17 @@ def lora_fused(
 
 
 def fused(
-    x: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    u: Tensor,
-    factor: Tensor,
-    y: Tensor,
-    plan: Plan,
-    seed: Tensor | None,
-    blocks: tuning.Blocks,
-    *,
-    backward: bool = False,
+    plan: Plan, x: Any, bias: Any, u: Tensor, factor: Tensor, y: Tensor, backward: bool = False
 ) -> None:
-    """Launch `lora_fused`; without x and weight, the terms are added to y.
+    """Launch `lora_fused`; where x is None, the terms are added to y.
 
-    x [M, K], weight [N, K], u [M, R], factor [R, N], y [M, N]; in backward the caller names g, W^T,
-    v, A and dx by these.
+    x [M, K], bias [N] or None, u [M, R], factor [R, N], y [M, N]; in backward the caller names g,
+    v, A and dx by these, without a bias.
     """
+    blocks, W = plan.blocks.fused, plan.call.weight
+    weight = None if x is None else W.T if backward else W
     plan.launch(
-        lora_fused, triton.cdiv(y.shape[1], blocks.n), blocks.m, blocks, seed,
+        lora_fused, blocks, blocks.m, triton.cdiv(y.shape[1], blocks.n), backward,
         dict(x=x, w=weight, u=u, f=factor, y=y),
         dict(b_ptr=bias, N=y.shape[1], K=0 if x is None else x.shape[1]),
         BLOCK_N=blocks.n, HAS_BASE=x is not None, HAS_BIAS=bias is not None, BACKWARD=backward,

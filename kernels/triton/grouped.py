@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,24 +70,18 @@ class Pieces:
         self.block_r = max(16, 1 << max(row[1] - 1 for row in table).bit_length())
 
 
-class Plan(NamedTuple):
-    """What one call of the operation does: the layer's pieces on the batch's rows."""
+class Plan:
+    """What one call of the operation does on the rows of x, and how."""
 
-    pieces: Pieces
-    ranges: tuple[tuple[int, int], ...]  # of rows, per term: first, end
-    rows: int
-    # Takes the tables that a captured CUDA graph reads, which must outlive the caches' entries.
-    graph: list | None = None
-
-    @classmethod
-    def of(cls, call: Call, x: Tensor) -> Plan:
-        """The plan of a call on the rows of x."""
+    def __init__(self, call: Call, x: Tensor) -> None:
         shapes = (
             (len(t.lora_A), t.column, len(t.lora_B), t.stream, threshold(t.dropout_p), t.c)
             for t in call.terms
         )
-        ranges = tuple(term.rows for term in call.terms)
-        return cls(make_pieces(tuple(shapes), x.device), ranges, len(x), call.forms.graph)
+        self.call, self.rows = call, len(x)
+        self.pieces = make_pieces(tuple(shapes), x.device)
+        self.ranges = tuple(term.rows for term in call.terms)
+        self.blocks = tuning.config(tuning.capability(x.device), x.dtype, len(x))
 
     def tiles(self, size: int) -> tuple[Tensor, int]:
         """int32 [tiles, 2 + 2 * slots]: first row, end, then a piece and its first row a slot.
@@ -97,31 +91,31 @@ class Plan(NamedTuple):
         """
         device = self.pieces.table.device
         found = _tiles(self.ranges, self.pieces.terms, self.rows, size, device)
-        if self.graph is not None:
-            self.graph += (self.pieces, found[0])
+        if self.call.forms.graph is not None:  # the tables must outlive the caches' entries
+            self.call.forms.graph.append((self.pieces, found[0]))
         return found
 
     def launch(
         self,
         kernel: Any,
-        programs: int | None,  # on each tile; None for one a slot
-        size: int,  # rows of a tile
         blocks: tuning.Blocks,
-        seed: Tensor | None,  # None for no dropout
-        matrices: dict[str, Tensor | None],
+        size: int,  # rows of a tile
+        programs: int | None,  # on each tile; None for one a slot
+        masked: bool,  # whether the kernel draws the masks of terms with dropout
+        matrices: dict[str, Tensor | None],  # x is passed as x_ptr, stride_x0 and stride_x1
         others: dict[str, Any],
         **constants: Any,
     ) -> None:
-        """Run a kernel on the tiles; of `matrices`, x goes to it as x_ptr, stride_x0, stride_x1."""
+        """Run a kernel on the tiles, with the tables that all kernels take."""
         (tiles, slots), pieces = self.tiles(size), self.pieces
         tables = dict(tiles_ptr=tiles, pieces_ptr=pieces.table, scales_ptr=pieces.scales)
-        arguments = dict(seed_ptr=seed, **tables, **others)
+        arguments = dict(seed_ptr=self.call.seed, **tables, **others)
         for name, matrix in matrices.items():
             strides = (0, 0) if matrix is None else matrix.stride()
             arguments[f"{name}_ptr"] = matrix
             arguments[f"stride_{name}0"], arguments[f"stride_{name}1"] = strides
         constants |= dict(SLOTS=slots, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r)
-        constants |= dict(HAS_DROPOUT=pieces.has_dropout and seed is not None, ALIGN=pieces.align)
+        constants |= dict(HAS_DROPOUT=masked and pieces.has_dropout, ALIGN=pieces.align)
         grid = slots if programs is None else programs, len(tiles)
         tuning.launch(kernel, grid, arguments, constants, blocks)
 
@@ -131,7 +125,11 @@ make_pieces = lru_cache(maxsize=1024)(Pieces)
 
 @lru_cache(maxsize=1024)
 def _tiles(
-    ranges: tuple[tuple[int, int], ...], terms: tuple[int, ...], rows: int, size: int, device: torch.device
+    ranges: tuple[tuple[int, int], ...],
+    terms: tuple[int, ...],
+    rows: int,
+    size: int,
+    device: torch.device,
 ) -> tuple[Tensor, int]:
     cuts = sorted({0, rows, *(row for ends in ranges for row in ends)})
     segments = [

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.kernels.call import Call, Term
-from fastlora.kernels.triton import tuning
 from fastlora.kernels.triton.backward import outer
 from fastlora.kernels.triton.forward import down, fused
 from fastlora.kernels.triton.grouped import Plan, is_uniform, rank_offsets
@@ -39,29 +38,28 @@ class Kernels:
     def forward(self, x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """y [M, N], and u or [x | u]."""
         M, K = x.shape
-        plan, blocks = Plan.of(call, x), _blocks(x)
+        plan = Plan(call, x)
         saved = x.new_empty(self.saved_shape(call, M))
         extend = saved.dim() == 2
         A, packed, B = _factors(call, x.dtype, extend)
         if extend:
-            down(x, A, saved[:, K:], plan, call.seed, blocks.down, copy=saved[:, :K])
+            down(plan, x, A, saved[:, K:], copy=saved[:, :K])
             return F.linear(saved, packed, bias), saved
         u = saved.view(M, -1)
-        down(x, A, u, plan, call.seed, blocks.down)
+        down(plan, x, A, u)
         if self.vendor:
             y = F.linear(x, call.weight, bias)
-            fused(None, None, None, u, B.T, y, plan, None, blocks.fused)
+            fused(plan, None, None, u, B.T, y)
         else:
             y = x.new_empty(M, call.weight.shape[0])
-            fused(x, call.weight, bias, u, B.T, y, plan, None, blocks.fused)
+            fused(plan, x, bias, u, B.T, y)
         return y, saved
 
     def backward(
         self, grad: Tensor, x: Any, saved: Tensor, call: Call, need_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """dx [M, K] where needed, and dA, dB of each term."""
-        (M, _), (_, K), seed = grad.shape, call.weight.shape, call.seed
-        plan, blocks = Plan.of(call, grad), _blocks(grad)
+        (M, _), (_, K), plan = grad.shape, call.weight.shape, Plan(call, grad)
         extend = saved.dim() == 2
         A, packed, B = _factors(call, grad.dtype, extend)
         x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved.view(M, -1))
@@ -71,22 +69,17 @@ class Kernels:
             base, v = (grad @ packed).tensor_split([K], 1)
         else:
             v = torch.empty_like(u)
-            down(grad, B.T, v, plan, None, blocks.down, in_block=True)
+            down(plan, grad, B.T, v, in_block=True)
             if need_dx and self.vendor:
                 base = dx = grad @ call.weight
             elif dx is not None:
-                w = call.weight.T
-                fused(grad, w, None, v, A, dx, plan, seed, blocks.fused, backward=True)
-        dA = outer(x, v, plan, seed, blocks.outer, factor=A, base=base, dx=dx)
+                fused(plan, grad, None, v, A, dx, backward=True)
+        dA = outer(plan, x, v, A, base, dx)
         if is_uniform(call.terms, M):
             return dx, _parts(dA, _mm_fp32(grad.T, u), call.terms)
         widest = max(term.lora_B.shape[0] for term in call.terms)
-        dB = outer(grad, u, plan, None, blocks.outer, width=widest).T
+        dB = outer(plan, grad, u, width=widest).T
         return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])
-
-
-def _blocks(x: Tensor) -> tuning.Config:
-    return tuning.config(tuning.capability(x.device), x.dtype, x.shape[0])
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -113,25 +106,21 @@ def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tens
     nothing need watch who changes them. Two sets of factors never share a buffer, so that neither
     another adapter's pass nor another thread's comes between a pass and its backward.
     """
-    made: list[bool] = []
-
-    def fill(A: Tensor, B: Tensor) -> None:
-        torch._foreach_copy_(_parts(A, B, call.terms), call.factors)
+    tensors, columns = call.factors, tuple(term.column for term in call.terms)
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        made.append(True)
         (N, K), R = call.weight.shape, rank_offsets(call.terms)[-1]
         packed = call.weight.new_empty(N, K * extend + R, dtype=dtype)
         packed[:, K * extend :] = 0
         if extend:
             packed[:, :K] = call.weight
         A, B = packed.new_zeros(R, K), packed[:, K * extend :]
-        fill(A, B)  # before another thread can find it
+        # Filled before another thread can find it.
+        torch._foreach_copy_(_parts(A, B, call.terms), tensors)
         return A, packed, B
 
-    places = tuple((f.data_ptr(), f.shape, f.stride()) for f in call.factors)
-    columns = tuple(term.column for term in call.terms)
+    places = tuple((f.data_ptr(), f.shape, f.stride()) for f in tensors)
     A, packed, B = call.forms.get((places, columns, dtype, extend), make)
-    if call.changed and not made:
-        fill(A, B)
+    if call.changed and call.forms.kept is not None:
+        torch._foreach_copy_(_parts(A, B, call.terms), tensors)
     return A, packed, B

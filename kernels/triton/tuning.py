@@ -62,16 +62,12 @@ SHIPPED = {
 MEASURED: dict[str, Config] = {}  # by `key_of`; goes before the shipped rows
 
 
+@lru_cache(maxsize=64)
 def capability(device: torch.device) -> int:
     """A GPU's capability as 75, 80, 90; 0 for anything else."""
     if device.type != "cuda":
         return 0
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@lru_cache(maxsize=64)
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

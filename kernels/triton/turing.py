@@ -24,7 +24,8 @@ import hashlib
 import re
 import tempfile
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,6 @@ def problem() -> str:
     if TESTED[0] <= version <= TESTED[1]:
         return ""
     return f"Triton {triton.__version__} is not one of {TESTED[0]} to {TESTED[1]}"
-
-
-def compiling() -> AbstractContextManager[Any]:
-    """A context in which kernels of ours compile for sm_75 with tensor cores, where that works."""
-    return nullcontext() if problem() else _compiling
 
 
 class Hook:
@@ -77,34 +73,31 @@ def _key() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-class _Compiling:
-    """Puts the hook in Triton while any thread is inside."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.inside = 0
-        self.hook = Hook()
-
-    def __enter__(self) -> None:
-        runtime: Any = triton.knobs.runtime
-        with self.lock:
-            self.inside += 1
-            if self.inside == 1:
-                self.hook = Hook(runtime.add_stages_inspection_hook)
-                runtime.add_stages_inspection_hook = self.hook
-
-    def __exit__(self, *_: object) -> None:
-        runtime: Any = triton.knobs.runtime
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                self.hook.active = False
-                # A hook that somebody else has put there meanwhile stays.
-                if runtime.add_stages_inspection_hook is self.hook:
-                    runtime.add_stages_inspection_hook = self.hook.earlier
+_lock = threading.Lock()
+_inside: list[Hook] = []  # the hook in place, once for each thread that is in `compiling`
 
 
-_compiling = _Compiling()
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, kernels of ours compile for sm_75 with tensor cores, where that works."""
+    if problem():
+        yield
+        return
+    runtime: Any = triton.knobs.runtime
+    with _lock:
+        hook = _inside[0] if _inside else Hook(runtime.add_stages_inspection_hook)
+        if not _inside:
+            runtime.add_stages_inspection_hook = hook
+        _inside.append(hook)
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside.pop()
+            hook.active = bool(_inside)
+            # A hook that somebody else has put there meanwhile stays.
+            if not _inside and runtime.add_stages_inspection_hook is hook:
+                runtime.add_stages_inspection_hook = hook.earlier
 
 
 def _ttgir(backend: Any, stock: Any, options: Any, module: Any, metadata: dict) -> Any:

@@ -76,10 +76,19 @@ def test_rows_of_two_adapters_compiled_by_inductor(problem, route):
 @pytest.mark.parametrize("route", KERNEL_ROUTES)
 def test_opcheck(route, rows):
     like = dict(device="cuda", requires_grad=True)
-    A, B = ([torch.randn(shape, **like) for _ in rows] for shape in ((3, 8), (4, 3)))
-    places = [place for i, ends in enumerate(rows) for place in (4 * i, 6554, i, *ends)]
+    factors = [torch.randn(shape, **like) for _ in rows for shape in ((3, 8), (4, 3))]
+    places = [place for i, ends in enumerate(rows) for place in (i, *ends, 4 * i)]
     x, bias, weight = (torch.randn(shape, device="cuda") for shape in ((9, 8), (8,), (8, 8)))
-    arguments = (x.requires_grad_(), bias, weight, A + B, SEED, [1.0, 2.0], places, route)
+    arguments = (
+        x.requires_grad_(),
+        bias,
+        weight,
+        factors,
+        SEED,
+        [1.0, 0.1, 2.0, 0.1],
+        places,
+        route,
+    )
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]  # as in test_ops.py
     checks += ["test_aot_dispatch_dynamic"] * (rows[0] == rows[1])
     torch.library.opcheck(lora, arguments, test_utils=checks)

@@ -16,6 +16,15 @@ K, N, RANK, ALPHA = 13, 7, 3, 6.0
 SETTINGS = LoraConfig(r=RANK, alpha=ALPHA, dropout=0.0, targets=("0",))
 
 
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What a kernel does not write is NaN and cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def fill_adapters(model, std=0.3, seed=1):
     """B is zero at first: give it values, so that adapters do something. Returns the model."""
     generator = torch.Generator().manual_seed(seed)
