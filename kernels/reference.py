@@ -55,9 +55,10 @@ def add_terms(
             branch = branch * keep.view(branch.shape)
         u = F.linear(branch, term.lora_A.to(x.dtype))
         B, after = term.lora_B.to(u.dtype), y.shape[-1] - term.column - term.lora_B.shape[0]
-        alike = y.dtype == u.dtype and y.dim() > 1 and not y.is_nested
         # One operation in place of three; with a graph, its derivatives cost more than theirs.
-        if alike and whole and term.column == after == 0 and not torch.is_grad_enabled():
+        scoring = not torch.is_grad_enabled() and not torch.jit.is_tracing()
+        alike = y.dtype == u.dtype and y.dim() > 1 and not y.is_nested
+        if scoring and alike and whole and term.column == after == 0:
             y = torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.T, alpha=c).view(y.shape)
             continue
         delta = F.linear(u * c, B).to(y.dtype)
