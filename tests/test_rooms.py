@@ -21,7 +21,7 @@ ARROWS = {
 ROUTES_KNOW = {"call", "dropout", "packed"}
 # The LoRA library with minBERT, and the application. The house's limits are 3,500 and 4,500 lines
 # and are exceeded: until they are met, these numbers may only go down.
-LIBRARY_LINES, APPLICATION_LINES, FILE_LINES, FUNCTION_LINES = 3743, 5630, 350, 80
+LIBRARY_LINES, APPLICATION_LINES, FILE_LINES, FUNCTION_LINES = 3736, 5625, 350, 80
 
 
 def modules():

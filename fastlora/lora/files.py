@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from fastlora.errors import UserError
 from fastlora.files import read_json, write_json
 from fastlora.lora.config import TARGETS, LoraConfig, is_target
-from fastlora.lora.layer import DEFAULT, LoRALinear, adapter_names, lora_layers, lora_parameters
+from fastlora.lora.layer import DEFAULT, LoRALinear, lora_layers, lora_parameters
 from fastlora.lora.model import inject
+from fastlora.lora.routing import adapter_names
 from fastlora.tensors import check_tensors, read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -6,7 +6,7 @@ Hu et al. 2021: W = W0 + scale B A with W0 frozen, A Kaiming-uniform and B zero 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -310,11 +310,6 @@ def draw_number() -> int:
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The LoRA layers of a model by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def adapter_names(layers: Iterable[LoRALinear]) -> tuple[str, ...]:
-    """The adapters of some layers, each once."""
-    return tuple(dict.fromkeys(name for layer in layers for name in layer.settings))
 
 
 def lora_parameters(layer: LoRALinear) -> list[nn.Parameter]:

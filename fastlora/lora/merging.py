@@ -120,9 +120,9 @@ def check_tied(module: nn.Module) -> None:
     """Raise a UserError where a merged weight would be saved as the one that W0 is tied to."""
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(module).items():
-        if uses[id(layer.unmerged[0] if layer.merged else layer.weight)] > (
-            0 if layer.merged else 1
-        ):
+        W0 = layer.unmerged[0] if layer.merged else layer.weight
+        own = 0 if layer.merged else 1  # a merged layer's W0 is none of its parameters
+        if uses[id(W0)] > own:
             raise UserError(
                 f"the weight of {name!r} is tied to another, and merged it would not be: it would "
                 "be saved as the other (expected save_adapter, or other targets)"

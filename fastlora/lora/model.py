@@ -17,16 +17,9 @@ from torch import Tensor, nn
 from fastlora.errors import UserError
 from fastlora.kernels import Linear, Packed
 from fastlora.lora.config import LoraConfig
-from fastlora.lora.layer import (
-    DEFAULT,
-    LoRALinear,
-    adapter_names,
-    draw_number,
-    lora_layers,
-    lora_parameters,
-)
+from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number, lora_layers, lora_parameters
 from fastlora.lora.merging import check_tied, merge, merged_layers, save_pretrained, unmerge
-from fastlora.lora.routing import Choice, Segment, by_rows, check_names, scope
+from fastlora.lora.routing import Choice, Segment, adapter_names, by_rows, check_names, scope
 from fastlora.lora.targets import check_layer, check_model, target_names, trained_parameters
 
 # What `inject` notes on the model: which parameters trained before, and a parent's own setting.

@@ -59,7 +59,7 @@ _scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("adapter scopes", default=(
 
 @contextmanager
 def scope(layers: Iterable[LoRALinear], choice: Choice) -> Iterator[None]:
-    """Let a choice hold for these layers in a block of code."""
+    """Make a choice hold for these layers in a block of code."""
     opened = _Scope(frozenset(layers), choice, torch._C._current_graph_task_id())
     _count(opened.layers, 1)
     _scopes.set((*_scopes.get(), opened))
@@ -95,9 +95,14 @@ def by_rows(rows: Sequence[str | Segment | None]) -> Choice:
     return Choice(tuple(dict.fromkeys(s.adapter for s in runs)), tuple(runs), len(rows))
 
 
+def adapter_names(layers: Iterable[LoRALinear]) -> tuple[str, ...]:
+    """The adapters of some layers, each once."""
+    return tuple(dict.fromkeys(name for layer in layers for name in layer.settings))
+
+
 def check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
     """Raise UserError for an adapter that none of these layers has."""
-    known = tuple(dict.fromkeys(name for layer in layers for name in layer.settings))
+    known = adapter_names(layers)
     for name in adapters:
         if name not in known:
             there = ", ".join(map(repr, known)) or "none"

@@ -41,11 +41,10 @@ def check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig)
         own = {*vars(layer), *layer._modules, *layer._parameters, *layer._buffers, *dir(kind)}
         if clash := OWN & own - {*dir(Linear)}:
             problem = f"{kind.__name__} has a {min(clash)!r} of its own, as LoRALinear has"
-    else:
-        if layer.merged:
-            problem = f"adapter {' and '.join(layer.merged)} is merged into it; unmerge first"
-        elif not layer.settings.get(adapter, settings).is_like(settings):
-            problem = f"it has an adapter {adapter!r} with other settings"
+    elif layer.merged:
+        problem = f"adapter {' and '.join(layer.merged)} is merged into it; unmerge first"
+    elif not layer.settings.get(adapter, settings).is_like(settings):
+        problem = f"it has an adapter {adapter!r} with other settings"
     if problem:
         raise UserError(f"layer {name!r} cannot be adapted: {problem}")
 
