@@ -9,7 +9,8 @@ from implementations import PLACES
 
 from fastlora import LoraConfig, pack
 from fastlora.bert.config import BertConfig
-from fastlora.bert.model import BertModel, Layout
+from fastlora.bert.layout import Layout
+from fastlora.bert.model import BertModel
 from fastlora.model import adapt_encoder
 from fastlora.setup import PARTS
 

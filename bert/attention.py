@@ -1,31 +1,47 @@
-"""Attention on a CPU: a few passes over short sequences, where PyTorch's own takes many.
+"""Attention between the tokens of each sequence, given as packed tokens [T, 3H].
 
-Softmax(q k^T / sqrt(d) + mask) v (Vaswani et al. 2017, equation 1) of packed tokens, forward and
-backward. On short sentences PyTorch's kernel is mostly overhead: 7.5 ms forward where this takes
-2.6 (104 of 11 tokens, two cores); long ones without dropout are its ground. Shapes as in model.py.
+Softmax(q k^T / sqrt(d) + mask) v (Vaswani et al. 2017, equation 1). On a CPU, short sequences take
+a few passes of our own, forward and backward, where PyTorch's kernel is mostly overhead: 7.5 ms
+forward where this takes 2.6 (104 of 11 tokens, two cores). Shapes as in model.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from fastlora.bert.model import Layout
+from fastlora.bert.layout import Layout
 
 LONG = 100  # tokens from which PyTorch's kernel is the faster one, without dropout
 _VECTOR = 16  # rows shorter than a vector are slow in PyTorch's softmax
 
 
-def cpu_attention(
-    qkv: Tensor, dropout: Callable[[Tensor], Tensor], layout: Layout, heads: int
+def attention(
+    qkv: Tensor,  # [T, 3H]
+    layout: Layout,
+    heads: int,
+    dropout: Callable[[Tensor], Tensor],  # drops and scales the probabilities, at rate p
+    p: float,
+    bias: Tensor | None = None,  # [1 or B, heads, S, S], added to the scores
 ) -> Tensor:
-    """[T, 3H] -> [T, H]; `dropout` drops and scales the probabilities."""
-    return _CpuAttention.apply(qkv, dropout, layout, heads)
+    """Every token's context of its own sequence: [T, H]."""
+    # The compiler understands PyTorch's attention, which does not mind having no tokens either.
+    own = not torch.compiler.is_compiling() and qkv.device.type == "cpu" and len(qkv) > 0
+    if own and bias is None and (p or layout.length < LONG):
+        return _CpuAttention.apply(qkv, dropout, layout, heads)
+    q, k, v = layout.pad(qkv).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # [B, h, S, d]
+    mask = layout.mask
+    if bias is not None:
+        mask = bias.to(q.dtype)
+        if layout.mask is not None:
+            mask = mask.masked_fill(~layout.mask, torch.finfo(q.dtype).min / 2)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    return layout.unpad(context.transpose(1, 2).flatten(2))
 
 
 class _CpuAttention(torch.autograd.Function):
@@ -51,8 +67,9 @@ class _CpuAttention(torch.autograd.Function):
         q, k, v = packed.unbind()
         scale = q.shape[-1] ** -0.5
         grad = _split(grad, ctx.layout, ctx.heads, 1)[0]
-        if ctx.layout.mask is not None:  # what stands at padding is another token's
-            grad.unflatten(0, (-1, ctx.heads)).mul_(ctx.layout.mask.mT)
+        if ctx.layout.mask is not None:  # what stands where no token is computed is another's
+            computed = ctx.layout.computed()[:, None, :, None]
+            grad.unflatten(0, (-1, ctx.heads)).mul_(computed)
         d_packed = torch.empty_like(packed)
         dq, dk, dv = d_packed.unbind()
         torch.bmm(dropped.mT, grad, out=dv)
@@ -64,12 +81,14 @@ class _CpuAttention(torch.autograd.Function):
 
 
 def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:
-    """[T, parts * H] -> [parts, B h, S, d], the token before it at padding, in one copy."""
+    """[T, parts * H] -> [parts, B h, S, d] in one copy; where no token is, that before it."""
     key = "split", parts, heads
     if key not in layout.derived:
         places = torch.arange(len(tokens) * parts * heads).view(-1, parts, heads)
-        if layout.mask is not None:  # of the same row, mostly: another's may be NaN
-            places = places[layout.mask.flatten().cumsum(0).sub_(1).clamp_(min=0)]
+        if layout.mask is not None and layout.index is not None:
+            # Of the same row, mostly: another's may be NaN.
+            rank = layout.computed().flatten().cumsum(0).sub_(1).clamp_(min=0)
+            places = places[layout.index.argsort()[rank]]
         square = places.view(layout.batch, layout.length, parts, heads)
         layout.derived[key] = square.permute(2, 0, 3, 1).flatten()
     rows = tokens.reshape(len(tokens) * parts * heads, -1).index_select(0, layout.derived[key])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.bert.model import Layout
+from fastlora.bert.layout import Layout
 from fastlora.data import TaskData
 from fastlora.tokenizer import Encoded
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from fastlora.batches import Batch
 from fastlora.bert.model import BertModel, SelfAttention
 from fastlora.errors import UserError
-from fastlora.kernels import Dropout, Packed, draw_seed
+from fastlora.kernels import Dropout, draw_seed
 from fastlora.lora.config import LoraConfig
-from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number, project_together
+from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number
 from fastlora.lora.model import inject, use_adapter
 from fastlora.lora.routing import Segment
+from fastlora.lora.together import project_together
 from fastlora.tasks import Task
 
 VARIANT = "@"
@@ -92,38 +93,22 @@ def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)
 
 
-class Projection:
-    """minBERT's query, key and value in one product, with LoRA on any of them: [T, H] -> [T, 3H].
-
-    It keeps packed copies of their frozen weights until one of them changes.
-    """
-
-    def __init__(self) -> None:
-        self.packed = Packed()
-        self.versions: tuple = ()
-
-    def __call__(self, attention: SelfAttention, x: Tensor) -> Tensor:
-        """[T, H] -> [T, 3H]."""
-        weight, bias = attention.packed()
-        layers = (attention.query, attention.key, attention.value)
-        if torch.compiler.is_compiling():
-            return project_together(layers, x, weight, bias)
-        # `packed` sees where the three lie, and a write to the first; those to others show here.
-        others = (attention.key.weight, attention.value.weight)
-        versions = tuple(0 if w.is_inference() else w._version for w in others)
-        if versions != self.versions:
-            self.packed.clear()
-            self.versions = versions
-        return project_together(layers, x, weight, bias, self.packed)
+def project(attention: SelfAttention, x: Tensor) -> Tensor:
+    """Query, key and value, with LoRA on any of them, in one product: [T, H] -> [T, 3H]."""
+    return project_together((attention.query, attention.key, attention.value), x)
 
 
 def adapt_encoder(encoder: BertModel, settings: Mapping[str, LoraConfig]) -> dict[str, LoRALinear]:
     """Put LoRA on minBERT, whose query, key and value stay one product; returns the layers."""
-    layers = inject(encoder, settings, draws_as={name: plain(name) for name in settings})
+    fuse_projections(encoder)
+    return inject(encoder, settings, draws_as={name: plain(name) for name in settings})
+
+
+def fuse_projections(encoder: BertModel) -> None:
+    """Let query, key and value of each layer be one product."""
     for module in encoder.modules():
         if isinstance(module, SelfAttention):
-            module.projection = Projection()
-    return layers
+            module.projection = project
 
 
 class MultitaskBert(nn.Module):
@@ -137,6 +122,7 @@ class MultitaskBert(nn.Module):
     def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
         super().__init__()
         self.encoder = encoder
+        fuse_projections(encoder)
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict()
         self.settings: dict[str, LoraConfig] = {}  # of the adapters

@@ -12,6 +12,13 @@ if __name__ != "fastlora.kernels":
 
 from fastlora.kernels.call import Term
 from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
-from fastlora.kernels.ops import Linear, add_terms, lora_grouped, lora_linear, lora_qkv
+from fastlora.kernels.ops import (
+    Linear,
+    add_terms,
+    lora_grouped,
+    lora_linear,
+    lora_qkv,
+    lora_together,
+)
 from fastlora.kernels.packed import Packed
 from fastlora.kernels.routes import Route, forced_route, route

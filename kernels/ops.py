@@ -122,6 +122,33 @@ def lora_qkv(
     return lora_grouped(x, weight, bias, terms, seed, packed)
 
 
+def lora_together(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    terms: Sequence[Term],
+    seed: Tensor | None = None,
+    packed: Packed | None = None,
+) -> Tensor:
+    """Several linear layers of one input in one product: x [..., K] -> [..., sum of N].
+
+    `weights` [N, K] and `biases` [N] are those of the layers, one after the other, and may train.
+    Whoever passes `packed` has a copy of them kept there, which follows them as `Packed` says.
+    """
+
+    def make() -> tuple[Tensor, Tensor | None, Packed]:
+        return torch.cat([*weights]), None if biases is None else torch.cat([*biases]), Packed()
+
+    parts, kept = (*weights, *(biases or ())), None
+    if packed is not None and not torch.compiler.is_compiling():
+        kept = None if any(part.requires_grad for part in parts) else packed.forms(*parts)
+    if packed is None or kept is None:
+        return lora_grouped(x, *make()[:2], terms, seed)
+    forms = Forms(kept, packed.graph if _capturing(x) else None)
+    weight, bias, inner = forms.get("together", make)
+    return lora_grouped(x, weight, bias, terms, seed, inner)
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that is faster on a CPU while its weight is frozen."""
 

@@ -47,23 +47,25 @@ class Packed:
     """The packed forms of one frozen weight, made at their first use.
 
     They are made again when the weight is another tensor, lies elsewhere or has a new version.
+    The forms may also be of several tensors, as the weights of layers that are one product.
     After a write that PyTorch does not see, the owner calls `clear`. Copying or pickling an owner
     gives the copy an empty `Packed` of its own. Safe for several threads.
     """
 
     def __init__(self) -> None:
-        self._current: tuple[tuple, StorageWeakRef, dict] | None = None
+        self._current: tuple[list[tuple], list[StorageWeakRef], dict] | None = None
         self.graph: list[Any] = []  # what captured CUDA graphs read, for as long as this object
 
-    def forms(self, weight: Tensor) -> dict | None:
-        """The forms of this weight as it is now; None where no change could be seen."""
-        if weight.is_inference():
-            return None  # it counts no versions
-        place = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight._version
+    def forms(self, *tensors: Tensor) -> dict | None:
+        """The forms of these tensors as they are now; None where no change could be seen."""
+        if any(t.is_inference() for t in tensors):
+            return None  # they count no versions
+        places = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in tensors]
         current = self._current
         # An expired storage's place in memory may be another's by now.
-        if current is None or current[0] != place or current[1].expired():
-            current = self._current = place, StorageWeakRef(weight.untyped_storage()), {}
+        if current is None or current[0] != places or any(ref.expired() for ref in current[1]):
+            storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+            current = self._current = places, storages, {}
         return current[2]
 
     def clear(self) -> None:

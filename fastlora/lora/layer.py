@@ -6,7 +6,6 @@ Hu et al. 2021: W = W0 + scale B A with W0 frozen, A Kaiming-uniform and B zero 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.errors import UserError
-from fastlora.kernels import Linear, Packed, Term, add_terms, lora_grouped
+from fastlora.kernels import Linear, Term, add_terms, lora_grouped
 from fastlora.lora.config import LoraConfig
 from fastlora.lora.routing import Choice, choice_of
 
 DEFAULT = "default"
-_PLAIN = (nn.Linear.forward, Linear.forward)
+PLAIN = (nn.Linear.forward, Linear.forward)
 _FORWARDS = ("forward", "_old_forward")  # the second is that of accelerate's hooks
 
 
@@ -156,7 +155,7 @@ class LoRALinear(Linear):
     @property
     def is_plain(self) -> bool:
         """Whether the base computes x W^T + b and nothing else."""
-        return self.base_class.forward in _PLAIN and self.base_forward is None
+        return self.base_class.forward in PLAIN and self.base_forward is None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -315,23 +314,3 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def lora_parameters(layer: LoRALinear) -> list[nn.Parameter]:
     """The factors of all adapters of a layer."""
     return [*layer.lora_A.values(), *layer.lora_B.values()]
-
-
-def project_together(
-    layers: Sequence[nn.Linear],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed: Packed | None = None,
-) -> Tensor:
-    """Several layers of one input in one product: [..., in] -> [..., sum of out].
-
-    `weight` and `bias` are the layers' own, one after the other, frozen.
-    """
-    terms, seed, column = [], None, 0
-    for layer in layers:
-        if isinstance(layer, LoRALinear):
-            own, seed = layer.terms(x, column)
-            terms += own
-        column += layer.out_features
-    return lora_grouped(x, weight, bias, terms, seed, packed)

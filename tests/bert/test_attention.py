@@ -1,19 +1,19 @@
-"""Attention on a CPU against its definition, with masks, padding and filled-up tokens."""
+"""Attention of packed tokens against its definition, on masks and padding of any kind."""
 
 import pytest
 import torch
 
-from fastlora.bert.attention import cpu_attention
-from fastlora.bert.model import Layout
+from fastlora.bert.attention import attention
+from fastlora.bert.layout import Layout
 
 HEADS, WIDTH = 2, 4
 
 
-def definition(qkv, keep, real):
+def definition(qkv, keep, real, bias=0.0):
     """[B, S, 3H] -> [B, S, H], by autograd."""
     B, S, _ = qkv.shape
     q, k, v = qkv.view(B, S, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
-    scores = (q @ k.mT / WIDTH**0.5).masked_fill(~real[:, None, None, :], -torch.inf)
+    scores = (q @ k.mT / WIDTH**0.5 + bias).masked_fill(~real[:, None, None, :], -torch.inf)
     probabilities = scores.softmax(-1)
     dropped = probabilities if keep is None else probabilities * keep
     return (dropped @ v).transpose(1, 2).reshape(B, S, -1)
@@ -34,10 +34,42 @@ def test_outputs_and_gradients(dtype, lengths, fill, dropout):
     expected = definition(square, keep, real)[real]
     flat = layout.unpad(square.detach()).requires_grad_()
     drop = (lambda p: p) if keep is None else (lambda p: p * keep.view_as(p))
-    found = cpu_attention(flat, drop, layout, HEADS)
+    found = attention(flat, layout, HEADS, drop, 0.3 if dropout else 0.0)
     torch.testing.assert_close(found[:tokens], expected)
     weights = torch.randn_like(expected)
     (expected * weights).sum().backward()
     (found[:tokens] * weights).sum().backward()  # nobody reads what padding filled up
     torch.testing.assert_close(flat.grad[:tokens], square.grad[real])
     assert not flat.grad[tokens:].any()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("S", [6, 20])
+def test_the_first_place_of_a_row_may_be_padding_and_computed(S, own):
+    """As in left-padded batches, of which heads read the first place."""
+    real = torch.arange(S) >= torch.tensor([[S - 2], [0], [1]])
+    layout = Layout.of(real, real.shape, first=True)
+    computed = real.clone()
+    computed[:, 0] = True
+    bias = None if own else torch.zeros(1, HEADS, S, S, dtype=torch.float64)
+    square = torch.randn(*real.shape, 3 * HEADS * WIDTH, dtype=torch.float64, requires_grad=True)
+    flat = layout.unpad(square.detach()).requires_grad_()
+    expected = definition(square, None, real) * computed[..., None]
+    found = layout.pad(attention(flat, layout, HEADS, lambda p: p, 0.0, bias))
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(layout.pad(flat.grad), square.grad * computed[..., None])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_bias_is_added_to_the_scores(padded):
+    real = torch.arange(7) < torch.tensor([[7], [7 - 4 * padded]])
+    layout = Layout.of(real, real.shape)
+    bias = torch.randn(1, HEADS, 7, 7, dtype=torch.float64, requires_grad=True)
+    square = torch.randn(2, 7, 3 * HEADS * WIDTH, dtype=torch.float64)
+    expected = definition(square, None, real, bias)[real]
+    found = attention(layout.unpad(square), layout, HEADS, lambda p: p, 0.0, bias)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), bias)[0] for y in (found, expected)))

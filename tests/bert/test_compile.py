@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fastlora.bert.config import BertConfig
-from fastlora.bert.model import BertModel, Layout
+from fastlora.bert.layout import Layout
+from fastlora.bert.model import BertModel
 
 CONFIG = BertConfig(
     vocab_size=30,

@@ -3,7 +3,8 @@ import torch
 import transformers
 
 from fastlora.bert.config import BertConfig
-from fastlora.bert.model import ACTIVATIONS, BertModel, Layout
+from fastlora.bert.layout import Layout
+from fastlora.bert.model import ACTIVATIONS, BertModel
 from fastlora.bert.weights import load_encoder
 
 # references.md: "Hello, my dog is cute" through MiniLM-L6, fp32.

@@ -9,12 +9,9 @@ from scipy.stats import pearsonr
 from torch.nn import functional as F
 
 from fastlora.batches import collate, eval_batches
-from fastlora.bert.config import BertConfig
-from fastlora.bert.model import Parts, SelfAttention
 from fastlora.evaluate import Features, labels_of, majority, predict, score
 from fastlora.inputs import find_inputs
-from fastlora.kernels import forced_route
-from fastlora.model import Projection, SimilarityHead, pair_features, task_losses
+from fastlora.model import SimilarityHead, pair_features, task_losses
 from fastlora.setup import build_model, prepare
 from fastlora.tasks import BUILTIN
 
@@ -135,53 +132,3 @@ def test_majority(built):
     counts = np.bincount(setup.dev["sst"].labels.astype(int))
     assert majority(setup.dev["sst"]) == counts.max() / 24
     assert majority(setup.dev["sts"]) is None
-
-
-CHANGES = {
-    "weight": lambda layer: layer.weight.mul_(2),
-    "bias": lambda layer: layer.bias.add_(1),
-    "data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
-    "bias data": lambda layer: setattr(layer.bias, "data", layer.bias.data + 1),
-    "load": lambda layer: layer.load_state_dict({k: -v for k, v in layer.state_dict().items()}),
-    "move": lambda layer: layer.half().float(),
-}
-
-
-def projected(inference=False):
-    """An attention without adapters, its packed copies, and its projection, checked."""
-    with torch.inference_mode(inference):
-        attention = SelfAttention(BertConfig(9, 32, 1, 2, 64), Parts()).requires_grad_(False)
-    projection, x = Projection(), torch.randn(8, 32)
-    layers = (attention.query, attention.key, attention.value)
-
-    def project():
-        with forced_route("reference"):  # which packs small weights, too
-            found = projection(attention, x)
-        torch.testing.assert_close(found, torch.cat([layer(x) for layer in layers], 1))
-        return found
-
-    return attention, projection.packed, project
-
-
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("name", ["query", "key", "value"])
-def test_the_projection_follows_every_change(name, inference):
-    attention, packed, project = projected(inference)
-    with torch.inference_mode(inference), torch.no_grad():
-        for change in CHANGES.values():
-            before, _ = project(), project()  # moved, then as it stays
-            copies = packed.forms(attention.packed()[0])
-            assert torch.equal(project(), before)
-            assert packed.forms(attention.packed()[0]) is copies
-            assert copies or inference  # where PyTorch counts no writes, nothing is kept
-            change(getattr(attention, name))
-            assert not torch.equal(project(), before)
-
-
-def test_the_projection_follows_a_change_whose_result_lies_at_the_same_address():
-    """There and back changes no count of PyTorch's, and freed memory is given out again."""
-    for _ in range(50):
-        attention, _, project = projected()
-        before = project()
-        attention.half().float()
-        assert not torch.equal(project(), before)

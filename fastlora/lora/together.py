@@ -1,0 +1,71 @@
+"""Several layers of one input as one product, as query, key and value are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.kernels import Packed, Term, lora_together
+from fastlora.lora.layer import PLAIN, LoRALinear
+
+
+class Product(NamedTuple):
+    """What a call of a layer computes, where it is nothing but this: see `lora_grouped`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    terms: Sequence[Term] = ()
+    seed: Tensor | None = None
+    packed: Packed | None = None
+
+
+def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Several layers of one input, side by side: x [..., in] -> [..., sum of out].
+
+    They are one product where each is a linear layer, with adapters or without, that does nothing
+    else when it is called; otherwise each is called.
+    """
+    products: list[Product] = []
+    for layer in layers:
+        column = sum(len(other.weight) for other in products)
+        if (product := _product(layer, x, column)) is None:
+            break
+        products.append(product)
+    weights, biases = [p.weight for p in products], [p.bias for p in products if p.bias is not None]
+    kinds = {(weight.dtype, weight.device) for weight in weights}
+    if len(products) < len(layers) or len(biases) not in (0, len(layers)) or len(kinds) > 1:
+        return torch.cat([layer(x) for layer in layers], -1)
+    terms = [term for product in products for term in product.terms]
+    seed = next((product.seed for product in products if product.seed is not None), None)
+    return lora_together(x, weights, biases or None, terms, seed, products[0].packed)
+
+
+def _product(layer: Any, x: Tensor, column: int) -> Product | None:
+    """What a layer adds to a product from this column on; None where its call is more than that."""
+    if not isinstance(layer, nn.Linear):
+        return layer.product(x, column) if hasattr(layer, "product") else None
+    packed = getattr(layer, "packed", None)
+    if not is_bare(layer):
+        return None
+    if isinstance(layer, LoRALinear):
+        return Product(layer.weight, layer.bias, *layer.terms(x, column), packed)
+    return Product(layer.weight, layer.bias, packed=packed)
+
+
+def is_bare(layer: nn.Linear) -> bool:
+    """Whether a call of the layer is x W^T + b, with adapters or without, and nothing else."""
+    ours = isinstance(layer, LoRALinear)
+    own = {layer.hook.id} if ours else set()
+    forwards = (LoRALinear.forward,) if ours else PLAIN
+    return (
+        type(layer).forward in forwards
+        and (not ours or layer.is_plain)
+        and "forward" not in vars(layer)
+        and type(layer._parameters.get("weight")) is nn.Parameter
+        and not layer._forward_pre_hooks.keys() - own
+        and not (layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
