@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fastlora import bert, kernels
     from fastlora.config import TrainConfig
     from fastlora.errors import Interrupted, RunError, UserError
+    from fastlora.lora.accelerate import accelerate, restore
     from fastlora.lora.config import LoraConfig
     from fastlora.lora.files import load_adapter, save_adapter
     from fastlora.lora.layer import LoRALinear, lora_layers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "config": ["TrainConfig"],
+    "lora.accelerate": ["accelerate", "restore"],
     "errors": ["Interrupted", "RunError", "UserError"],
     "lora.config": ["LoraConfig"],
     "lora.files": ["load_adapter", "save_adapter"],
@@ -47,9 +49,9 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _PACKAGES = ("bert", "kernels")
 __all__ = [
     "Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "RunError", "Segment", "Task",
-    "TrainConfig", "UserError", "bert", "eject", "inject", "kernels", "load_adapter",
+    "TrainConfig", "UserError", "accelerate", "bert", "eject", "inject", "kernels", "load_adapter",
     "load_trained", "lora_layers", "merge", "merge_and_unload", "pack", "parameter_report",
-    "run_training", "save_adapter", "set_adapter", "unmerge", "use_adapter",
+    "restore", "run_training", "save_adapter", "set_adapter", "unmerge", "use_adapter",
 ]  # fmt: skip
 
 

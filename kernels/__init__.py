@@ -15,6 +15,8 @@ from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
 from fastlora.kernels.ops import (
     Linear,
     add_terms,
+    is_ordinary,
+    is_small,
     lora_grouped,
     lora_linear,
     lora_qkv,

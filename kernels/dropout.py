@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 LANES = 1 << 16
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -148,7 +147,6 @@ class _DropAdd(torch.autograd.Function):
         return torch.addcmul(residual, input, keep, value=scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
         (keep,) = ctx.saved_tensors
         return torch.addcmul(_ZERO, keep, grad, value=ctx.scale), None, grad, None

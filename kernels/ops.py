@@ -46,7 +46,7 @@ def lora_grouped(
     when a shape does not fit, and what `torch.nn.functional.linear` raises.
     """
     _check(x, weight, terms)
-    if _is_small(x, weight):
+    if is_small(x, weight):
         return reference.lora_grouped(x, weight, bias, terms, seed)
     name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
@@ -73,7 +73,7 @@ def lora_grouped(
 
 def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], seed: Tensor | None = None) -> Tensor:
     """y [..., N] and the low-rank terms of x [..., K], in plain PyTorch: a new tensor."""
-    if seed is None and any(term.dropout_p > 0 for term in terms) and _is_ordinary(x):
+    if seed is None and any(term.dropout_p > 0 for term in terms) and is_ordinary(x):
         seed = draw_seed(x.device)  # the masks that the fused form draws
     return reference.add_terms(y, x, terms, seed)
 
@@ -157,6 +157,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if is_small(input, self.weight):
+            return super().forward(input)
         return lora_grouped(input, self.weight, self.bias, (), packed=self.packed)
 
 
@@ -180,7 +182,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _is_small(x: Tensor, weight: Tensor) -> bool:
+def is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether the product is so small that plain PyTorch is the faster."""
     return (
         x.device.type == "cpu"
@@ -201,7 +203,7 @@ def _fused_route(
     else:
         others = (weight, bias, seed, *(factor for term in terms for factor in term[:2]))
         fusable = (
-            _is_ordinary(x)
+            is_ordinary(x)
             and all(t is None or (type(t) in _TYPES and t.device == x.device) for t in others)
             and _compute_dtype(weight) == _compute_dtype(x)
             and not (packed is None and _capturing(x))  # nobody would keep what the graph reads
@@ -214,7 +216,7 @@ def _fused_route(
     return name if has_kernel or name == "reference" else ""
 
 
-def _is_ordinary(x: Tensor) -> bool:
+def is_ordinary(x: Tensor) -> bool:
     """Whether x has rows of floats in a CPU's or GPU's memory, and nobody transforms or watches."""
     return (
         type(x) in _TYPES

@@ -15,7 +15,7 @@ ARROWS = {
     "tensors": {"errors", "files"},
     "kernels": set(),
     "bert": LEAVES,
-    "lora": {"kernels", *LEAVES},
+    "lora": {"kernels", "bert", *LEAVES},
 }
 # Inside kernels: the routes know how a call is described, and not who calls them.
 ROUTES_KNOW = {"call", "dropout", "packed"}

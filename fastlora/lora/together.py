@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.kernels import Packed, Term, lora_together
+from fastlora.kernels import Packed, Term, is_small, lora_together
 from fastlora.lora.layer import PLAIN, LoRALinear
+from fastlora.lora.swap import Swapped
 
 
 class Product(NamedTuple):
@@ -28,6 +29,10 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     They are one product where each is a linear layer, with adapters or without, that does nothing
     else when it is called; otherwise each is called.
     """
+    weight = getattr(layers[0], "weight", None)
+    if getattr(layers[0], "packed", None) is None and weight is not None and is_small(x, weight):
+        # Of few rows, a copy of the weights takes longer than the product.
+        return torch.cat([layer(x) for layer in layers], -1)
     products: list[Product] = []
     for layer in layers:
         column = sum(len(other.weight) for other in products)
@@ -46,10 +51,12 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 def _product(layer: Any, x: Tensor, column: int) -> Product | None:
     """What a layer adds to a product from this column on; None where its call is more than that."""
     if not isinstance(layer, nn.Linear):
-        return layer.product(x, column) if hasattr(layer, "product") else None
-    packed = getattr(layer, "packed", None)
+        known = isinstance(layer, Swapped) and hasattr(layer, "plan") and not has_hooks(layer)
+        plan = layer.plan(x, column) if known else None
+        return plan if isinstance(plan, Product) else None
     if not is_bare(layer):
         return None
+    packed = getattr(layer, "packed", None)
     if isinstance(layer, LoRALinear):
         return Product(layer.weight, layer.bias, *layer.terms(x, column), packed)
     return Product(layer.weight, layer.bias, packed=packed)
@@ -58,14 +65,23 @@ def _product(layer: Any, x: Tensor, column: int) -> Product | None:
 def is_bare(layer: nn.Linear) -> bool:
     """Whether a call of the layer is x W^T + b, with adapters or without, and nothing else."""
     ours = isinstance(layer, LoRALinear)
-    own = {layer.hook.id} if ours else set()
     forwards = (LoRALinear.forward,) if ours else PLAIN
-    return (
+    return bool(
         type(layer).forward in forwards
         and (not ours or layer.is_plain)
-        and "forward" not in vars(layer)
         and type(layer._parameters.get("weight")) is nn.Parameter
-        and not layer._forward_pre_hooks.keys() - own
-        and not (layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and not nn.modules.module._has_any_global_hook()
+        and not has_hooks(layer)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call does something that others have put there."""
+    own = {module.hook.id} if isinstance(module, LoRALinear) else set()
+    return bool(
+        set(module._forward_pre_hooks) - own
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or nn.modules.module._has_any_global_hook()
     )

@@ -1,0 +1,94 @@
+"""PEFT's LoRA layer through the fused operation, wherever it is plain LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.kernels import Dropout, Term, lora_grouped
+from fastlora.lora.swap import Swapped, SwappedDropout
+from fastlora.lora.together import Product, has_hooks, is_bare
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether it is a LoRA layer of PEFT, of any kind."""
+    return any(f"{c.__module__}.{c.__name__}" == _LAYER for c in type(module).__mro__)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA layer around a linear layer, and no subclass of that."""
+    kind = module.swapped_from if isinstance(module, Swapped) else type(module)
+    return f"{kind.__module__}.{kind.__name__}" == "peft.tuners.lora.layer.Linear"
+
+
+_DROPOUTS = (nn.Dropout.forward, Dropout.forward, SwappedDropout.forward)
+_LAYER = "peft.tuners.lora.layer.LoraLayer"
+
+
+class PeftLinear(Swapped):
+    """`peft.tuners.lora.Linear`, which adds up its active adapters in one operation.
+
+    Where a call is more than plain LoRA, PEFT's own forward runs.
+    """
+
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    scaling: dict[str, float]
+    active_adapters: list[str]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in] -> [..., out]."""
+        if torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        if args or kwargs:
+            found: Product | str = f"a call with {', '.join(kwargs) or 'more inputs'}"
+        else:
+            found = self.plan(x)
+        if isinstance(found, str):
+            self.step_aside(found)
+            return super().forward(x, *args, **kwargs)
+        return lora_grouped(x, *found)
+
+    def plan(self, x: Tensor | None = None, column: int = 0) -> Product | str:
+        """What a call computes, from this column of a larger product on, or why it is more."""
+        base, disabled, merged = self.base_layer, self.disable_adapters, self.merged
+        if self.fan_in_fan_out:
+            return "fan_in_fan_out"
+        if disabled and merged:
+            return "merged adapters are disabled, and PEFT unmerges them"
+        if not isinstance(base, nn.Linear) or not is_bare(base):
+            kind = type(base).__name__
+            return f"the base layer, a {kind}, does more than x W^T + b, or has hooks"
+        weight, lora_A, lora_B = base.weight, self.lora_A, self.lora_B
+        terms: list[Term] = []
+        types = {weight.dtype}
+        for name in () if disabled or merged else self.active_adapters:
+            if name not in lora_A:
+                continue
+            if name in getattr(self, "lora_variant", ()) or getattr(self, "use_dora", {}).get(name):
+                return f"adapter {name!r} is a variant of LoRA"
+            A, B, p = lora_A[name], lora_B[name], _rate(self.lora_dropout[name])
+            if p < 0 or not (is_bare(A) and is_bare(B)) or A.bias is not None or B.bias is not None:
+                return f"adapter {name!r} has biases, hooks, sharded factors or its own dropout"
+            # One seed serves all terms of a product: their masks differ by adapter and column.
+            stream = column * 64 + len(terms)
+            terms.append(Term(A.weight, B.weight, self.scaling[name], p, stream, column=column))
+            types.add(A.weight.dtype)
+        if x is not None and types != {x.dtype}:
+            autocast = torch.is_autocast_enabled(x.device.type)
+            if x.dtype == torch.float64 or not autocast:
+                return "mixed types without autocast"
+        return Product(weight, base.bias, terms)
+
+
+def _rate(dropout: nn.Module) -> float:
+    """The probability to drop now; negative for a module that we do not know."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout).forward not in _DROPOUTS or has_hooks(dropout):
+        return -1.0
+    return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
