@@ -66,7 +66,7 @@ def _new(mixin: Any, base: Any) -> Swapped:
 def swap(module: nn.Module, mixin: Any, said: set[str]) -> None:
     """Give a module the methods of a mixin; `said` is what its model has warned of."""
     if not isinstance(module, Swapped):
-        module.__class__ = swapped_class(mixin, type(module))
+        module.__class__ = swapped_class(mixin, type(module))  # type: ignore[arg-type]
     vars(module)["_said"] = said
 
 
