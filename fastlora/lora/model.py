@@ -50,24 +50,26 @@ def inject(
     configs = {DEFAULT: config} if isinstance(config, LoraConfig) else dict(config)
     check_model(model, configs)
     kept = trained_parameters(model, train)
-    plan = {name: target_names(model, settings, kept) for name, settings in configs.items()}
-    for adapter, names in plan.items():
-        for name in names:
-            check_layer(model, name, adapter, configs[adapter].of_layer(name))
+    plan = [
+        (name, adapter, settings.of_layer(name))
+        for adapter, settings in configs.items()
+        for name in target_names(model, settings, kept)
+    ]
+    for name, adapter, settings in plan:
+        check_layer(model, name, adapter, settings)
     layers, seed = lora_layers(model), draw_number()
+    known = adapter_names(layers.values())
     injected: dict[str, LoRALinear] = {}
     added: list[tuple[LoRALinear, str]] = []
     try:
-        for adapter, names in plan.items():
-            for name in names:
-                layer: Any = model.get_submodule(name)
-                if not isinstance(layer, LoRALinear):
-                    layer = LoRALinear.from_linear(layer, crc32(name.encode()))
-                injected[name] = layer
-                if adapter not in layer.settings:
-                    settings = configs[adapter].of_layer(name)
-                    layer.add_adapter(adapter, settings, seed, (draws_as or {}).get(adapter))
-                    added.append((layer, adapter))
+        for name, adapter, settings in plan:
+            layer: Any = model.get_submodule(name)
+            if not isinstance(layer, LoRALinear):
+                layer = LoRALinear.from_linear(layer, crc32(name.encode()))
+            injected[name] = layer
+            if adapter not in layer.settings:
+                layer.add_adapter(adapter, settings, seed, (draws_as or {}).get(adapter))
+                added.append((layer, adapter))
     except Exception as error:  # of a subclass that takes no attributes, for one
         for layer, adapter in added:
             for place in (layer.settings, layer.streams, layer.lora_A, layer.lora_B):
@@ -82,7 +84,7 @@ def inject(
     for parameter in kept:
         parameter.requires_grad_(True)
     changed, active = injected, next((layer.active for layer in layers.values()), None)
-    if configs.keys() - {*adapter_names(layers.values())}:  # a new name: none is chosen any more
+    if configs.keys() - {*known}:  # a new name: none is chosen any more
         changed = lora_layers(model)
         every = adapter_names(changed.values())
         active = every if len(every) == 1 else None

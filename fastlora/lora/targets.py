@@ -18,6 +18,8 @@ HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls"
 
 def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
     """Raise UserError for a name that no adapter can have, and for a distributed model."""
+    if not configs:
+        raise UserError("the settings of no adapter are given (expected one or more)")
     for name in configs:
         if not isinstance(name, str) or not name or "." in name:
             raise UserError(f"adapter name is {name!r} (expected a text without dots)")
@@ -55,11 +57,17 @@ def trained_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Paramet
     parameters = list(model.named_parameters(remove_duplicate=False))  # by all of their names
     for end in (names,) if isinstance(names, str) else names:
         # A parameter's name has in it those of the modules around it.
-        found = {p for name, p in parameters if f".{end}." in f".{name}."}
+        found = {p for name, p in parameters if f".{end}." in f".{name}." and _can_train(p)}
         if not found:
-            raise UserError(f"train has {end!r}, which names no module or parameter of the model")
+            raise UserError(
+                f"train has {end!r}, which names no module or parameter that could train"
+            )
         kept |= found
     return kept
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def target_names(model: nn.Module, config: LoraConfig, kept: Set[nn.Parameter]) -> list[str]:
