@@ -70,8 +70,9 @@ class LoRALinear(Linear):
     def _prepare(self) -> None:
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.settings, self.streams = {}, {}
-        # A hook keeps nn.TransformerEncoderLayer off its fast path, which reads `weight`.
-        self.hook = self.register_forward_pre_hook(_nothing)
+        # A hook, on whatever part, keeps nn.TransformerEncoderLayer off its fast path, which reads
+        # `weight`. A hook of the layer itself would slow down each of its calls.
+        self.lora_A.register_forward_pre_hook(_nothing)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, stream: int = 0) -> LoRALinear:
@@ -112,8 +113,6 @@ class LoRALinear(Linear):
     def to_linear(self) -> nn.Linear:
         """Turn back into what `from_linear` was given, in place; the weight stays as it is."""
         base_class, base_forward, forward = self.base_class, self.base_forward, type(self).forward
-        if hook := vars(self).get("hook"):  # there is none in a subclass that takes no attributes
-            hook.remove()
         for name in OWN:
             for place in (vars(self), self._modules, self._buffers):
                 place.pop(name, None)
@@ -200,26 +199,19 @@ class LoRALinear(Linear):
             # A segment counts in the leading dimension; a term counts in flattened rows.
             rows = math.prod(x.shape[1:-1])
             chosen = [(s.adapter, s.start * rows, s.stop * rows) for s in choice.segments]
-        terms = [
-            Term(
-                lora_A=self.lora_A[name],
-                lora_B=self.lora_B[name],
-                scale=self.settings[name].scale,
-                dropout_p=self.settings[name].dropout if self.training else 0.0,
+        terms = []
+        for name, start, stop in chosen:
+            if name in self.settings and start != stop:
+                A, B, settings = self.lora_A[name], self.lora_B[name], self.settings[name]
+                if A.device != x.device:  # PyTorch computes with meta tensors without a word
+                    raise UserError(
+                        f"adapter {name!r} lies on {A.device}, its input on {x.device} (expected "
+                        "one device; inject into a model that is offloaded already, not before)"
+                    )
+                p = settings.dropout if self.training else 0.0
                 # Each layer and adapter has its own masks, whoever is in company.
-                stream=self.streams[name],
-                start=start,
-                stop=stop,
-                column=column,
-            )
-            for name, start, stop in chosen
-            if name in self.settings and start != stop
-        ]
-        if any(term.lora_A.device != x.device for term in terms):
-            raise UserError(  # PyTorch computes with what lies on the meta device, without a word
-                f"an adapter lies on {terms[0].lora_A.device}, but its input on {x.device} "
-                "(expected one device; inject into a model that is offloaded already, not before)"
-            )
+                stream = self.streams[name]
+                terms.append(Term(A, B, settings.scale, p, stream, start, stop, column))
         return terms, choice.seed
 
     def _check_merged(self, x: Tensor, choice: Choice) -> None:
@@ -256,7 +248,7 @@ class LoRALinear(Linear):
 
 
 # What a LoRALinear has and `nn.Linear` has not; a subclass that has one of these is refused.
-OWN = {*vars(LoRALinear), *LoRALinear.__annotations__, "lora_A", "lora_B", "hook", "packed"}
+OWN = {*vars(LoRALinear), *LoRALinear.__annotations__, "lora_A", "lora_B", "packed"}
 OWN -= {*dir(nn.Linear)}
 
 

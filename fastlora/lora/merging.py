@@ -114,11 +114,11 @@ def save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
 
 def check_tied(module: nn.Module) -> None:
     """Raise a UserError where a merged weight would be saved as the one that W0 is tied to."""
-    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    owned = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(module).items():
-        W0 = layer.unmerged[0] if layer.merged else layer.weight
-        own = 0 if layer.merged else 1  # a merged layer's W0 is none of its parameters
-        if uses[id(W0)] > own:
+        # A merged layer's W0 is none of its parameters.
+        others = owned[id(layer.unmerged[0])] if layer.merged else owned[id(layer.weight)] - 1
+        if others > 0:
             raise UserError(
                 f"the weight of {name!r} is tied to another, and merged it would not be: it would "
                 "be saved as the other (expected save_adapter, or other targets)"

@@ -77,19 +77,16 @@ def _count(layers: Iterable[LoRALinear], change: int) -> None:
 
 def by_rows(rows: Sequence[str | Segment | None]) -> Choice:
     """The choice of an adapter for each row (None for none), or of segments."""
-    segments: list[Segment] = []
-    count: int | None = None
-    if rows and all(isinstance(row, Segment) for row in rows):
-        segments += (row for row in rows if isinstance(row, Segment))
-        for segment in segments:
-            if not 0 <= segment.start <= segment.stop:
-                raise UserError(f"rows has {segment} (expected 0 <= start <= stop)")
-    else:
-        count = 0
+    segments, count = [row for row in rows if isinstance(row, Segment)], None
+    if not segments or len(segments) < len(rows):
+        segments, count = [], 0
         for name, run in groupby(rows):
             start, count = count, count + len(list(run))
             if name is not None:
                 segments.append(Segment(str(name), start, count))
+    for segment in segments:
+        if not 0 <= segment.start <= segment.stop:
+            raise UserError(f"rows has {segment} (expected 0 <= start <= stop)")
     return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), tuple(segments), count)
 
 
