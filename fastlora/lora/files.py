@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import UserError
 from fastlora.files import read_json, write_json
-from fastlora.lora.config import TARGETS, LoraConfig, is_target
+from fastlora.lora.config import TARGETS, LoraConfig, ends_with, is_target
 from fastlora.lora.layer import DEFAULT, LoRALinear, lora_layers, lora_parameters
 from fastlora.lora.model import inject
 from fastlora.lora.routing import adapter_names, check_names
@@ -215,9 +215,7 @@ def _trained_modules(model: nn.Module) -> list[str]:
     return found
 
 
-def _peft_config(
-    model: nn.Module, layers: Mapping[str, LoRALinear], adapter: str
-) -> dict[str, Any]:
+def _peft_config(model: nn.Module, layers: Mapping[str, LoRALinear], adapter: str) -> dict:
     settings = {module: layer.settings[adapter] for module, layer in layers.items()}
     if len({s.rslora for s in settings.values()}) > 1:
         raise UserError(f"adapter {adapter!r} has rslora on some layers only; PEFT has it on all")
@@ -226,7 +224,9 @@ def _peft_config(
     alpha = Counter(s.alpha for s in settings.values()).most_common(1)[0][0]
     # The ends of names where PEFT finds the same modules by them, else whole names.
     ends = set(first.targets or ())
-    meant = {n for n, _ in model.named_modules() if any(f".{n}".endswith(f".{e}") for e in ends)}
+    meant = {name for name, _ in model.named_modules() if ends_with(name, *ends)}
+    # Anchored, for PEFT would take a bare name as the end of other names, too.
+    exact = {f"^{re.escape(module)}": own for module, own in settings.items()}
     return {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -235,10 +235,7 @@ def _peft_config(
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
         "target_modules": sorted(ends if meant == layers.keys() else layers),
-        # Anchored, for PEFT would take a bare name as the end of other names, too.
-        "rank_pattern": {f"^{re.escape(n)}": s.r for n, s in settings.items() if s.r != r},
-        "alpha_pattern": {
-            f"^{re.escape(n)}": s.alpha for n, s in settings.items() if s.alpha != alpha
-        },
+        "rank_pattern": {n: s.r for n, s in exact.items() if s.r != r},
+        "alpha_pattern": {n: s.alpha for n, s in exact.items() if s.alpha != alpha},
         "bias": "none",
     }
