@@ -79,9 +79,7 @@ def save_adapter(
         state = model.get_submodule(module).state_dict()
         tensors |= {f"{_ROOT}{module}.{key}": value for key, value in state.items()}
     config = _peft_config(model, own, name)
-    config |= {"base_model_name_or_path": base_model or None}
-    if modules:
-        config["modules_to_save"] = modules
+    config |= {"base_model_name_or_path": base_model or None, "modules_to_save": modules or None}
     # A sharded parameter is gathered: all processes take part.
     tensors = {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
