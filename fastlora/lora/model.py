@@ -172,16 +172,13 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
 def _without_lora(model: nn.Module) -> nn.Module:
     for layer in lora_layers(model).values():
         layer.to_linear()
-    parameters = dict(model.named_parameters())
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoder):
-            vars(module).update(vars(module).pop(_NESTED, {}))
+    for module in model.modules():
+        vars(module).update(vars(module).pop(_NESTED, {}))
         if isinstance(vars(module).get("save_pretrained"), partial):
             del module.save_pretrained
-        for name, trained in vars(module).pop(_BEFORE, {}).items():
-            name = f"{prefix}.{name}" if prefix else name
-            if name in parameters:
-                parameters[name].requires_grad_(trained)
+        if trained := vars(module).pop(_BEFORE, None):
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(trained.get(name, parameter.requires_grad))
     return model
 
 

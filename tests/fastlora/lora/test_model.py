@@ -251,6 +251,15 @@ def test_eject_gives_back_what_was_there_bit_for_bit(above, fill):
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
+def test_eject_lets_a_weight_train_that_is_tied_to_another_module(fill):
+    model = nn.Sequential(nn.Linear(4, 4), two_layers())
+    model[1][0].weight = model[0].weight
+    before = everything(model)
+    inject(model[1], FIRST)
+    assert not model[0].weight.requires_grad
+    assert everything(eject(model)) == before
+
+
 def test_eject_after_merge_gives_back_what_was_there_bit_for_bit(fill):
     model = two_layers()
     before, plain = everything(model), model(X)
