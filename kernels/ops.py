@@ -185,7 +185,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether the product is so small that plain PyTorch is the faster."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and not torch.compiler.is_compiling()
         and x.numel() * weight.shape[0] < FEW
         and not is_forced()

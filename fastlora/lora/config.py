@@ -63,15 +63,9 @@ class LoraConfig:
     target_modules: InitVar[str | Iterable[str] | None] = None
     use_rslora: InitVar[bool | None] = None
 
-    def __post_init__(
-        self,
-        lora_alpha: float | None,
-        lora_dropout: float | None,
-        target_modules: str | Iterable[str] | None,
-        use_rslora: bool | None,
-    ) -> None:
-        spelled = {"alpha": lora_alpha, "dropout": lora_dropout, "rslora": use_rslora}
-        for name, value in {**spelled, "targets": target_modules}.items():
+    def __post_init__(self, *spelled: Any) -> None:
+        # PEFT's spellings, in the order of the fields above.
+        for name, value in zip(("alpha", "dropout", "targets", "rslora"), spelled, strict=True):
             if value is not None:
                 ours = getattr(self, name)
                 check(ours in (value, getattr(LoraConfig, name)), name, ours, f"{value!r} alone")
@@ -81,15 +75,17 @@ class LoraConfig:
             object.__setattr__(self, "targets", names)
             ok = len(names) > 0 and all(isinstance(name, str) for name in names)
             check(ok, "targets", names, "one name or more")
-        for patterns in (self.rank_pattern, self.alpha_pattern):
-            for pattern in patterns:
-                check(_is_pattern(pattern), "a pattern", pattern, "a regular expression")
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, name)
+            ok = isinstance(patterns, Mapping) and all(map(_is_pattern, patterns))
+            check(ok, name, patterns, "numbers by regular expressions of names")
         for r in (self.r, *self.rank_pattern.values()):
             check(type(r) is int and r >= 1, "r", r, "1 or more")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             check(_is_number(alpha) and 0 < alpha < math.inf, "alpha", alpha, "a positive number")
         ok = _is_number(self.dropout) and 0 <= self.dropout < 1
         check(ok, "dropout", self.dropout, "0 <= p < 1")
+        check(isinstance(self.rslora, bool), "rslora", self.rslora, "true or false")
 
     @property
     def scale(self) -> float:
@@ -115,21 +111,23 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_pattern(text: str) -> bool:
+def _is_pattern(text: Any) -> bool:
     try:
-        re.compile(text)
+        return bool(re.compile(f"({text})")) and isinstance(text, str)
     except re.error:
         return False
-    return True
+
+
+def ends_with(name: str, *ends: str) -> bool:
+    """Whether a module's or parameter's name is one of these, or ends in one after a dot."""
+    return f".{name}".endswith(tuple(f".{end}" for end in ends))
 
 
 def is_target(name: str, target: str) -> bool:
     """Whether a linear layer of this name is meant by one of `LoraConfig.targets`."""
-    suffixes = {target, TARGETS.get(target, target)}
     if target == "ffn_output" and name.endswith(TARGETS["output"]):
         return False
-    if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes):
-        return True
     # A dot alone makes no regular expression: "layer.1" does not mean "layer_1".
     is_regex = re.search(r"[\\^$*+?(\[{|]", target) is not None and _is_pattern(target)
-    return is_regex and re.fullmatch(target, name) is not None
+    matches = is_regex and re.fullmatch(target, name) is not None
+    return matches or ends_with(name, target, TARGETS.get(target, target))

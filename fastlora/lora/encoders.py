@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fastlora.bert.attention import attention
 from fastlora.bert.layout import Layout
 from fastlora.kernels import is_ordinary
-from fastlora.lora.layer import LoRALinear
 from fastlora.lora.swap import Swapped
 from fastlora.lora.together import project_together
 
@@ -23,8 +22,9 @@ from fastlora.lora.together import project_together
 _SQUARE = {"encoder_hidden_states", "encoder_attention_mask", "past_key_values", "use_cache"}
 _SQUARE |= {"output_attentions", "output_hidden_states"}
 FEW = 48  # tokens of a batch without padding, from which packing them pays
-# transformers' own hooks, which do nothing unless a call asks for hidden states or attentions.
-_CAPTURING = "transformers.utils.output_capturing"
+# Where hooks come from that do nothing here: transformers' act only where a call asks for hidden
+# states or attentions, and ours only keeps PyTorch off a fast path.
+_HARMLESS = ("transformers.utils.output_capturing", "fastlora.lora.layer")
 
 
 class SelfAttention(Swapped):
@@ -194,10 +194,8 @@ def _is_watched(module: nn.Module) -> bool:
             continue
         # Mostly empty: this runs at every call.
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
-            own = {child.hook.id} if isinstance(child, LoRALinear) else set()
-            found = {**child._forward_hooks, **child._forward_pre_hooks, **child._backward_hooks}
-            theirs = (hook for key, hook in found.items() if key not in own)
-            if any(getattr(hook, "__module__", "") != _CAPTURING for hook in theirs):
+            hooks = {**child._forward_hooks, **child._forward_pre_hooks, **child._backward_hooks}
+            if any(getattr(hook, "__module__", "") not in _HARMLESS for hook in hooks.values()):
                 return True
         if child._modules and _is_watched(child):
             return True

@@ -34,7 +34,15 @@ class LoRALinear(Linear):
     of range.
     """
 
-    active: tuple[str, ...] | None  # None: several adapters, and none has been chosen
+    base_class: Any = nn.Linear  # of an adapted subclass, that subclass
+    base_forward: Any = None  # one that was put on the instance
+    stream = 0
+    settings: dict[str, LoraConfig]
+    streams: dict[str, int]  # of the adapters' masks
+    active: tuple[str, ...] | None = None  # None: several adapters, and none has been chosen
+    scopes = 0  # of `use_adapter`, in any thread, that cover it now
+    was_scoped = False  # whether a forward pass that may be computed again ran in one
+    merged: tuple[str, ...] = ()  # the adapters that `weight` contains
     base_weight: Tensor  # W0, while something is merged
     unmerged: list[nn.Parameter]  # the parameter that W0 is, which may be tied to another module's
     thawed: list[nn.Parameter]  # the factors that train when it is unmerged
@@ -54,21 +62,16 @@ class LoRALinear(Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.requires_grad_(False)
-        self._prepare(nn.Linear, 0)
+        self._prepare()
         self.add_adapter(DEFAULT, LoraConfig(r, alpha, dropout, rslora))
         self.active = (DEFAULT,)
 
-    def _prepare(self, base_class: Any, stream: int) -> None:
+    def _prepare(self) -> None:
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.settings: dict[str, LoraConfig] = {}
-        self.streams: dict[str, int] = {}  # of the adapters' masks
-        self.active = None
-        self.merged: tuple[str, ...] = ()  # the adapters that `weight` contains
-        self.scopes = 0  # of `use_adapter`, in any thread, that cover it now
-        self.was_scoped = False  # whether a forward pass that may be computed again ran in one
-        self.base_class, self.base_forward, self.stream = base_class, None, stream
-        # A hook keeps nn.TransformerEncoderLayer off its fast path, which reads `weight`.
-        self.hook = self.register_forward_pre_hook(_nothing)
+        self.settings, self.streams = {}, {}
+        # A hook, on whatever part, keeps nn.TransformerEncoderLayer off its fast path, which reads
+        # `weight`. A hook of the layer itself would slow down each of its calls.
+        self.lora_A.register_forward_pre_hook(_nothing)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, stream: int = 0) -> LoRALinear:
@@ -81,9 +84,10 @@ class LoRALinear(Linear):
         linear.__class__ = adapted_class(base_class)
         assert isinstance(linear, LoRALinear)
         try:
-            linear._prepare(base_class, stream)
+            linear._prepare()
+            linear.stream = stream
         except Exception:
-            linear._strip(base_class)
+            linear.to_linear()
             raise
         # A forward that was put on the instance is the base's. accelerate's hooks, which stay where
         # they are, call `_old_forward` and put it back when they are removed.
@@ -108,19 +112,15 @@ class LoRALinear(Linear):
     def to_linear(self) -> nn.Linear:
         """Turn back into what `from_linear` was given, in place; the weight stays as it is."""
         base_class, base_forward, forward = self.base_class, self.base_forward, type(self).forward
-        self.hook.remove()
-        self._strip(base_class)
+        for name in OWN:
+            for place in (vars(self), self._modules, self._buffers):
+                place.pop(name, None)
+        self.__class__ = base_class
         # Where hooks have put our forward on the instance, now or before, goes the base's.
         places = [k for k in _FORWARDS if getattr(vars(self).get(k), "__func__", None) is forward]
         for name in places or (["forward"] if base_forward is not None else []):
             vars(self)[name] = base_forward or MethodType(base_class.forward, self)
         return self
-
-    def _strip(self, base_class: Any) -> None:
-        for name in OWN:
-            for place in (vars(self), self._modules, self._buffers):
-                place.pop(name, None)
-        self.__class__ = base_class
 
     def add_adapter(
         self, name: str, config: LoraConfig, seed: int | None = None, draws_as: str | None = None
@@ -141,13 +141,13 @@ class LoRALinear(Linear):
         # What accelerate has offloaded is on the meta device between its calls.
         device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         A = A.to(base.device if device is None else device)
+        B = A.new_zeros(self.out_features, config.r)
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.settings[name], self.streams[name] = config, key
-        self.lora_A[name] = nn.Parameter(A)
-        self.lora_B[name] = nn.Parameter(A.new_zeros(self.out_features, config.r))
 
     def reset_parameters(self) -> None:
         """Draw the base's and all adapters' parameters anew, as after `to_empty`."""
-        vars(self).get("base_class", nn.Linear).reset_parameters(self)
+        self.base_class.reset_parameters(self)
         for name in vars(self).get("settings", ()):
             nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
             nn.init.zeros_(self.lora_B[name])
@@ -157,16 +157,11 @@ class LoRALinear(Linear):
         """Whether the base computes x W^T + b and nothing else."""
         return self.base_class.forward in PLAIN and self.base_forward is None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        if not self.is_plain:
-            return self._around_base(input)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in] -> [..., out]; other arguments are for the base's own forward."""
         terms, seed = self.terms(input)
-        return lora_grouped(input, self.weight, self.bias, terms, seed, self.packed)
-
-    def _around_base(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base's own forward gives, and the terms."""
-        terms, seed = self.terms(input)
+        if self.is_plain and not args and not kwargs:
+            return lora_grouped(input, self.weight, self.bias, terms, seed, self.packed)
         base_forward = self.base_forward or partial(self.base_class.forward, self)
         y = base_forward(input, *args, **kwargs)
         if terms and y.shape != (*input.shape[:-1], self.out_features):
@@ -197,37 +192,25 @@ class LoRALinear(Linear):
         if self.merged:
             self._check_merged(x, choice)
             return [], None
-        if choice.segments is None:
-            everywhere: tuple[int, int | None] = (0, None)
-            chosen = [(name, *everywhere) for name in choice.names if name in self.settings]
-        else:
+        chosen: list[tuple[str, int, int | None]] = [(name, 0, None) for name in choice.names]
+        if choice.segments is not None:
             _check_rows(x, choice)
             # A segment counts in the leading dimension; a term counts in flattened rows.
             rows = math.prod(x.shape[1:-1])
-            chosen = [
-                (s.adapter, s.start * rows, s.stop * rows)
-                for s in choice.segments
-                if s.adapter in self.settings and s.start < s.stop
-            ]
-        terms = [
-            Term(
-                lora_A=self.lora_A[name],
-                lora_B=self.lora_B[name],
-                scale=self.settings[name].scale,
-                dropout_p=self.settings[name].dropout if self.training else 0.0,
+            chosen = [(s.adapter, s.start * rows, s.stop * rows) for s in choice.segments]
+        terms = []
+        for name, start, stop in chosen:
+            if name in self.settings and start != stop:
+                A, B, settings = self.lora_A[name], self.lora_B[name], self.settings[name]
+                if A.device != x.device:  # PyTorch computes with meta tensors without a word
+                    raise UserError(
+                        f"adapter {name!r} lies on {A.device}, its input on {x.device} (expected "
+                        "one device; inject into a model that is offloaded already, not before)"
+                    )
+                p = settings.dropout if self.training else 0.0
                 # Each layer and adapter has its own masks, whoever is in company.
-                stream=self.streams[name],
-                start=start,
-                stop=stop,
-                column=column,
-            )
-            for name, start, stop in chosen
-        ]
-        if any(term.lora_A.device != x.device for term in terms):
-            raise UserError(  # PyTorch computes with what lies on the meta device, without a word
-                f"an adapter lies on {terms[0].lora_A.device}, but its input on {x.device} "
-                "(expected one device; inject into a model that is offloaded already, not before)"
-            )
+                stream = self.streams[name]
+                terms.append(Term(A, B, settings.scale, p, stream, start, stop, column))
         return terms, choice.seed
 
     def _check_merged(self, x: Tensor, choice: Choice) -> None:
@@ -258,24 +241,22 @@ class LoRALinear(Linear):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class of an adapted subclass has no name to be found by.
         make, arguments, *rest = tuple(super().__reduce_ex__(protocol))
-        if "adapted_from" in vars(type(self)):
+        if "base_class" in vars(type(self)):
             make, arguments = _new, (self.base_class,)
         return (make, arguments, *rest)
 
 
 # What a LoRALinear has and `nn.Linear` has not; a subclass that has one of these is refused.
-OWN = {*vars(LoRALinear), "lora_A", "lora_B", "settings", "streams", "stream", "active", "merged"}
-OWN |= {"scopes", "was_scoped", "base_class", "base_forward", "hook", "unmerged", "thawed"}
-OWN = {name for name in OWN if not hasattr(nn.Linear, name)} | {"base_weight", "packed"}
+OWN = {*vars(LoRALinear), *LoRALinear.__annotations__, "lora_A", "lora_B", "packed"}
+OWN -= {*dir(nn.Linear)}
 
 
 @cache
 def adapted_class(base: Any) -> type[LoRALinear]:
     """LoRALinear, or a subclass of it and of `base`."""
-    if base in (nn.Linear, Linear):
+    if base is nn.Linear:
         return LoRALinear
-    forward = LoRALinear._around_base
-    contents = {"__module__": base.__module__, "forward": forward, "adapted_from": base}
+    contents = {"__module__": base.__module__, "base_class": base}
     return type(f"LoRA{base.__name__}", (LoRALinear, base), contents)
 
 
@@ -311,6 +292,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def lora_parameters(layer: LoRALinear) -> list[nn.Parameter]:
-    """The factors of all adapters of a layer."""
-    return [*layer.lora_A.values(), *layer.lora_B.values()]
+def lora_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The factors of all adapters of a model."""
+    sides = [s for layer in lora_layers(model).values() for s in (layer.lora_A, layer.lora_B)]
+    return {factor for side in sides for factor in side.values()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,11 @@ def merge(model: nn.Module, *adapters: str) -> None:
     where a layer's forward is not that of `nn.Linear`, and where a sum is not finite.
     """
     layers = lora_layers(model)
-    adapters = tuple(dict.fromkeys(adapters)) or acting(layers.values())
     check_names(layers.values(), adapters)
-    if not adapters or not layers:
-        raise UserError(f"{type(model).__name__} has no active adapter to merge")
     weights = {}
     for name, layer in layers.items():
-        own = [adapter for adapter in adapters if adapter in layer.settings]
+        chosen = dict.fromkeys(adapters or acting(layer))
+        own = [adapter for adapter in chosen if adapter in layer.settings]
         if own and layer.merged:
             merged = " and ".join(layer.merged)
             raise UserError(f"adapter {merged} is merged already: unmerge it first")
@@ -45,14 +44,22 @@ def merge(model: nn.Module, *adapters: str) -> None:
             weights[name] = own, _merged_weight(layer, own)
             if not weights[name][1].isfinite().all() and layer.weight.isfinite().all():
                 raise UserError(f"layer {name!r}: W0 + BA is not finite in {layer.weight.dtype}")
+    if not weights:
+        raise UserError(f"{type(model).__name__} has no active adapter to merge")
     for name, (own, weight) in weights.items():
         _put(layers[name], weight, own)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: put W0 back, bit for bit."""
+    """Undo `merge`: put W0 back, bit for bit, and let what trained before train."""
     for layer in merged_layers(model):
-        _put_back(layer)
+        (parameter,), W0 = layer.unmerged, layer.base_weight
+        if (parameter.dtype, parameter.device) != (W0.dtype, W0.device):  # the layer has moved
+            parameter.data = W0
+        for factor in layer.thawed:
+            factor.requires_grad_(True)
+        layer.weight, layer.merged = parameter, ()
+        del layer.unmerged, layer.thawed, layer.base_weight
 
 
 def merged_layers(model: nn.Module) -> list[LoRALinear]:
@@ -86,17 +93,6 @@ def _put(layer: LoRALinear, weight: Tensor, names: Sequence[str]) -> None:
     layer.merged = tuple(names)
 
 
-def _put_back(layer: LoRALinear) -> None:
-    """Let W0 be the weight again, and what trained before train."""
-    (parameter,), W0 = layer.unmerged, layer.base_weight
-    if (parameter.dtype, parameter.device) != (W0.dtype, W0.device):  # the layer has moved
-        parameter.data = W0
-    for factor in layer.thawed:
-        factor.requires_grad_(True)
-    layer.weight, layer.merged = parameter, ()
-    del layer.unmerged, layer.thawed, layer.base_weight
-
-
 def save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
     """transformers' `save_pretrained` with the active adapters merged into what is written.
 
@@ -105,24 +101,24 @@ def save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
     """
     if keywords.get("state_dict") is not None:
         raise UserError("save_pretrained got a state_dict, into which no adapter can be merged")
-    active = not merged_layers(module) and acting(lora_layers(module).values())
     check_tied(module)
-    if active:
-        merge(module)
+    save = partial(type(module).save_pretrained, module, *arguments, **keywords)  # type: ignore
+    if merged_layers(module) or not any(map(acting, lora_layers(module).values())):
+        return save()
+    merge(module)
     try:
-        return type(module).save_pretrained(module, *arguments, **keywords)  # type: ignore
+        return save()
     finally:
-        if active:
-            unmerge(module)
+        unmerge(module)
 
 
 def check_tied(module: nn.Module) -> None:
     """Raise a UserError where a merged weight would be saved as the one that W0 is tied to."""
-    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    owned = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(module).items():
-        W0 = layer.unmerged[0] if layer.merged else layer.weight
-        own = 0 if layer.merged else 1  # a merged layer's W0 is none of its parameters
-        if uses[id(W0)] > own:
+        # A merged layer's W0 is none of its parameters.
+        others = owned[id(layer.unmerged[0])] if layer.merged else owned[id(layer.weight)] - 1
+        if others > 0:
             raise UserError(
                 f"the weight of {name!r} is tied to another, and merged it would not be: it would "
                 "be saved as the other (expected save_adapter, or other targets)"

@@ -6,8 +6,8 @@ references to them stay as they are. It checks everything first: if refused, not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -50,59 +50,47 @@ def inject(
     configs = {DEFAULT: config} if isinstance(config, LoraConfig) else dict(config)
     check_model(model, configs)
     kept = trained_parameters(model, train)
-    plan = {name: target_names(model, settings, kept) for name, settings in configs.items()}
-    for adapter, names in plan.items():
-        for name in names:
-            check_layer(model, name, adapter, configs[adapter].of_layer(name))
-    layers = lora_layers(model)
-    before, known = vars(model).get(_BEFORE), adapter_names(layers.values())
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
-        injected = _put_adapters(model, configs, plan, kept, draws_as or {})
-    except Exception as error:  # of a subclass that takes no attributes, for one
-        for name, layer in lora_layers(model).items():
-            if name not in layers:
-                layer.to_linear()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained.get(name, True))
-        raise UserError(f"{type(model).__name__} takes no adapters: {error}") from error
-    if before is None:
-        vars(model)[_BEFORE] = trained
-    now = adapter_names((*layers.values(), *injected.values()))
-    choice: tuple[str, ...] | None = now if len(now) == 1 else None
-    if same := now == known:
-        choice = next(iter(layers.values())).active
-    for layer in injected.values() if same else lora_layers(model).values():
-        layer.active = choice
-    _guard_parents(model)
-    return injected
-
-
-def _put_adapters(
-    model: nn.Module,
-    configs: Mapping[str, LoraConfig],
-    plan: Mapping[str, Sequence[str]],
-    kept: Iterable[nn.Parameter],
-    draws_as: Mapping[str, str],
-) -> dict[str, LoRALinear]:
-    """Freeze the model and put each adapter on the layers that the plan names."""
+    plan = [
+        (name, adapter, settings.of_layer(name))
+        for adapter, settings in configs.items()
+        for name in target_names(model, settings, kept)
+    ]
+    for name, adapter, settings in plan:
+        check_layer(model, name, adapter, settings)
     layers, seed = lora_layers(model), draw_number()
-    if _BEFORE not in vars(model):
-        factors = {id(p) for layer in layers.values() for p in lora_parameters(layer)}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in factors)
+    known = adapter_names(layers.values())
     injected: dict[str, LoRALinear] = {}
-    for adapter, names in plan.items():
-        for name in names:
+    added: list[tuple[LoRALinear, str]] = []
+    try:
+        for name, adapter, settings in plan:
             layer: Any = model.get_submodule(name)
             if not isinstance(layer, LoRALinear):
                 layer = LoRALinear.from_linear(layer, crc32(name.encode()))
             injected[name] = layer
             if adapter not in layer.settings:
-                settings = configs[adapter].of_layer(name)
-                layer.add_adapter(adapter, settings, seed, draws_as.get(adapter))
+                layer.add_adapter(adapter, settings, seed, (draws_as or {}).get(adapter))
+                added.append((layer, adapter))
+    except Exception as error:  # of a subclass that takes no attributes, for one
+        for layer, adapter in added:
+            for place in (layer.settings, layer.streams, layer.lora_A, layer.lora_B):
+                place.pop(adapter)
+        for name in injected.keys() - layers.keys():
+            injected[name].to_linear()
+        raise UserError(f"{type(model).__name__} takes no adapters: {error}") from error
+    if _BEFORE not in vars(model):
+        vars(model)[_BEFORE] = {name: p.requires_grad for name, p in model.named_parameters()}
+        for parameter in {*model.parameters()} - lora_parameters(model):
+            parameter.requires_grad_(False)
     for parameter in kept:
         parameter.requires_grad_(True)
+    changed, active = injected, next((layer.active for layer in layers.values()), None)
+    if configs.keys() - {*known}:  # a new name: none is chosen any more
+        changed = lora_layers(model)
+        every = adapter_names(changed.values())
+        active = every if len(every) == 1 else None
+    for layer in changed.values():
+        layer.active = active
+    _guard_parents(model)
     return injected
 
 
@@ -141,13 +129,12 @@ def set_adapter(model: nn.Module, *adapters: str) -> None:
         layer.active = names
 
 
-@contextmanager
 def use_adapter(
     model: nn.Module | Iterable[LoRALinear],
     *adapters: str,
     rows: Sequence[str | Segment | None] | None = None,
     seed: Tensor | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let these adapters act in a block of code, in this thread: added up; without a name, none.
 
     `rows` says instead which adapter each row of the leading dimension uses (None for none), or
@@ -159,8 +146,7 @@ def use_adapter(
     if rows is not None and adapters:
         raise UserError(f"rows and {', '.join(adapters)} are given (expected one of the two)")
     check_names(layers, choice.names)
-    with scope(layers, choice._replace(seed=seed)):
-        yield
+    return scope(layers, choice._replace(seed=seed))
 
 
 def pack(model: nn.Module) -> None:
@@ -176,10 +162,9 @@ def pack(model: nn.Module) -> None:
 
 def parameter_report(model: nn.Module) -> dict[str, int]:
     """Number of parameters by bucket: "lora", "other trainable", "frozen"."""
-    adapters = {id(p) for layer in lora_layers(model).values() for p in lora_parameters(layer)}
-    report = {"lora": 0, "other trainable": 0, "frozen": 0}
+    factors, report = lora_parameters(model), {"lora": 0, "other trainable": 0, "frozen": 0}
     for parameter in model.parameters():
-        bucket = "lora" if id(parameter) in adapters else "other trainable"
+        bucket = "lora" if parameter in factors else "other trainable"
         report[bucket if parameter.requires_grad else "frozen"] += parameter.numel()
     return report
 
@@ -187,16 +172,13 @@ def parameter_report(model: nn.Module) -> dict[str, int]:
 def _without_lora(model: nn.Module) -> nn.Module:
     for layer in lora_layers(model).values():
         layer.to_linear()
-    parameters = dict(model.named_parameters())
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoder):
-            vars(module).update(vars(module).pop(_NESTED, {}))
+    for module in model.modules():
+        vars(module).update(vars(module).pop(_NESTED, {}))
         if isinstance(vars(module).get("save_pretrained"), partial):
             del module.save_pretrained
-        for name, trained in vars(module).pop(_BEFORE, {}).items():
-            name = f"{prefix}.{name}" if prefix else name
-            if name in parameters:
-                parameters[name].requires_grad_(trained)
+        if trained := vars(module).pop(_BEFORE, None):
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(trained.get(name, parameter.requires_grad))
     return model
 
 

@@ -12,10 +12,9 @@ recomputation, so the choice is noted on that frame and found there again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from itertools import groupby
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,8 +45,7 @@ class Choice(NamedTuple):
     seed: Tensor | None = None  # int64 [] of all masks; else each layer draws its own
 
 
-@dataclass(frozen=True)
-class _Scope:
+class _Scope(NamedTuple):
     layers: frozenset[LoRALinear]
     choice: Choice
     task: int  # of the backward pass in which it was opened, or -1
@@ -79,20 +77,17 @@ def _count(layers: Iterable[LoRALinear], change: int) -> None:
 
 def by_rows(rows: Sequence[str | Segment | None]) -> Choice:
     """The choice of an adapter for each row (None for none), or of segments."""
-    if rows and all(isinstance(row, Segment) for row in rows):
-        segments = tuple(row for row in rows if isinstance(row, Segment))
-        for segment in segments:
-            if not 0 <= segment.start <= segment.stop:
-                raise UserError(f"rows has {segment} (expected 0 <= start <= stop)")
-        return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), segments)
-    runs: list[Segment] = []
-    start = 0
-    for name, run in groupby(rows):
-        stop = start + len(list(run))
-        if name is not None:
-            runs.append(Segment(str(name), start, stop))
-        start = stop
-    return Choice(tuple(dict.fromkeys(s.adapter for s in runs)), tuple(runs), len(rows))
+    segments, count = [row for row in rows if isinstance(row, Segment)], None
+    if not segments or len(segments) < len(rows):
+        segments, count = [], 0
+        for name, run in groupby(rows):
+            start, count = count, count + len(list(run))
+            if name is not None:
+                segments.append(Segment(str(name), start, count))
+    for segment in segments:
+        if not 0 <= segment.start <= segment.stop:
+            raise UserError(f"rows has {segment} (expected 0 <= start <= stop)")
+    return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), tuple(segments), count)
 
 
 def adapter_names(layers: Iterable[LoRALinear]) -> tuple[str, ...]:
@@ -106,15 +101,15 @@ def check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
     for name in adapters:
         if name not in known:
             there = ", ".join(map(repr, known)) or "none"
-            raise UserError(f"adapter {name!r} is unknown (the model's adapters: {there})")
+            raise UserError(f"the model has no adapter named {name!r} (its adapters: {there})")
 
 
-def acting(layers: Collection[LoRALinear]) -> tuple[str, ...]:
-    """The adapters that act now, on whole inputs; UserError where they act by rows."""
-    choices = [choice_of(layer) for layer in layers]
-    if any(choice.segments is not None for choice in choices):
+def acting(layer: LoRALinear) -> tuple[str, ...]:
+    """The adapters that act on a layer now, on whole inputs; UserError where they act by rows."""
+    choice = choice_of(layer)
+    if choice.segments is not None:
         raise UserError("adapters act by rows here (expected one choice for all rows)")
-    return choices[0].names if choices else ()
+    return choice.names
 
 
 def choice_of(layer: LoRALinear) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,8 @@ HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls"
 
 def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
     """Raise UserError for a name that no adapter can have, and for a distributed model."""
+    if not configs:
+        raise UserError("the settings of no adapter are given (expected one or more)")
     for name in configs:
         if not isinstance(name, str) or not name or "." in name:
             raise UserError(f"adapter name is {name!r} (expected a text without dots)")
@@ -49,50 +51,47 @@ def check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig)
         raise UserError(f"layer {name!r} cannot be adapted: {problem}")
 
 
-def trained_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+def trained_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Parameter]:
     """The parameters of the modules, and the parameters, of these names or ends of names."""
-    kept: list[nn.Parameter] = []
-    # By all of their names, where they have several.
-    modules = tuple(model.named_modules(remove_duplicate=False))
-    parameters = tuple(model.named_parameters(remove_duplicate=False))
+    kept: set[nn.Parameter] = set()
+    parameters = list(model.named_parameters(remove_duplicate=False))  # by all of their names
     for end in (names,) if isinstance(names, str) else names:
-        found = [
-            parameter
-            for name, owner in (*modules, *parameters)
-            if name == end or name.endswith("." + end)
-            for parameter in ([owner] if isinstance(owner, nn.Parameter) else owner.parameters())
-        ]
+        # A parameter's name has in it those of the modules around it.
+        found = {p for name, p in parameters if f".{end}." in f".{name}." and _can_train(p)}
         if not found:
-            raise UserError(f"train has {end!r}, which names no module or parameter of the model")
-        kept += found
+            raise UserError(
+                f"train has {end!r}, which names no module or parameter that could train"
+            )
+        kept |= found
     return kept
 
 
-def target_names(model: nn.Module, config: LoraConfig, kept: Collection[nn.Parameter]) -> list[str]:
+def _can_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def target_names(model: nn.Module, config: LoraConfig, kept: Set[nn.Parameter]) -> list[str]:
     """The names of the linear layers that are meant; each layer has its first name only."""
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}  # every name of a linear layer, and its first one
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            names[name] = first.setdefault(id(module), name)
-    families = (f for f in FAMILIES if all(any(is_target(n, t) for n in names) for t in f))
-    found: dict[str, None] = {}
+    every = model.named_modules(remove_duplicate=False)
+    linears = {name: module for name, module in every if isinstance(module, nn.Linear)}
+    families = (f for f in FAMILIES if all(any(is_target(n, t) for n in linears) for t in f))
+    meant: set[nn.Module] = set()
     for target in config.targets or next(families, FAMILIES[0]):
-        matches = [n for n in names if is_target(n, target)]
+        matches = [n for n in linears if is_target(n, target)]
         if target in ALL:
-            matches = [n for n in names if not _is_head(model, n, kept)]
+            matches = [n for n in linears if not _is_head(model, n, kept)]
         if not matches:
-            listed = ", ".join(list(names)[:24]) + (", ..." if len(names) > 24 else "")
+            listed = ", ".join(list(linears)[:24]) + (", ..." if len(linears) > 24 else "")
             raise UserError(
                 f"LoRA target {target!r} matches no linear layer of {type(model).__name__} "
                 f"(expected the end of a name, one of {', '.join(TARGETS)}, or all; its linear "
                 f"layers are {listed or 'none'})"
             )
-        found.update(dict.fromkeys(names[n] for n in matches))
-    return [name for name in dict.fromkeys(names.values()) if name in found]
+        meant |= {linears[name] for name in matches}
+    return [name for name, module in model.named_modules() if module in meant]
 
 
-def _is_head(model: nn.Module, name: str, kept: Collection[nn.Parameter]) -> bool:
+def _is_head(model: nn.Module, name: str, kept: Set[nn.Parameter]) -> bool:
     """Whether "all" leaves a linear layer out: in a head, trained whole, or never called."""
     layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
@@ -100,5 +99,5 @@ def _is_head(model: nn.Module, name: str, kept: Collection[nn.Parameter]) -> boo
         bool({*name.split(".")} & {*HEADS})
         or layer is outputs
         or isinstance(parent, nn.MultiheadAttention)
-        or any(own is other for own in layer.parameters() for other in kept)
+        or not kept.isdisjoint(layer.parameters())
     )

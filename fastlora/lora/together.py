@@ -76,9 +76,8 @@ def is_bare(layer: nn.Linear) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call does something that others have put there."""
-    own = {module.hook.id} if isinstance(module, LoRALinear) else set()
     return bool(
-        set(module._forward_pre_hooks) - own
+        module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -115,6 +115,14 @@ def test_a_weight_that_is_computed_from_now_on_is_used(wrap, fill):
     torch.testing.assert_close(model(X), x)
 
 
+def test_eject_takes_a_parametrisation_of_another_layer_as_it_is():
+    model = two_layers()
+    inject(model, FIRST)
+    parametrised(model[1])
+    assert type(eject(model)[0]) is nn.Linear
+    assert set(trained(model)) >= {"0.weight", "0.bias", "1.bias"}
+
+
 def offloaded():
     model = two_layers()
     plain = model(X)

@@ -207,6 +207,18 @@ def test_any_module_will_do_in_any_type(fill, tmp_path):
         assert same(everything(base), everything(model))
 
 
+def test_a_name_that_is_the_end_of_others_means_one_module(fill, tmp_path):
+    """Of layers and of heads."""
+    part = nn.ModuleDict({"layer": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    base = nn.ModuleDict({**copy.deepcopy(part), "part": part})
+    model = copy.deepcopy(base)
+    inject(model, LoraConfig(r=2, targets="^layer$"))
+    model["head"].requires_grad_(True)
+    save_adapter(fill(model), tmp_path)
+    load_adapter(base, tmp_path)
+    assert same(everything(base), everything(model))
+
+
 def test_a_head_with_tied_weights_is_saved_and_loaded(fill, tmp_path):
     torch.manual_seed(0)
     base = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).eval()

@@ -76,13 +76,19 @@ def test_rslora_divides_by_the_root_of_the_rank():
     [
         *({"r": 0}, {"r": 2.0}, {"r": True}, {"alpha": -1}, {"alpha": math.inf}, {"alpha": "8"}),
         *({"dropout": 1.0}, {"dropout": -0.1}, {"dropout": None}),
-        *({"rank_pattern": {"0": 0}}, {"alpha_pattern": {"0": 0}}),
+        *({"rank_pattern": {"0": 0}}, {"alpha_pattern": {"0": 0}}, {"rslora": 1}),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(bad):
     (name,) = bad
     with pytest.raises(UserError, match=rf"^{name.removesuffix('_pattern').replace('rank', 'r')}"):
         LoraConfig(**bad)
+
+
+@pytest.mark.parametrize("pattern", ["(", "(?i)key", 2])
+def test_a_pattern_that_cannot_be_used_is_refused(pattern):
+    with pytest.raises(UserError, match=r"^rank_pattern is"):
+        LoraConfig(rank_pattern={pattern: 4})
 
 
 def test_pefts_spellings_are_accepted():

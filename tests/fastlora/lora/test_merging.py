@@ -121,6 +121,16 @@ def test_several_adapters_are_merged_together_and_by_name(fill):
         close(model(X), plain)
 
 
+def test_layers_that_use_different_adapters_are_merged_as_they_are_used(fill):
+    model = fill(layers_of(names=("a", "b")))
+    for layer, name in zip(model, "ab", strict=True):
+        set_adapter(layer, name)
+    plain = model(X)
+    merge(model)
+    assert [layer.merged for layer in model] == [("a",), ("b",)]
+    close(model(X), plain)
+
+
 def no_adapter(model):
     set_adapter(model)
 

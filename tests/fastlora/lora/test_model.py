@@ -89,6 +89,7 @@ REFUSED = [
     ({"a": FIRST, "b": LoraConfig(targets="slip")}, {}, "'slip' matches no linear layer"),
     (LoraConfig(targets=("0", "out_proj")), {}, "'attention.out_proj'.*MultiheadAttention"),
     *(({name: FIRST}, {}, "adapter ") for name in ("", "a.b", "keys", "training")),
+    ({}, {}, "no adapter"),
 ]
 
 
@@ -140,6 +141,37 @@ def test_a_second_inject_adds_adapters_and_keeps_what_trained(fill):
     model(X)  # a sole adapter is active on old layers and new ones
 
 
+class Closed(nn.Linear):
+    """Takes no attributes once it is built."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        vars(self)["closed"] = True
+
+    def __setattr__(self, name, value):
+        if "closed" in vars(self):
+            raise AttributeError(f"{name}: closed")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_inject_that_fails_halfway_changes_nothing(adapted):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Closed(4, 4))
+    if adapted:
+        inject(model, {"old": FIRST})
+    before = everything(model)
+    with pytest.raises(UserError, match=r"Sequential takes no adapters: .*closed"):
+        inject(model, {"new": LoraConfig(targets=("0", "1", "2"))})
+    assert everything(model) == before
+
+
+def test_an_integer_parameter_does_not_train():
+    model = two_layers()
+    model[1].count = nn.Parameter(torch.tensor(3), requires_grad=False)
+    inject(model, FIRST, train="1")
+    assert trained(model) == ["0.lora_A.default", "0.lora_B.default", "1.weight", "1.bias"]
+
+
 def test_a_second_inject_with_other_settings_is_refused_by_layer():
     model = two_layers()
     inject(model, FIRST)
@@ -156,6 +188,15 @@ def test_a_second_name_must_be_chosen_and_a_known_one_keeps_the_choice():
         model(X)
     set_adapter(model, "b")
     inject(model, {"a": LoraConfig(r=2, dropout=0.0, targets="1")})
+    assert {layer.active for layer in lora_layers(model).values()} == {("b",)}
+
+
+def test_a_known_name_on_a_layer_more_keeps_the_choice_in_any_order():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    for i, name in enumerate("abc"):
+        inject(model, {name: LoraConfig(targets=str(i))})
+    set_adapter(model, "b")
+    inject(model, {"c": LoraConfig(targets="0")})
     assert {layer.active for layer in lora_layers(model).values()} == {("b",)}
 
 
@@ -208,6 +249,15 @@ def test_eject_gives_back_what_was_there_bit_for_bit(above, fill):
     assert everything(model) == before
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_eject_lets_a_weight_train_that_is_tied_to_another_module(fill):
+    model = nn.Sequential(nn.Linear(4, 4), two_layers())
+    model[1][0].weight = model[0].weight
+    before = everything(model)
+    inject(model[1], FIRST)
+    assert not model[0].weight.requires_grad
+    assert everything(eject(model)) == before
 
 
 def test_eject_after_merge_gives_back_what_was_there_bit_for_bit(fill):
