@@ -66,8 +66,7 @@ def batches():
 @pytest.mark.parametrize(
     ("backend", "training", "whole"),
     [
-        ("eager", False, False),
-        ("eager", True, False),
+        ("eager", True, False),  # without training it is a part of what aot_eager does
         ("eager", True, True),
         ("aot_eager", False, False),
         ("aot_eager", False, True),
