@@ -67,11 +67,10 @@ def batches():
 @pytest.mark.parametrize(
     ("backend", "training", "whole"),
     [
-        ("eager", False, False),
-        ("eager", True, False),
+        ("eager", True, False),  # without training it is a part of what aot_eager does
         ("eager", True, True),
         ("aot_eager", False, False),
-        ("aot_eager", False, True),
+        pytest.param("aot_eager", False, True, marks=pytest.mark.slow),
         INDUCTOR,
     ],
 )

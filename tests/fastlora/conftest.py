@@ -1,7 +1,11 @@
 """A tiny random BERT and tiny task files, so that a whole run takes a second or two."""
 
 import csv
+import os
 import random
+import subprocess
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,42 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def plots_without_pixels(monkeypatch):
+    """A run's plots have all their parts but are not drawn, for most of a tiny run would be that.
+
+    test_report.py has another fixture of this name, and what a module shares is made before.
+    """
+    if find_spec("matplotlib"):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file: file.write(b"PNG"))
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """A function that runs a command as torchrun starts its two ranks, without torchrun itself."""
+
+    def run(command, port):
+        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        ranks = [
+            subprocess.Popen(
+                list(map(str, command)),
+                cwd=tmp_path,
+                env={**os.environ, **group, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank},
+            )
+            for rank in "01"
+        ]
+        try:
+            while None in (codes := [process.poll() for process in ranks]) and not any(codes):
+                time.sleep(0.05)
+            assert codes == [0, 0]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -187,9 +187,9 @@ def test_wrong_encodings_and_missing_files(tmp_path):
 def test_reading_the_size_of_quora_takes_about_a_second(tmp_path):
     row = "\t0123456789abcdef012345678\tWhat is it like to be a whale ?\tHow are whales ?\t1.0\n"
     path = write(tmp_path, PAIRS + "".join(f"{i}{row}" for i in range(150_000)))
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock's: other tests run beside it
     assert len(read_rows(path, QUORA).ids) == 150_000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_encoding_pairs_apart_and_joint(tmp_path):

@@ -1,7 +1,6 @@
 """What decides a run's memory: recomputed layers, the tokens per batch, and running out."""
 
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -163,16 +162,12 @@ def test_auto_is_what_the_first_rank_says(tiny_config):
 
 
 @pytest.mark.slow
-def test_auto_is_one_number_for_all_ranks(tiny_config, tmp_path):
+def test_auto_is_one_number_for_all_ranks(tiny_config, two_ranks):
     config = tiny_config()
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29513"]
     flags = ["--data", config.data, "--model", config.model, "--out", config.out, "--device", "cpu"]
-    command = [*launch, "-m", "fastlora.cli", "--", "train", "--tokens-per-batch", "auto", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["-m", "fastlora.cli", "train", "--tokens-per-batch", "auto", *flags]
     for _ in range(2):
-        subprocess.run(
-            [sys.executable, *map(str, command)], check=True, env=environment, cwd=tmp_path
-        )
+        two_ranks([sys.executable, *command], "29513")
         assert tokens_of(config) == 512
     assert (config.out / "train.log").read_text().count("auto ") == 1
 
@@ -245,10 +240,13 @@ def test_freed_memory_is_kept():
             del [torch.ones(1 << size) for size in (20, 22, 24)][:]  # 4, 16 and 64 MiB
         for _ in range(5):
             use()
-        before = faults()
-        for _ in range(10):
-            use()
-        print(faults() - before)
+        found = []
+        for _ in range(3):
+            before = faults()
+            for _ in range(10):
+                use()
+            found.append(faults() - before)
+        print(min(found))  # a machine short of memory takes pages away
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000  # of 160,000 pages and more

@@ -45,6 +45,11 @@ def read(path):
     return path.read_text(encoding="utf-8")
 
 
+@pytest.fixture(autouse=True)
+def plots_without_pixels():
+    """Here plots are drawn."""
+
+
 @pytest.fixture
 def without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)

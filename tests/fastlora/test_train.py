@@ -1,7 +1,6 @@
 """Whole runs on a tiny model: learning, precision, resuming, reloading, parallel ranks."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -142,6 +141,11 @@ def test_interrupted_run_continues_bit_for_bit(tiny_config, tmp_path, monkeypatc
     assert steps == sorted(set(steps))
 
 
+def _commanded(config: TrainConfig) -> TrainConfig:
+    """The settings of `_command`."""
+    return replace(config, lora=LoraConfig(), save_every=3, tokens_per_batch=128)
+
+
 def _command(config: TrainConfig) -> list[str]:
     flags = {
         "--data": config.data,
@@ -159,43 +163,37 @@ def _command(config: TrainConfig) -> list[str]:
 @pytest.mark.slow
 def test_killed_run_continues_bit_for_bit(tiny_config, tmp_path):
     """kill -9 at some step, then the same command."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = tiny_config(out=tmp_path / "whole", epochs=3)
+    whole = _commanded(tiny_config(out=tmp_path / "whole", epochs=2))
     killed = replace(whole, out=tmp_path / "killed")
-    subprocess.run(_command(whole), check=True, env=environment, cwd=tmp_path)
+    run(whole)
     for steps in (4, 11):
-        process = subprocess.Popen(_command(killed), env=environment, cwd=tmp_path)
+        process = subprocess.Popen(_command(killed), cwd=tmp_path)
         while (last := latest_checkpoint(killed.out / "checkpoints")) is None or (
             int(last.name.split("-")[1]) < steps
         ):
             assert process.poll() is None, "ended before it could be killed"
         process.kill()
         process.wait()
-    subprocess.run(_command(killed), check=True, env=environment, cwd=tmp_path)
+    subprocess.run(_command(killed), check=True, cwd=tmp_path)
     assert_same(final(whole.out), final(killed.out))
 
 
 @pytest.mark.slow
-def test_a_process_without_examples_in_the_first_step(tiny_config, tmp_path):
+def test_a_process_without_examples_in_the_first_step(tiny_config, two_ranks):
     """In fp16, whose scaling starts at the first loss."""
-    own = ["--precision", "fp16", "--max-steps", "3"]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29512"]
-    train = _command(tiny_config())[3:]
-    train[train.index("--tokens-per-batch") + 1] = "1"
-    command = [sys.executable, *launch, "-m", "fastlora.cli", "--", *train, *own]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    command = [*_command(tiny_config()), "--precision", "fp16", "--max-steps", "3"]
+    command[command.index("--tokens-per-batch") + 1] = "1"
+    two_ranks(command, "29512")
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_that_takes_the_same_parts(tiny_config, tmp_path):
     """Dropout on: a part's masks do not depend on which process computes it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     one, two = tiny_config(out=tmp_path / "one"), tiny_config(out=tmp_path / "two")
-    accumulate = [*_command(one), "--accumulate", "2"]
-    subprocess.run(accumulate, check=True, env=environment, cwd=tmp_path)
+    run(replace(_commanded(one), accumulate=2))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
     command = [sys.executable, *launch, "-m", "fastlora.cli", "--", *_command(two)[3:]]
-    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    subprocess.run(command, check=True, cwd=tmp_path)
     assert_same(final(one.out), final(two.out), atol=1e-5)
 
 

@@ -21,8 +21,12 @@ def tensors(*shapes):
 
 
 @ROUTES
-@pytest.mark.parametrize("packed", [None, Packed()], ids=["plain", "packed"])
-@pytest.mark.parametrize(("seed", "p"), [(SEED, 0.3), (SEED, 0.0), (None, 0.0)])
+# A `Packed` holds copies of the weight, which know of neither seed nor p.
+@pytest.mark.parametrize(
+    ("seed", "p", "packed"),
+    [(SEED, 0.3, None), (SEED, 0.3, Packed()), (SEED, 0.0, None), (None, 0.0, Packed())],
+    ids=["plain", "packed", "plain-p0", "packed-no-seed"],
+)
 def test_compiles_without_a_graph_break(route, seed, p, packed):
     x, weight, bias, A, B = tensors((20, 8), (12, 8), (12,), (4, 8), (12, 4))
     leaves = [t.requires_grad_() for t in (x, bias, A, B)]
@@ -46,14 +50,16 @@ def test_compiled_without_a_seed_draws_new_masks(route):
     def op(x):
         return lora_linear(x, weight, None, A, B, 0.5, 0.3)
 
+    # Each row has a mask of its own, so ten copies of x are ten draws.
+    rows = x.repeat(10, 1)
     with forced_route(route):
-        first, second = op(x), op(x)
+        first, second = op(rows), op(rows)
         torch.manual_seed(7)
-        third = op(x)
+        third = op(rows)
         torch.manual_seed(7)
-        assert torch.equal(op(x), third)
+        assert torch.equal(op(rows), third)
     assert not torch.equal(first, second)
-    mean = torch.stack([op(x) for _ in range(100)]).mean(0)
+    mean = torch.stack([op(rows) for _ in range(10)]).view(100, 20, 12).mean(0)
     torch.testing.assert_close(mean, x @ (weight + 0.5 * B @ A).T, rtol=0.2, atol=1)
 
 

@@ -9,11 +9,12 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(how, tmp_path):
+def test_two_processes_train_as_one(tmp_path):
+    """By DDP and by FSDP2."""
     script = Path(__file__).with_name("two_processes.py")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, script, how, tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, script, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == 2
+    for how in ("ddp", "fsdp"):
+        assert done.stdout.count(f"{how} agrees") == 2

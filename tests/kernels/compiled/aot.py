@@ -118,16 +118,27 @@ def variants(capability, dtype, row, p=0.1, r=32):
     return found
 
 
-def inspect(kernel):
-    """Registers and stack, tensor-core instructions, and the classes of the inner loop's SASS."""
+def dump(kernel, flag):
+    """What `cuobjdump` prints of a compiled kernel."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        sass, usage = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout
-            for flag in ("-sass", "-res-usage")
-        )
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout
+
+
+def inspect(kernel):
+    """Registers and stack, and tensor-core instructions."""
+    usage = dump(kernel, "-res-usage")
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    mma = sorted(set(re.findall(r"(?:wg)?mma[\w.]*?\.m\d+n\d+k\d+", kernel.asm["ptx"])))
+    return registers, stack, mma
+
+
+@cache
+def loop_classes(kernel):
+    """The classes of the inner loop's SASS, for which the disassembler takes half a second."""
+    sass = dump(kernel, "-sass")
     code = [(int(a, 16), t.strip()) for a, t in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     loop = []
     for address, text in code:
@@ -145,6 +156,4 @@ def inspect(kernel):
     for text in loop:
         op = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
         classes[next((f for f in FAMILIES if f in op), "ALU")] += 1
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    mma = sorted(set(re.findall(r"(?:wg)?mma[\w.]*?\.m\d+n\d+k\d+", kernel.asm["ptx"])))
-    return registers, stack, mma, classes, len(code)
+    return classes

@@ -58,16 +58,16 @@ def bound(name, c, classes, warps):
     return 1e6 * bounds[which], which
 
 
-def dropout_cost(capability, dtype, row, key, classes, threads):
+def dropout_cost(capability, dtype, row, key, compiled, threads):
     """ALU instructions an element that the mask adds to a kernel's inner loop."""
     kernel, constants = key
     plain = dict(constants, HAS_DROPOUT=False)
     for (other, facts), (arguments, blocks) in aot.variants(capability, dtype, row, p=0.0).items():
         if other is kernel and dict(facts) == plain:
-            compiled = aot.compile_launch(capability, kernel, arguments, plain, blocks)
-            without = aot.inspect(compiled)[3]
+            other = aot.compile_launch(capability, kernel, arguments, plain, blocks)
+            without = aot.loop_classes(other)
             columns = plain["BLOCK_N"] if kernel.__name__ == "lora_fused" else plain["BLOCK_K"]
-            added = classes["ALU"] - without["ALU"]
+            added = aot.loop_classes(compiled)["ALU"] - without["ALU"]
             return added * threads / (plain["BLOCK_M"] * columns)
     raise AssertionError(f"{kernel.__name__} has no variant without dropout")
 
@@ -79,16 +79,17 @@ def test_shipped_configuration(capability, dtype, row_name):
         kernel, constants = key
         c = dict(constants)
         compiled = aot.compile_launch(capability, kernel, arguments, c, blocks)
-        registers, stack, mma, classes, _ = aot.inspect(compiled)
+        registers, stack, mma = aot.inspect(compiled)
         name = kernel.__name__
         flags = "+".join(f for f in sorted(c) if c[f] is True) or "-"
         alu = time = ""
         # Only a loop is counted: the fused kernel draws its mask after it, once a tile.
         if c.get("HAS_DROPOUT") and name != "lora_fused" and dtype != SINGLE:
-            cost = dropout_cost(capability, dtype, row, key, classes, 32 * blocks.warps)
+            cost = dropout_cost(capability, dtype, row, key, compiled, 32 * blocks.warps)
             alu = f"{cost:.1f}"
             assert cost <= ALU_LIMIT, f"{name} {flags}: {cost:.1f} instructions an element"
         if capability == 75 and dtype == HALF and name != "lora_reduce":
+            classes = aot.loop_classes(compiled)
             time = "{:.0f} us ({})".format(*bound(name, c, classes, blocks.warps))
         dtype_name = tuning.NAMES[dtype]
         rows.append(
@@ -107,7 +108,7 @@ def test_widest_tiles_of_ranks(capability, dtype, row_name):
     found = aot.variants(capability, dtype, tuning.SHIPPED[row_name], r=64)
     for (kernel, constants), (arguments, blocks) in found.items():
         compiled = aot.compile_launch(capability, kernel, arguments, dict(constants), blocks)
-        _, stack, mma, *_ = aot.inspect(compiled)
+        _, stack, mma = aot.inspect(compiled)
         name = f"{kernel.__name__} {dict(constants)}"
         assert stack == 0, f"{name} spills {stack} bytes"
         assert compiled.metadata.shared <= SHARED_LIMIT[capability]
