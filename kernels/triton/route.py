@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.kernels.call import Call, Term
-from fastlora.kernels.triton.backward import outer
-from fastlora.kernels.triton.forward import down, fused
 from fastlora.kernels.triton.grouped import Plan, is_uniform, rank_offsets
+from fastlora.kernels.triton.kernels import down, fused, outer
 
 
 class Kernels:
