@@ -26,12 +26,10 @@ def run(x: Tensor, bias: Tensor | None, call: Call, route: str) -> Tensor:
     if torch.compiler.is_compiling():
         reals = [value for term in call.terms for value in term[2:4]]
         places = [value for term in call.terms for value in term[4:]]
-        y, _ = lora(x, bias, call.weight, call.factors, call.seed, reals, places, route)
-    elif torch.is_grad_enabled():
-        y, _ = _Eager.apply(x, bias, call, route, *call.factors)
-    else:
-        y, _ = _forward(x, bias, call, route)
-    return y
+        return lora(x, bias, call.weight, call.factors, call.seed, reals, places, route)[0]
+    if torch.is_grad_enabled():
+        return _Eager.apply(x, bias, call, route, *call.factors)[0]
+    return _forward(x, bias, call, route)[0]
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -60,8 +58,8 @@ def _backward(
 
 def _terms(factors: Sequence[Tensor], others: Iterable[Sequence[Any]]) -> list[Term]:
     """Terms of these factors and, for each term, these other fields."""
-    fields = zip(factors[::2], factors[1::2], others, strict=True)
-    return [Term(A, B, *rest) for A, B, rest in fields]
+    pairs = zip(factors[::2], factors[1::2], strict=True)
+    return [Term(*pair, *rest) for pair, rest in zip(pairs, others, strict=True)]
 
 
 def _save(ctx: Any, x: Tensor, saved: Tensor, weight: Tensor, seed: Any, factors: Any) -> None:
@@ -93,47 +91,43 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple:
         x, saved, weight, seed, *factors = ctx.saved_tensors
         call = Call(weight, _terms(factors, ctx.others), seed, ctx.forms, ctx.hooked)
-        (need_dx, need_bias), K = ctx.needs_input_grad[:2], weight.shape[1]
+        need_dx, need_bias = ctx.needs_input_grad[:2]
         dx: Tensor | None = None
         gradients: list[Any] = [None] * len(factors)
-        if grad is None:
-            pass
-        elif torch.is_grad_enabled() or _is_batch(grad):
-            # Where [x | u] is saved, its left part stands for x, in the graph, too.
-            with torch.enable_grad():
-                x = saved[:, :K] if saved.dim() == 2 else x
-            needed = need_dx, *ctx.needs_input_grad[4:]
-            dx, *gradients = _differentiable(grad, x, call, ctx.route, needed)
-        else:
+        if grad is not None and (torch.is_grad_enabled() or _is_batch(grad)):
+            dx, *gradients = _differentiable(grad, x, saved, call, ctx.route)
+        elif grad is not None:
             dx, gradients = _backward(grad, x, saved, need_dx, call, ctx.route)
-        if grad_saved is not None and need_dx:  # only of a gradient's gradient
-            dx = grad_saved[:, :K] if dx is None else dx + grad_saved[:, :K]
+        if grad_saved is not None:  # only of a gradient's gradient
+            through = grad_saved[:, : weight.shape[1]]
+            dx = through if dx is None else dx + through
         d_bias = grad.sum(0) if need_bias and grad is not None else None
         return dx, d_bias, None, None, *gradients
 
 
 def _differentiable(
-    grad: Tensor, x: Any, call: Call, route: str, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of x and the factors where needed, as functions that autograd knows.
+    grad: Tensor, x: Any, saved: Tensor, call: Call, route: str
+) -> Sequence[Tensor | None]:
+    """The gradients of x and the factors, as functions that autograd knows.
 
     They also serve a batch of gradients at once, which no fused form takes.
     """
-    if not any(needed):
-        return [None] * len(needed)
     if not call.terms:
         return [grad @ call.weight]
     mask = keep_mask if route == "reference" else philox_keep
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), _without_autocast(grad):
+        # Where [x | u] is saved, its left part stands for x, in the graph, too.
+        x = saved[:, : call.weight.shape[1]] if saved.dim() == 2 else x
         # Other names for them: x may depend on the factors, as where two layers share an adapter,
         # and what flows through it is not this function's part of their gradient.
-        x, *factors = inputs = [t.view_as(t) for t in (x, *call.factors)]
+        x, *factors = inputs = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (x, *call.factors)
+        ]
         terms = _terms(factors, [term[2:] for term in call.terms])
         y = reference.lora_grouped(x, call.weight, None, terms, call.seed, mask)
-    leaves = [leaf for leaf, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=differentiable))
-    return [next(found) if need else None for need in needed]
+    return torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=differentiable)
 
 
 def _is_batch(grad: Tensor) -> bool:
@@ -148,8 +142,8 @@ _CALL = "Tensor weight, Tensor[] factors, Tensor? seed, float[] reals, SymInt[] 
 def _parse(
     weight: Tensor, factors: Any, seed: Any, reals: Any, places: Any, route: str
 ) -> tuple[Call, str]:
-    fields = factors[::2], factors[1::2], reals[::2], reals[1::2], *(places[i::4] for i in range(4))
-    return Call(weight, [Term(*term) for term in zip(*fields, strict=True)], seed), route
+    others = zip(reals[::2], reals[1::2], *(places[i::4] for i in range(4)), strict=True)
+    return Call(weight, _terms(factors, others), seed), route
 
 
 @torch.library.custom_op(
