@@ -20,8 +20,7 @@ from fastlora.kernels import (
     lora_linear,
     lora_qkv,
 )
-from fastlora.kernels.call import Call
-from fastlora.kernels.packed import Forms
+from fastlora.kernels.call import Call, Forms
 from fastlora.kernels.routes import implementation
 from fastlora.kernels.triton import tuning
 
