@@ -19,10 +19,9 @@ from torch.autograd import forward_ad
 
 from fastlora.kernels import reference
 from fastlora.kernels.autograd import run
-from fastlora.kernels.call import Call, Term
+from fastlora.kernels.call import Call, Forms, Packed, Term
 from fastlora.kernels.dropout import draw_seed
-from fastlora.kernels.packed import Forms, Packed
-from fastlora.kernels.routes import is_forced, route
+from fastlora.kernels.routes import forced, route
 from fastlora.kernels.triton import tuning
 
 _TYPES = (Tensor, nn.Parameter)
@@ -46,17 +45,17 @@ def lora_grouped(
     when a shape does not fit, and what `torch.nn.functional.linear` raises.
     """
     _check(x, weight, terms)
-    if _is_small(x, weight):
+    free = x.device.type == "cpu" and not torch.compiler.is_compiling() and not forced()
+    if free and x.numel() * weight.shape[0] < FEW:
         return reference.lora_grouped(x, weight, bias, terms, seed)
     name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    dtype, forms, compiling = _compute_dtype(x), Forms(), torch.compiler.is_compiling()
-    if packed is not None and not compiling:
+    dtype, forms = _compute_dtype(x), Forms()
+    if packed is not None and not torch.compiler.is_compiling():
         forms = Forms(packed.forms(weight), packed.graph if _capturing(x) else None)
     if weight.dtype != dtype:
-        cast = partial(weight.to, dtype)
-        weight = cast() if compiling else forms.get(dtype, cast)
+        weight = forms.get(dtype, partial(weight.to, dtype))
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1 or rows.stride(0) == 0:
         rows = rows.contiguous()
@@ -138,11 +137,11 @@ def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
     if x.shape[-1] != K:
         raise ValueError(f"x has {x.shape[-1]} features (expected {K}, weight's)")
     for term in terms:
-        A, B = term.lora_A, term.lora_B
-        if A.shape[1] != K or A.shape[0] != B.shape[1]:
-            found = f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}"
+        A, B = term.lora_A.shape, term.lora_B.shape
+        if A[1] != K or A[0] != B[1]:
+            found = f"lora_A is {tuple(A)} and lora_B {tuple(B)}"
             raise ValueError(f"{found} (expected [r, {K}] and [N, r])")
-        if (end := term.column + B.shape[0]) > N:
+        if (end := term.column + B[0]) > N:
             raise ValueError(f"lora_B's rows reach column {end} of y (expected at most {N})")
 
 
@@ -151,16 +150,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def _is_small(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product is so small that plain PyTorch is the faster."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and x.numel() * weight.shape[0] < FEW
-        and not is_forced()
-    )
 
 
 def _fused_route(
