@@ -82,9 +82,8 @@ class Call(NamedTuple):
     terms: Sequence[Term]
     seed: Tensor | None
     forms: Forms = Forms()  # the packed forms of the weight
-    # Whether the factors may be others than the pass before packed: not in backward, unless
-    # somebody's hooks gave them back.
-    changed: bool = True
+    route: str = "reference"
+    changed: bool = True  # whether the factors may have changed since they were packed
 
     @property
     def factors(self) -> list[Tensor]:

@@ -66,7 +66,7 @@ def lora_grouped(
         start, stop, _ = slice(term.start, term.stop).indices(len(rows))
         placed.append(term._replace(start=start, stop=max(start, stop)))
     bias = None if bias is None else bias.to(dtype)
-    y = run(rows, bias, Call(weight, placed, seed, forms), name)
+    y = run(rows, bias, Call(weight, placed, seed, forms, name))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

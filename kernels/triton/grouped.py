@@ -37,10 +37,9 @@ def rank_offsets(terms: Sequence[Term]) -> list[int]:
 
 def is_uniform(terms: Sequence[Term], rows: int) -> bool:
     """Whether every term covers all rows, and no two of them the same columns."""
-    if any(term.start != 0 or term.stop != rows for term in terms):
-        return False
+    whole = all(term.rows == (0, rows) for term in terms)
     blocks = sorted((term.column, term.column + term.lora_B.shape[0]) for term in terms)
-    return all(a[1] <= b[0] for a, b in pairwise(blocks))
+    return whole and all(a[1] <= b[0] for a, b in pairwise(blocks))
 
 
 class Pieces:

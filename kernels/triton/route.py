@@ -7,7 +7,7 @@ seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,14 @@ from fastlora.kernels.triton.grouped import Plan, is_uniform, rank_offsets
 from fastlora.kernels.triton.kernels import down, fused, outer
 
 
-class Kernels:
-    """Routes "gemm" (`vendor`) and "triton".
+class Kernels(NamedTuple):
+    """Routes "gemm" and "triton".
 
     In route "gemm", K is extended where every term covers all rows; otherwise the frozen GEMM
     stays as it is and a kernel adds the terms.
     """
 
-    def __init__(self, vendor: bool) -> None:
-        self.vendor = vendor
+    vendor: bool  # whether the frozen GEMM is the vendor's: route "gemm"
 
     def saved_shape(self, call: Call, rows: int) -> tuple[int, ...]:
         """[x | u], or u alone as one row."""
@@ -75,17 +74,14 @@ class Kernels:
                 fused(plan, grad, None, v, A, dx, backward=True)
         dA = outer(plan, x, v, A, base, dx)
         if is_uniform(call.terms, M):
-            return dx, _parts(dA, _mm_fp32(grad.T, u), call.terms)
+            if grad.is_cuda and grad.dtype != torch.float32:
+                dB = torch.mm(grad.T, u, out_dtype=torch.float32)
+            else:
+                dB = grad.T.float() @ u.float()
+            return dx, _parts(dA, dB, call.terms)
         widest = max(term.lora_B.shape[0] for term in call.terms)
         dB = outer(plan, grad, u, width=widest).T
         return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])
-
-
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a b with an fp32 result of half-precision inputs."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def _parts(A: Tensor, B: Tensor, terms: Sequence[Term]) -> list[Tensor]:
