@@ -9,7 +9,6 @@ their order, two and four a term.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from fastlora.kernels import reference
 from fastlora.kernels.call import Call, Term
 from fastlora.kernels.dropout import keep_mask, philox_keep
 from fastlora.kernels.routes import implementation
+
+_without_autocast = torch._C._DisableAutocast  # PyTorch's operations take the types they are given
 
 
 def run(x: Tensor, bias: Tensor | None, call: Call) -> Tensor:
@@ -32,16 +33,9 @@ def run(x: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     return _forward(x, bias, call)[0]
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """A context in which PyTorch's operations take the types they are given."""
-    device = x.device.type
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
-
-
 def _forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """y [M, N], and what backward needs: [x | u] where it has two dimensions, else only u."""
-    with _without_autocast(x):
+    with _without_autocast():
         return implementation(call.route).forward(x, bias, call)
 
 
@@ -51,7 +45,7 @@ def _backward(
     """dx [M, K] where it is needed, and each factor's gradient in the factor's type."""
     if grad.stride(-1) != 1 or grad.stride(0) == 0:
         grad = grad.contiguous()
-    with _without_autocast(grad):
+    with _without_autocast():
         dx, parts = implementation(call.route).backward(grad, x, saved, call, need_dx)
     return dx, [part.to(f.dtype) for part, f in zip(parts, call.factors, strict=True)]
 
@@ -112,7 +106,7 @@ def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence
         return [grad @ call.weight]
     mask = keep_mask if call.route == "reference" else philox_keep
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad(), _without_autocast(grad):
+    with torch.enable_grad(), _without_autocast():
         # Where [x | u] is saved, its left part stands for x, in the graph, too.
         x = saved[:, : call.weight.shape[1]] if saved.dim() == 2 else x
         # Other names for them: x may depend on the factors, as where two layers share an adapter,

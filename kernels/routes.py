@@ -33,14 +33,13 @@ class Route(NamedTuple):
     why: str
 
 
-@lru_cache(maxsize=3)
 def implementation(name: str) -> Any:
     """The route's `saved_shape`, `forward` and `backward`; what needs Triton is imported now."""
     if name == "reference":
         return cpu_route
-    from fastlora.kernels.triton.route import Kernels
+    from fastlora.kernels.triton import route as triton_route
 
-    return Kernels(vendor=name == "gemm")
+    return triton_route
 
 
 @lru_cache(maxsize=64)

@@ -72,7 +72,16 @@ def _terms(
 def _product(x: Tensor, bias: Tensor | None, call: Call, *, transposed: bool = False) -> Tensor:
     """x W^T + b [M, N] of x [M, K]; with `transposed` x W [M, K] of x [M, N]. No autograd."""
     weight = call.weight.T if transposed else call.weight
-    if not _in_onednn(x, call.weight):
+    in_onednn = (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and call.weight.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+    if not in_onednn:
         return F.linear(x, weight, bias)
     onednn = torch.ops.mkldnn
     if call.forms.kept is not None:
@@ -81,15 +90,3 @@ def _product(x: Tensor, bias: Tensor | None, call: Call, *, transposed: bool = F
             lambda: onednn._reorder_linear_weight(weight.detach().contiguous(), _BATCH_HINT),
         )
     return onednn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _in_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and weight.is_contiguous()
-        and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )

@@ -20,9 +20,6 @@ from fastlora.kernels.dropout import threshold
 from fastlora.kernels.triton import tuning
 
 RANK_BLOCK = 64  # a term of higher rank is several pieces, so that a tile stays in registers
-# What of a term is the same in every batch: rank, first column and width of its block, stream,
-# threshold, c.
-Shape = tuple[int, int, int, int, int, float]
 
 
 def padded(rank: int) -> int:
@@ -43,9 +40,12 @@ def is_uniform(terms: Sequence[Term], rows: int) -> bool:
 
 
 class Pieces:
-    """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device."""
+    """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device.
 
-    def __init__(self, shapes: tuple[Shape, ...], device: torch.device) -> None:
+    Of each it takes rank, first column and width of its block, stream, threshold and c.
+    """
+
+    def __init__(self, shapes: tuple[tuple[Any, ...], ...], device: torch.device) -> None:
         table, scales, terms, offset = [], [], [], 0
         for term, (rank, column, width, stream, drop, scale) in enumerate(shapes):
             # Streams have 32 bits and no sign; the table has signed ones.

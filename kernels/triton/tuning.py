@@ -96,9 +96,8 @@ def launch(
     blocks: Blocks,
 ) -> None:
     """Run `kernel` on `grid`; the one place that does, so that tests can count and capture."""
-    tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
     if all(grid):
-        first = next(tensors)
+        first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
         # Triton launches on the current device.
         with torch.cuda.device_of(first), compiling(capability(first.device)):
             kernel[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
