@@ -3,14 +3,11 @@
     lora_down     the down-projection u
     lora_fused    a GEMM with the low-rank terms folded in
     lora_outer    dA (or dB) as partial sums over chunks of rows, and dx in the same pass
-    lora_reduce   the sum of those: two stages and no atomics, so that a gradient is the same bits
-                  each time
+    lora_reduce   their sum; no atomics, so that a gradient is the same bits each time
 
 All walk tables (see `grouped.py`): a tile is up to BLOCK_M rows of one segment and the pieces that
 apply there, one a slot; a piece is at most 64 ranks of one term.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -120,8 +117,7 @@ def lora_down(
             place, known = offset + rank, rank < ranks
             a = load_tile(a_ptr, first + k, stride_a1, place, stride_a0, k < depth, known)
             if HAS_DROPOUT:
-                keep = keep_mask(seed, stream, mask_row, k0, threshold, BLOCK_K, x.dtype)
-                x = x * keep
+                x = x * keep_mask(seed, stream, mask_row, k0, threshold, BLOCK_K, x.dtype)
             acc = tl.dot(x, a, acc, input_precision="ieee")
         if not IN_BLOCK:
             acc *= tl.load(scales_ptr + piece)

@@ -5,8 +5,6 @@ and keeps [x | u]; elsewhere its frozen GEMM stays as it is and a kernel adds th
 drawn again from the seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,10 +66,8 @@ def backward(
             fused(plan, grad, None, v, A, dx, backward=True)
     dA = outer(plan, x, v, A, base, dx)
     if is_uniform(call.terms, M):
-        if grad.is_cuda and grad.dtype != torch.float32:
-            dB = torch.mm(grad.T, u, out_dtype=torch.float32)
-        else:
-            dB = grad.T.float() @ u.float()
+        half = grad.is_cuda and grad.dtype != torch.float32
+        dB = torch.mm(grad.T, u, out_dtype=torch.float32) if half else grad.T.float() @ u.float()
         return dx, _parts(dA, dB, call.terms)
     widest = max(term.lora_B.shape[0] for term in call.terms)
     dB = outer(plan, grad, u, width=widest).T
@@ -90,10 +86,9 @@ def _parts(A: Tensor, B: Tensor, terms: Sequence[Term]) -> list[Tensor]:
 def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tensor, Tensor]:
     """All terms' A [R, K], [W0 | B] [N, K + R] and B [N, R] in the compute type.
 
-    Without `extend`, the second is only B. See `_parts` for which rows and columns are whose. Where
-    the weight's owner keeps the buffers, the factors are copied into them in each forward pass:
-    nothing need watch who changes them. Two sets of factors never share a buffer, so that neither
-    another adapter's pass nor another thread's comes between a pass and its backward.
+    Without `extend`, the second is only B. Where the weight's owner keeps the buffers, the factors
+    are copied into them in each forward pass: nothing need watch who changes them. Two sets of
+    factors never share a buffer, so that no other pass comes between a pass and its backward.
     """
     tensors, columns = call.factors, tuple(term.column for term in call.terms)
 

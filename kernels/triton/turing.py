@@ -14,8 +14,6 @@ later ones need the hook, too. Triton 3.7 and later look a compiled kernel up by
 and 3.6 would take one that was compiled without the hook from the disk for good.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import tempfile
@@ -71,10 +69,7 @@ _inside: list[Hook] = []  # the hook in place, once for each thread that is in `
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Inside, kernels of ours compile for sm_75 with tensor cores, where that works."""
-    if problem():
-        yield
-        return
+    """Inside, kernels of ours compile for sm_75 with tensor cores; where there is no `problem`."""
     runtime: Any = triton.knobs.runtime
     with _lock:
         hook = _inside[0] if _inside else Hook(runtime.add_stages_inspection_hook)
