@@ -6,9 +6,7 @@ of the first term, A and B of the next; `reals` and `places` are the other field
 their order, two and four a term.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +16,6 @@ from fastlora.kernels import reference
 from fastlora.kernels.call import Call, Term
 from fastlora.kernels.dropout import keep_mask, philox_keep
 from fastlora.kernels.routes import implementation
-
-_without_autocast = torch._C._DisableAutocast  # PyTorch's operations take the types they are given
 
 
 def run(x: Tensor, bias: Tensor | None, call: Call) -> Tensor:
@@ -35,7 +31,7 @@ def run(x: Tensor, bias: Tensor | None, call: Call) -> Tensor:
 
 def _forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """y [M, N], and what backward needs: [x | u] where it has two dimensions, else only u."""
-    with _without_autocast():
+    with torch._C._DisableAutocast():  # operations take the types they are given
         return implementation(call.route).forward(x, bias, call)
 
 
@@ -45,7 +41,7 @@ def _backward(
     """dx [M, K] where it is needed, and each factor's gradient in the factor's type."""
     if grad.stride(-1) != 1 or grad.stride(0) == 0:
         grad = grad.contiguous()
-    with _without_autocast():
+    with torch._C._DisableAutocast():
         dx, parts = implementation(call.route).backward(grad, x, saved, call, need_dx)
     return dx, [part.to(f.dtype) for part, f in zip(parts, call.factors, strict=True)]
 
@@ -64,9 +60,7 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Any, call: Call, *factors: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, bias: Any, call: Call, *factors: Tensor) -> tuple:
         y, saved = _forward(x, bias, call)
         _save(ctx, x, saved, call.weight, call.seed, factors)
         if saved.dim() == 1:
@@ -106,7 +100,7 @@ def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence
         return [grad @ call.weight]
     mask = keep_mask if call.route == "reference" else philox_keep
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad(), _without_autocast():
+    with torch.enable_grad(), torch._C._DisableAutocast():
         # Where [x | u] is saved, its left part stands for x, in the graph, too.
         x = saved[:, : call.weight.shape[1]] if saved.dim() == 2 else x
         # Other names for them: x may depend on the factors, as where two layers share an adapter,
@@ -115,40 +109,29 @@ def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in (x, *call.factors)
         ]
-        terms = _terms(factors, [term[2:] for term in call.terms])
+        pairs = zip(call.terms, factors[::2], factors[1::2], strict=True)
+        terms = [term._replace(lora_A=A, lora_B=B) for term, A, B in pairs]
         y = reference.lora_grouped(x, call.weight, None, terms, call.seed, mask)
     return torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=differentiable)
 
 
-def _terms(factors: Sequence[Tensor], others: Iterable[Sequence[Any]]) -> list[Term]:
-    """Terms of these factors and, for each term, these other fields."""
-    pairs = zip(factors[::2], factors[1::2], strict=True)
-    return [Term(*pair, *rest) for pair, rest in zip(pairs, others, strict=True)]
-
-
 _CALL = "Tensor weight, Tensor[] factors, Tensor? seed, float[] reals, SymInt[] places, str route"
+_FORWARD = f"(Tensor x, Tensor? bias, {_CALL}) -> (Tensor, Tensor)"
+_BACKWARD = f"(Tensor grad, Tensor? x, Tensor saved, bool need_dx, {_CALL}) -> Tensor[]"
 
 
 def _parse(weight: Tensor, factors: Any, seed: Any, reals: Any, places: Any, route: str) -> Call:
-    others = zip(reals[::2], reals[1::2], *(places[i::4] for i in range(4)), strict=True)
-    return Call(weight, _terms(factors, others), seed, route=route)
+    fields = factors[::2], factors[1::2], reals[::2], reals[1::2], *(places[i::4] for i in range(4))
+    return Call(weight, [Term(*term) for term in zip(*fields, strict=True)], seed, route=route)
 
 
-@torch.library.custom_op(
-    "fastlora::lora",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor? bias, {_CALL}) -> (Tensor, Tensor)",
-)
+@torch.library.custom_op("fastlora::lora", mutates_args=(), schema=_FORWARD)
 def lora(x: Tensor, bias: Tensor | None, *call: Any) -> tuple[Tensor, Tensor]:
     """`_forward` as an operator."""
     return _forward(x, bias, _parse(*call))
 
 
-@torch.library.custom_op(
-    "fastlora::lora_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor? x, Tensor saved, bool need_dx, {_CALL}) -> Tensor[]",
-)
+@torch.library.custom_op("fastlora::lora_backward", mutates_args=(), schema=_BACKWARD)
 def lora_backward(grad: Tensor, x: Any, saved: Tensor, need_dx: bool, *call: Any) -> list[Tensor]:
     """`_backward` as an operator: the factors' gradients, then dx."""
     dx, gradients = _backward(grad, x, saved, need_dx, _parse(*call))

@@ -2,16 +2,13 @@
 
 A product is faster on a weight that lies in memory as the product wants it: oneDNN's blocks on a
 CPU, [W0 | B] for route "gemm", another type under autocast. A copy is only right while the weight
-stays the same, and a write through `.data`, NumPy or a collective operation leaves no trace that
-a cache could look for. So nothing here is packed unasked: an owner who knows when its frozen
-weights change makes a `Packed` for each and passes it to every call; all others compute on the
-weight as it is.
+stays the same, and a write through `.data`, NumPy or a collective operation leaves no trace. So
+nothing is packed unasked: an owner who knows when its frozen weights change makes a `Packed` for
+each and passes it to every call; all others compute on the weight as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +16,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.kernels.dropout import keep_scale
 
-T = TypeVar("T")
 LIMIT = 32  # forms of one weight; the oldest goes first, as adapters come and go
 
 
@@ -58,7 +54,7 @@ class Forms(NamedTuple):
     kept: dict | None = None  # None: nobody keeps them, each is made for this call alone
     graph: list | None = None  # while a CUDA graph is captured, takes what the graph will read
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The form that is kept by this key, or else what `make` returns, kept from now on."""
         if self.kept is None:
             return make()

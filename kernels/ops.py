@@ -7,8 +7,6 @@ rows, a trainable weight, subclasses of tensors (nested, quantised, sharded, fak
 as a FLOP counter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,9 +23,7 @@ from fastlora.kernels.routes import forced, route
 from fastlora.kernels.triton import tuning
 
 _TYPES = (Tensor, nn.Parameter)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Multiply-adds of a product on a CPU below which plain PyTorch is faster than the fused form.
-FEW = 40_000_000
+FEW = 40_000_000  # multiply-adds on a CPU below which plain PyTorch beats the fused form
 
 
 def lora_grouped(
@@ -45,8 +41,8 @@ def lora_grouped(
     when a shape does not fit, and what `torch.nn.functional.linear` raises.
     """
     _check(x, weight, terms)
-    free = x.device.type == "cpu" and not torch.compiler.is_compiling() and not forced()
-    if free and x.numel() * weight.shape[0] < FEW:
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and x.numel() * weight.shape[0] < FEW and not forced():
         return reference.lora_grouped(x, weight, bias, terms, seed)
     name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
@@ -124,8 +120,7 @@ def lora_qkv(
 class Linear(nn.Linear):
     """`nn.Linear` that is faster on a CPU while its weight is frozen."""
 
-    # Set by an owner who knows when the weight changes.
-    packed: Packed | None = None
+    packed: Packed | None = None  # set by an owner who knows when the weight changes
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -181,7 +176,7 @@ def _is_ordinary(x: Tensor) -> bool:
     return (
         type(x) in _TYPES
         and x.device.type in ("cpu", "cuda")
-        and x.dtype in _DTYPES
+        and (x.dtype in tuning.NAMES or x.dtype == torch.float64)
         and x.layout == torch.strided
         and not x.is_nested
         and not torch.compiler.is_compiling()

@@ -7,10 +7,7 @@ here is differentiable by autograd, any number of times, and works in float64. I
 where a fused form cannot (see `ops.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +16,7 @@ from torch import Tensor
 from fastlora.kernels.call import Term
 from fastlora.kernels.dropout import keep_mask
 
-Mask: TypeAlias = Callable[..., Tensor]  # `keep_mask`, or `philox_keep` for a GPU's on any device
+Mask = Callable[..., Tensor]  # `keep_mask`, or `philox_keep` for a GPU's on any device
 
 
 def lora_grouped(

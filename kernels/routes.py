@@ -1,13 +1,9 @@
-"""Which kernels run a call, and why.
+"""Which kernels run a call, and why. All have the same inputs and gradients.
 
-    reference   PyTorch's own products (cpu/route.py)
-    gemm        one vendor GEMM with extended K: [x | u] [W0 | B]^T, and back: g [W0 | B] = [dx | v]
-    triton      one GEMM in Triton with the low-rank terms in it (both in triton/route.py)
-
-All have the same inputs and gradients.
+reference   PyTorch's own products (cpu/route.py)
+gemm        one vendor GEMM with extended K: [x | u] [W0 | B]^T, and back: g [W0 | B] = [dx | v]
+triton      one GEMM in Triton with the low-rank terms in it (both in triton/route.py)
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Iterator

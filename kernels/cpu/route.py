@@ -5,8 +5,6 @@ weight as it lies in memory, and mostly up to 6% less on one that is packed in i
 AVX-512 cores, 128 to 4,096 rows, MiniLM's and BERT-base's projections, fp32 and bf16).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch
