@@ -10,7 +10,7 @@ if __name__ != "fastlora.kernels":
         "(run 'pytest', not 'python -m pytest')"
     )
 
-from fastlora.kernels.call import Term
+from fastlora.kernels.call import Packed, Term
 from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
 from fastlora.kernels.ops import (
     Linear,
@@ -22,5 +22,4 @@ from fastlora.kernels.ops import (
     lora_qkv,
     lora_together,
 )
-from fastlora.kernels.packed import Packed
 from fastlora.kernels.routes import Route, forced_route, route

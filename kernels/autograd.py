@@ -6,10 +6,7 @@ of the first term, A and B of the next; `reals` and `places` are the other field
 their order, two and four a term.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,47 +18,32 @@ from fastlora.kernels.dropout import keep_mask, philox_keep
 from fastlora.kernels.routes import implementation
 
 
-def run(x: Tensor, bias: Tensor | None, call: Call, route: str) -> Tensor:
+def run(x: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """y [M, N] of x [M, K], differentiable by x, the bias and the factors."""
     if torch.compiler.is_compiling():
         reals = [value for term in call.terms for value in term[2:4]]
         places = [value for term in call.terms for value in term[4:]]
-        y, _ = lora(x, bias, call.weight, call.factors, call.seed, reals, places, route)
-    elif torch.is_grad_enabled():
-        y, _ = _Eager.apply(x, bias, call, route, *call.factors)
-    else:
-        y, _ = _forward(x, bias, call, route)
-    return y
+        return lora(x, bias, call.weight, call.factors, call.seed, reals, places, call.route)[0]
+    if torch.is_grad_enabled():
+        return _Eager.apply(x, bias, call, *call.factors)[0]
+    return _forward(x, bias, call)[0]
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """A context in which PyTorch's operations take the types they are given."""
-    device = x.device.type
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
-
-
-def _forward(x: Tensor, bias: Tensor | None, call: Call, route: str) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """y [M, N], and what backward needs: [x | u] where it has two dimensions, else only u."""
-    with _without_autocast(x):
-        return implementation(route).forward(x, bias, call)
+    with torch._C._DisableAutocast():  # operations take the types they are given
+        return implementation(call.route).forward(x, bias, call)
 
 
 def _backward(
-    grad: Tensor, x: Tensor | None, saved: Tensor, need_dx: bool, call: Call, route: str
+    grad: Tensor, x: Tensor | None, saved: Tensor, need_dx: bool, call: Call
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx [M, K] where it is needed, and each factor's gradient in the factor's type."""
     if grad.stride(-1) != 1 or grad.stride(0) == 0:
         grad = grad.contiguous()
-    with _without_autocast(grad):
-        dx, parts = implementation(route).backward(grad, x, saved, call, need_dx)
+    with torch._C._DisableAutocast():
+        dx, parts = implementation(call.route).backward(grad, x, saved, call, need_dx)
     return dx, [part.to(f.dtype) for part, f in zip(parts, call.factors, strict=True)]
-
-
-def _terms(factors: Sequence[Tensor], others: Iterable[Sequence[Any]]) -> list[Term]:
-    """Terms of these factors and, for each term, these other fields."""
-    fields = zip(factors[::2], factors[1::2], others, strict=True)
-    return [Term(A, B, *rest) for A, B, rest in fields]
 
 
 def _save(ctx: Any, x: Tensor, saved: Tensor, weight: Tensor, seed: Any, factors: Any) -> None:
@@ -78,98 +60,81 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Any, call: Call, route: str, *factors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        y, saved = _forward(x, bias, call, route)
+    def forward(ctx: Any, x: Tensor, bias: Any, call: Call, *factors: Tensor) -> tuple:
+        y, saved = _forward(x, bias, call)
         _save(ctx, x, saved, call.weight, call.seed, factors)
         if saved.dim() == 1:
             ctx.mark_non_differentiable(saved)
-        ctx.others, ctx.forms, ctx.route = [term[2:] for term in call.terms], call.forms, route
-        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        # With the factors themselves, for hooks may give saved ones back in another place, where
+        # other factors were packed. They are saved so that PyTorch sees whether they change.
+        ctx.rest = call._replace(changed=False)[1:]
         return y, saved
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple:
-        x, saved, weight, seed, *factors = ctx.saved_tensors
-        call = Call(weight, _terms(factors, ctx.others), seed, ctx.forms, ctx.hooked)
-        (need_dx, need_bias), K = ctx.needs_input_grad[:2], weight.shape[1]
-        dx: Tensor | None = None
-        gradients: list[Any] = [None] * len(factors)
-        if grad is None:
-            pass
-        elif torch.is_grad_enabled() or _is_batch(grad):
-            # Where [x | u] is saved, its left part stands for x, in the graph, too.
-            with torch.enable_grad():
-                x = saved[:, :K] if saved.dim() == 2 else x
-            needed = need_dx, *ctx.needs_input_grad[4:]
-            dx, *gradients = _differentiable(grad, x, call, ctx.route, needed)
-        else:
-            dx, gradients = _backward(grad, x, saved, need_dx, call, ctx.route)
-        if grad_saved is not None and need_dx:  # only of a gradient's gradient
-            dx = grad_saved[:, :K] if dx is None else dx + grad_saved[:, :K]
-        d_bias = grad.sum(0) if need_bias and grad is not None else None
-        return dx, d_bias, None, None, *gradients
+        x, saved, weight, _, *factors = ctx.saved_tensors
+        need_dx, need_bias = ctx.needs_input_grad[:2]
+        dx, d_bias = None, None
+        gradients: Sequence[Tensor | None] = [None] * len(factors)
+        if grad is not None:
+            functorch, call = torch._C._functorch, Call(weight, *ctx.rest)
+            # `is_grads_batched` and `torch.func.vmap` compute many gradients at once.
+            many = functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+            if many or torch.is_grad_enabled():
+                dx, *gradients = _differentiable(grad, x, saved, call)
+            else:
+                dx, gradients = _backward(grad, x, saved, need_dx, call)
+            d_bias = grad.sum(0) if need_bias else None
+        if grad_saved is not None:  # only of a gradient's gradient
+            through = grad_saved[:, : weight.shape[1]]
+            dx = through if dx is None else dx + through
+        return dx, d_bias, None, *gradients
 
 
-def _differentiable(
-    grad: Tensor, x: Any, call: Call, route: str, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients of x and the factors where needed, as functions that autograd knows.
+def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence[Tensor | None]:
+    """The gradients of x and the factors, as functions that autograd knows.
 
     They also serve a batch of gradients at once, which no fused form takes.
     """
-    if not any(needed):
-        return [None] * len(needed)
     if not call.terms:
         return [grad @ call.weight]
-    mask = keep_mask if route == "reference" else philox_keep
+    mask = keep_mask if call.route == "reference" else philox_keep
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad(), _without_autocast(grad):
+    with torch.enable_grad(), torch._C._DisableAutocast():
+        # Where [x | u] is saved, its left part stands for x, in the graph, too.
+        x = saved[:, : call.weight.shape[1]] if saved.dim() == 2 else x
         # Other names for them: x may depend on the factors, as where two layers share an adapter,
         # and what flows through it is not this function's part of their gradient.
-        x, *factors = inputs = [t.view_as(t) for t in (x, *call.factors)]
-        terms = _terms(factors, [term[2:] for term in call.terms])
+        x, *factors = inputs = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (x, *call.factors)
+        ]
+        pairs = zip(call.terms, factors[::2], factors[1::2], strict=True)
+        terms = [term._replace(lora_A=A, lora_B=B) for term, A, B in pairs]
         y = reference.lora_grouped(x, call.weight, None, terms, call.seed, mask)
-    leaves = [leaf for leaf, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, leaves, grad.to(y.dtype), create_graph=differentiable))
-    return [next(found) if need else None for need in needed]
-
-
-def _is_batch(grad: Tensor) -> bool:
-    """Whether this stands for many gradients, by `is_grads_batched` or `torch.func.vmap`."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+    return torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=differentiable)
 
 
 _CALL = "Tensor weight, Tensor[] factors, Tensor? seed, float[] reals, SymInt[] places, str route"
+_FORWARD = f"(Tensor x, Tensor? bias, {_CALL}) -> (Tensor, Tensor)"
+_BACKWARD = f"(Tensor grad, Tensor? x, Tensor saved, bool need_dx, {_CALL}) -> Tensor[]"
 
 
-def _parse(
-    weight: Tensor, factors: Any, seed: Any, reals: Any, places: Any, route: str
-) -> tuple[Call, str]:
+def _parse(weight: Tensor, factors: Any, seed: Any, reals: Any, places: Any, route: str) -> Call:
     fields = factors[::2], factors[1::2], reals[::2], reals[1::2], *(places[i::4] for i in range(4))
-    return Call(weight, [Term(*term) for term in zip(*fields, strict=True)], seed), route
+    return Call(weight, [Term(*term) for term in zip(*fields, strict=True)], seed, route=route)
 
 
-@torch.library.custom_op(
-    "fastlora::lora",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor? bias, {_CALL}) -> (Tensor, Tensor)",
-)
+@torch.library.custom_op("fastlora::lora", mutates_args=(), schema=_FORWARD)
 def lora(x: Tensor, bias: Tensor | None, *call: Any) -> tuple[Tensor, Tensor]:
     """`_forward` as an operator."""
-    return _forward(x, bias, *_parse(*call))
+    return _forward(x, bias, _parse(*call))
 
 
-@torch.library.custom_op(
-    "fastlora::lora_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor? x, Tensor saved, bool need_dx, {_CALL}) -> Tensor[]",
-)
+@torch.library.custom_op("fastlora::lora_backward", mutates_args=(), schema=_BACKWARD)
 def lora_backward(grad: Tensor, x: Any, saved: Tensor, need_dx: bool, *call: Any) -> list[Tensor]:
     """`_backward` as an operator: the factors' gradients, then dx."""
-    dx, gradients = _backward(grad, x, saved, need_dx, *_parse(*call))
+    dx, gradients = _backward(grad, x, saved, need_dx, _parse(*call))
     # Gradients are parts of buffers, and an operator's results may share no memory.
     found = [part.clone(memory_format=torch.contiguous_format) for part in gradients]
     return found if dx is None else [*found, dx]
@@ -177,8 +142,8 @@ def lora_backward(grad: Tensor, x: Any, saved: Tensor, need_dx: bool, *call: Any
 
 @lora.register_fake
 def _fake_lora(x: Tensor, _bias: Any, *description: Any) -> tuple[Tensor, Tensor]:
-    (call, route), rows = _parse(*description), x.shape[0]
-    saved = implementation(route).saved_shape(call, rows)
+    call, rows = _parse(*description), x.shape[0]
+    saved = implementation(call.route).saved_shape(call, rows)
     return x.new_empty(rows, call.weight.shape[0]), x.new_empty(saved)
 
 

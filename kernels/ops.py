@@ -7,8 +7,6 @@ rows, a trainable weight, subclasses of tensors (nested, quantised, sharded, fak
 as a FLOP counter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,16 +17,13 @@ from torch.autograd import forward_ad
 
 from fastlora.kernels import reference
 from fastlora.kernels.autograd import run
-from fastlora.kernels.call import Call, Term
+from fastlora.kernels.call import Call, Forms, Packed, Term
 from fastlora.kernels.dropout import draw_seed
-from fastlora.kernels.packed import Forms, Packed
-from fastlora.kernels.routes import is_forced, route
+from fastlora.kernels.routes import forced, route
 from fastlora.kernels.triton import tuning
 
 _TYPES = (Tensor, nn.Parameter)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Multiply-adds of a product on a CPU below which plain PyTorch is faster than the fused form.
-FEW = 40_000_000
+FEW = 40_000_000  # multiply-adds on a CPU below which plain PyTorch beats the fused form
 
 
 def lora_grouped(
@@ -51,12 +46,11 @@ def lora_grouped(
     name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    dtype, forms, compiling = _compute_dtype(x), Forms(), torch.compiler.is_compiling()
-    if packed is not None and not compiling:
+    dtype, forms = _compute_dtype(x), Forms()
+    if packed is not None and not torch.compiler.is_compiling():
         forms = Forms(packed.forms(weight), packed.graph if _capturing(x) else None)
     if weight.dtype != dtype:
-        cast = partial(weight.to, dtype)
-        weight = cast() if compiling else forms.get(dtype, cast)
+        weight = forms.get(dtype, partial(weight.to, dtype))
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1 or rows.stride(0) == 0:
         rows = rows.contiguous()
@@ -67,7 +61,7 @@ def lora_grouped(
         start, stop, _ = slice(term.start, term.stop).indices(len(rows))
         placed.append(term._replace(start=start, stop=max(start, stop)))
     bias = None if bias is None else bias.to(dtype)
-    y = run(rows, bias, Call(weight, placed, seed, forms), name)
+    y = run(rows, bias, Call(weight, placed, seed, forms, name))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -152,8 +146,7 @@ def lora_together(
 class Linear(nn.Linear):
     """`nn.Linear` that is faster on a CPU while its weight is frozen."""
 
-    # Set by an owner who knows when the weight changes.
-    packed: Packed | None = None
+    packed: Packed | None = None  # set by an owner who knows when the weight changes
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -167,11 +160,11 @@ def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
     if x.shape[-1] != K:
         raise ValueError(f"x has {x.shape[-1]} features (expected {K}, weight's)")
     for term in terms:
-        A, B = term.lora_A, term.lora_B
-        if A.shape[1] != K or A.shape[0] != B.shape[1]:
-            found = f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}"
+        A, B = term.lora_A.shape, term.lora_B.shape
+        if A[1] != K or A[0] != B[1]:
+            found = f"lora_A is {tuple(A)} and lora_B {tuple(B)}"
             raise ValueError(f"{found} (expected [r, {K}] and [N, r])")
-        if (end := term.column + B.shape[0]) > N:
+        if (end := term.column + B[0]) > N:
             raise ValueError(f"lora_B's rows reach column {end} of y (expected at most {N})")
 
 
@@ -188,7 +181,7 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
         x.is_cpu
         and not torch.compiler.is_compiling()
         and x.numel() * weight.shape[0] < FEW
-        and not is_forced()
+        and not forced()
     )
 
 
@@ -221,7 +214,7 @@ def is_ordinary(x: Tensor) -> bool:
     return (
         type(x) in _TYPES
         and x.device.type in ("cpu", "cuda")
-        and x.dtype in _DTYPES
+        and (x.dtype in tuning.NAMES or x.dtype == torch.float64)
         and x.layout == torch.strided
         and not x.is_nested
         and not torch.compiler.is_compiling()

@@ -7,8 +7,6 @@ here is differentiable by autograd, any number of times, and works in float64. I
 where a fused form cannot (see `ops.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +16,8 @@ from torch import Tensor
 from fastlora.kernels.call import Term
 from fastlora.kernels.dropout import keep_mask
 
+Mask = Callable[..., Tensor]  # `keep_mask`, or `philox_keep` for a GPU's on any device
+
 
 def lora_grouped(
     x: Tensor,
@@ -25,23 +25,18 @@ def lora_grouped(
     bias: Tensor | None,
     terms: Sequence[Term],
     seed: Tensor | None = None,
-    mask: Callable[..., Tensor] = keep_mask,
+    mask: Mask = keep_mask,
 ) -> Tensor:
     """x [..., K], weight [N, K], bias [N] or None; returns y [..., N]. See `add_terms`."""
     return add_terms(F.linear(x, weight, bias), x, terms, seed, mask)
 
 
 def add_terms(
-    y: Tensor,
-    x: Tensor,
-    terms: Sequence[Term],
-    seed: Tensor | None = None,
-    mask: Callable[..., Tensor] = keep_mask,
+    y: Tensor, x: Tensor, terms: Sequence[Term], seed: Tensor | None = None, mask: Mask = keep_mask
 ) -> Tensor:
     """y [..., N] and the low-rank terms of x [..., K]: a new tensor in y's type.
 
-    `mask` is `keep_mask`, or `philox_keep` to have a GPU's masks on any device. Without a seed,
-    PyTorch's own dropout draws the masks.
+    Without a seed, PyTorch's own dropout draws the masks.
     """
     for term in terms:
         whole = term.start == 0 and term.stop is None

@@ -1,13 +1,9 @@
-"""Which kernels run a call, and why.
+"""Which kernels run a call, and why. All have the same inputs and gradients.
 
-    reference   PyTorch's own products (cpu/route.py)
-    gemm        one vendor GEMM with extended K: [x | u] [W0 | B]^T, and back: g [W0 | B] = [dx | v]
-    triton      one GEMM in Triton with the low-rank terms in it (both in triton/route.py)
-
-All have the same inputs and gradients.
+reference   PyTorch's own products (cpu/route.py)
+gemm        one vendor GEMM with extended K: [x | u] [W0 | B]^T, and back: g [W0 | B] = [dx | v]
+triton      one GEMM in Triton with the low-rank terms in it (both in triton/route.py)
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Iterator
@@ -19,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.kernels.cpu.route import Reference
+from fastlora.kernels.cpu import route as cpu_route
 from fastlora.kernels.triton import tuning
 
 NAMES = ("reference", "gemm", "triton")
@@ -33,14 +29,13 @@ class Route(NamedTuple):
     why: str
 
 
-@lru_cache(maxsize=3)
 def implementation(name: str) -> Any:
     """The route's `saved_shape`, `forward` and `backward`; what needs Triton is imported now."""
     if name == "reference":
-        return Reference
-    from fastlora.kernels.triton.route import Kernels
+        return cpu_route
+    from fastlora.kernels.triton import route as triton_route
 
-    return Kernels(vendor=name == "gemm")
+    return triton_route
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +44,7 @@ def _detect(device: torch.device, dtype: torch.dtype, large: bool) -> Route:
         return Route("reference", f"PyTorch's own GEMMs on {device.type}")
     if find_spec("triton") is None:
         return Route("reference", "Triton is not installed")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if dtype not in tuning.NAMES:
         return Route("reference", f"no kernel for {dtype}")
     from fastlora.kernels.triton import turing
 
@@ -75,21 +70,22 @@ def route(
     The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one; ValueError when
     it names no route, or one that cannot run here.
     """
-    name = _forced.get() or os.environ.get("FASTLORA_ROUTE", "")
-    detected = _detect(torch.device(device), dtype, large)
+    name, detected = forced(), _detect(torch.device(device), dtype, large)
     if not name:
         return detected
     if name not in NAMES:
         raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(NAMES)})")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (_forced.get() or detected.name != "reference" or name == "reference" or interpreted):
+    if _forced.get():
+        return Route(name, "forced")
+    runs = name == "reference" or detected.name != "reference"
+    if not runs and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"FASTLORA_ROUTE is {name!r}, but here: {detected.why}")
-    return Route(name, "forced" if _forced.get() else "forced by FASTLORA_ROUTE")
+    return Route(name, "forced by FASTLORA_ROUTE")
 
 
-def is_forced() -> bool:
-    """Whether the route is not chosen by what is fastest."""
-    return bool(_forced.get() or os.environ.get("FASTLORA_ROUTE"))
+def forced() -> str:
+    """The route that is not chosen by what is fastest, or ""."""
+    return _forced.get() or os.environ.get("FASTLORA_ROUTE", "")
 
 
 @contextmanager

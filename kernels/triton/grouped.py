@@ -5,8 +5,6 @@ in which the same terms apply, and one launch does all of them. What a layer fix
 what a batch fixes (tiles of rows) are cached apart: layers share the one, batches the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -20,9 +18,6 @@ from fastlora.kernels.dropout import threshold
 from fastlora.kernels.triton import tuning
 
 RANK_BLOCK = 64  # a term of higher rank is several pieces, so that a tile stays in registers
-# What of a term is the same in every batch: rank, first column and width of its block, stream,
-# threshold, c.
-Shape = tuple[int, int, int, int, int, float]
 
 
 def padded(rank: int) -> int:
@@ -37,16 +32,19 @@ def rank_offsets(terms: Sequence[Term]) -> list[int]:
 
 def is_uniform(terms: Sequence[Term], rows: int) -> bool:
     """Whether every term covers all rows, and no two of them the same columns."""
-    if any(term.start != 0 or term.stop != rows for term in terms):
-        return False
+    whole = all(term.rows == (0, rows) for term in terms)
     blocks = sorted((term.column, term.column + term.lora_B.shape[0]) for term in terms)
-    return all(a[1] <= b[0] for a, b in pairwise(blocks))
+    return whole and all(a[1] <= b[0] for a, b in pairwise(blocks))
 
 
+@lru_cache(maxsize=1024)
 class Pieces:
-    """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device."""
+    """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device.
 
-    def __init__(self, shapes: tuple[Shape, ...], device: torch.device) -> None:
+    Of each it takes rank, first column and width of its block, stream, threshold and c.
+    """
+
+    def __init__(self, shapes: tuple[tuple[Any, ...], ...], device: torch.device) -> None:
         table, scales, terms, offset = [], [], [], 0
         for term, (rank, column, width, stream, drop, scale) in enumerate(shapes):
             # Streams have 32 bits and no sign; the table has signed ones.
@@ -78,9 +76,9 @@ class Plan:
             (len(t.lora_A), t.column, len(t.lora_B), t.stream, threshold(t.dropout_p), t.c)
             for t in call.terms
         )
-        self.call, self.rows = call, len(x)
-        self.pieces = make_pieces(tuple(shapes), x.device)
-        self.ranges = tuple(term.rows for term in call.terms)
+        self.call = call
+        self.pieces = Pieces(tuple(shapes), x.device)
+        self.ranges = (*(term.rows for term in call.terms), (0, len(x)))  # each term's, and all
         self.blocks = tuning.config(tuning.capability(x.device), x.dtype, len(x))
 
     def tiles(self, size: int) -> tuple[Tensor, int]:
@@ -89,8 +87,7 @@ class Plan:
         A tile has up to `size` rows of one segment; a slot without a piece holds -1. Slots, the
         second result, are the most pieces that apply to any row.
         """
-        device = self.pieces.table.device
-        found = _tiles(self.ranges, self.pieces.terms, self.rows, size, device)
+        found = _tiles(self.ranges, self.pieces.terms, size, self.pieces.table.device)
         if self.call.forms.graph is not None:  # the tables must outlive the caches' entries
             self.call.forms.graph.append((self.pieces, found[0]))
         return found
@@ -120,18 +117,11 @@ class Plan:
         tuning.launch(kernel, grid, arguments, constants, blocks)
 
 
-make_pieces = lru_cache(maxsize=1024)(Pieces)
-
-
 @lru_cache(maxsize=1024)
 def _tiles(
-    ranges: tuple[tuple[int, int], ...],
-    terms: tuple[int, ...],
-    rows: int,
-    size: int,
-    device: torch.device,
+    ranges: tuple[tuple[int, int], ...], terms: tuple[int, ...], size: int, device: torch.device
 ) -> tuple[Tensor, int]:
-    cuts = sorted({0, rows, *(row for ends in ranges for row in ends)})
+    cuts = sorted({row for ends in ranges for row in ends})
     segments = [
         (a, b, [p for p, t in enumerate(terms) if ranges[t][0] <= a and b <= ranges[t][1]])
         for a, b in pairwise(cuts)

@@ -1,10 +1,9 @@
 """Routes "gemm" and "triton": the Triton kernels, in the order that a pass launches them.
 
-Both keep u = c (m * x) A^T for backward, route "gemm" as [x | u]. Masks are drawn again from the
-seed.
+Both keep u = c (m * x) A^T for backward. Where every term covers all rows, route "gemm" extends K
+and keeps [x | u]; elsewhere its frozen GEMM stays as it is and a kernel adds the terms. Masks are
+drawn again from the seed.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,79 +13,65 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.kernels.call import Call, Term
-from fastlora.kernels.triton.backward import outer
-from fastlora.kernels.triton.forward import down, fused
 from fastlora.kernels.triton.grouped import Plan, is_uniform, rank_offsets
+from fastlora.kernels.triton.kernels import down, fused, outer
 
 
-class Kernels:
-    """Routes "gemm" (`vendor`) and "triton".
-
-    In route "gemm", K is extended where every term covers all rows; otherwise the frozen GEMM
-    stays as it is and a kernel adds the terms.
-    """
-
-    def __init__(self, vendor: bool) -> None:
-        self.vendor = vendor
-
-    def saved_shape(self, call: Call, rows: int) -> tuple[int, ...]:
-        """[x | u], or u alone as one row."""
-        (_, K), R = call.weight.shape, rank_offsets(call.terms)[-1]
-        extend = self.vendor and is_uniform(call.terms, rows)
-        return (rows, K + R) if extend else (rows * R,)
-
-    def forward(self, x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """y [M, N], and u or [x | u]."""
-        M, K = x.shape
-        plan = Plan(call, x)
-        saved = x.new_empty(self.saved_shape(call, M))
-        extend = saved.dim() == 2
-        A, packed, B = _factors(call, x.dtype, extend)
-        if extend:
-            down(plan, x, A, saved[:, K:], copy=saved[:, :K])
-            return F.linear(saved, packed, bias), saved
-        u = saved.view(M, -1)
-        down(plan, x, A, u)
-        if self.vendor:
-            y = F.linear(x, call.weight, bias)
-            fused(plan, None, None, u, B.T, y)
-        else:
-            y = x.new_empty(M, call.weight.shape[0])
-            fused(plan, x, bias, u, B.T, y)
-        return y, saved
-
-    def backward(
-        self, grad: Tensor, x: Any, saved: Tensor, call: Call, need_dx: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """dx [M, K] where needed, and dA, dB of each term."""
-        (M, _), (_, K), plan = grad.shape, call.weight.shape, Plan(call, grad)
-        extend = saved.dim() == 2
-        A, packed, B = _factors(call, grad.dtype, extend)
-        x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved.view(M, -1))
-        dx = grad.new_empty(M, K) if need_dx else None
-        base = None  # where there is one, `outer` adds the terms to it
-        if extend and need_dx:
-            base, v = (grad @ packed).tensor_split([K], 1)
-        else:
-            v = torch.empty_like(u)
-            down(plan, grad, B.T, v, in_block=True)
-            if need_dx and self.vendor:
-                base = dx = grad @ call.weight
-            elif dx is not None:
-                fused(plan, grad, None, v, A, dx, backward=True)
-        dA = outer(plan, x, v, A, base, dx)
-        if is_uniform(call.terms, M):
-            return dx, _parts(dA, _mm_fp32(grad.T, u), call.terms)
-        widest = max(term.lora_B.shape[0] for term in call.terms)
-        dB = outer(plan, grad, u, width=widest).T
-        return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])
+def saved_shape(call: Call, rows: int) -> tuple[int, ...]:
+    """[x | u], or u alone as one row."""
+    (_, K), R = call.weight.shape, rank_offsets(call.terms)[-1]
+    extend = call.route == "gemm" and is_uniform(call.terms, rows)
+    return (rows, K + R) if extend else (rows * R,)
 
 
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a b with an fp32 result of half-precision inputs."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """y [M, N], and u or [x | u]."""
+    M, K = x.shape
+    plan = Plan(call, x)
+    saved = x.new_empty(saved_shape(call, M))
+    extend = saved.dim() == 2
+    A, packed, B = _factors(call, x.dtype, extend)
+    if extend:
+        down(plan, x, A, saved[:, K:], copy=saved[:, :K])
+        return F.linear(saved, packed, bias), saved
+    u = saved.view(M, -1)
+    down(plan, x, A, u)
+    if call.route == "gemm":
+        y = F.linear(x, call.weight, bias)
+        fused(plan, None, None, u, B.T, y)
+    else:
+        y = x.new_empty(M, call.weight.shape[0])
+        fused(plan, x, bias, u, B.T, y)
+    return y, saved
+
+
+def backward(
+    grad: Tensor, x: Any, saved: Tensor, call: Call, need_dx: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx [M, K] where needed, and dA, dB of each term."""
+    (M, _), (_, K), plan = grad.shape, call.weight.shape, Plan(call, grad)
+    extend = saved.dim() == 2
+    A, packed, B = _factors(call, grad.dtype, extend)
+    x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved.view(M, -1))
+    dx = grad.new_empty(M, K) if need_dx else None
+    base = None  # where there is one, `outer` adds the terms to it
+    if extend and need_dx:
+        base, v = (grad @ packed).tensor_split([K], 1)
+    else:
+        v = torch.empty_like(u)
+        down(plan, grad, B.T, v, in_block=True)
+        if need_dx and call.route == "gemm":
+            base = dx = grad @ call.weight
+        elif dx is not None:
+            fused(plan, grad, None, v, A, dx, backward=True)
+    dA = outer(plan, x, v, A, base, dx)
+    if is_uniform(call.terms, M):
+        half = grad.is_cuda and grad.dtype != torch.float32
+        dB = torch.mm(grad.T, u, out_dtype=torch.float32) if half else grad.T.float() @ u.float()
+        return dx, _parts(dA, dB, call.terms)
+    widest = max(term.lora_B.shape[0] for term in call.terms)
+    dB = outer(plan, grad, u, width=widest).T
+    return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])
 
 
 def _parts(A: Tensor, B: Tensor, terms: Sequence[Term]) -> list[Tensor]:
@@ -101,10 +86,9 @@ def _parts(A: Tensor, B: Tensor, terms: Sequence[Term]) -> list[Tensor]:
 def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tensor, Tensor]:
     """All terms' A [R, K], [W0 | B] [N, K + R] and B [N, R] in the compute type.
 
-    Without `extend`, the second is only B. See `_parts` for which rows and columns are whose. Where
-    the weight's owner keeps the buffers, the factors are copied into them in each forward pass:
-    nothing need watch who changes them. Two sets of factors never share a buffer, so that neither
-    another adapter's pass nor another thread's comes between a pass and its backward.
+    Without `extend`, the second is only B. Where the weight's owner keeps the buffers, the factors
+    are copied into them in each forward pass: nothing need watch who changes them. Two sets of
+    factors never share a buffer, so that no other pass comes between a pass and its backward.
     """
     tensors, columns = call.factors, tuple(term.column for term in call.terms)
 

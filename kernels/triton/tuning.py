@@ -5,8 +5,6 @@ and not run in the interpreter. Shipped rows are guesses that compile without sp
 `fastlora tune` (tuner.py) measures on the user's GPU and writes a file that goes before them.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -89,16 +87,11 @@ def config(capability: int, dtype: torch.dtype, rows: int) -> Config:
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: dict[str, Any],
-    constants: dict[str, Any],
-    blocks: Blocks,
+    kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, blocks: Blocks
 ) -> None:
     """Run `kernel` on `grid`; the one place that does, so that tests can count and capture."""
-    tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
     if all(grid):
-        first = next(tensors)
+        first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
         # Triton launches on the current device.
         with torch.cuda.device_of(first), compiling(capability(first.device)):
             kernel[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
@@ -106,8 +99,9 @@ def launch(
 
 def compiling(capability: int) -> AbstractContextManager[Any]:
     """The context in which kernels for GPUs of a capability compile; see turing.py."""
-    if capability != 75:
-        return nullcontext()
-    from fastlora.kernels.triton import turing
+    if capability == 75:
+        from fastlora.kernels.triton import turing
 
-    return turing.compiling()
+        if not turing.problem():
+            return turing.compiling()
+    return nullcontext()

@@ -5,20 +5,14 @@ cores' rate, and say nothing; upstream no longer supports the chip. The compiler
 Turing's instruction, though: the pass that makes MMA layouts picks "version 2.0" for sm_80, and
 "2.1" is the layout of Turing's `mma.sync.m16n8k8`. So this hook replaces the TTGIR stage by the
 sm_80 one without pipelining (cp.async came with Ampere), and relabels layout and target in the
-module's text. Everything after that is stock.
-
-It acts on launches with `num_stages=1`, which the fp16 row for sm_75 has (fp32 has no tensor cores
-there).
+module's text. Everything after that is stock. It acts on launches with `num_stages=1`, which the
+fp16 row for sm_75 has (fp32 has no tensor cores there).
 
 Triton has one hook for the whole process, so it is in place only while a kernel of ours is launched
-on such a chip: `tuning.launch` enters `compiling` for that. Triton compiles a kernel inside its
-first launch. The later launches need the hook, too: Triton 3.7 and later look a compiled kernel up
-by the hook's answer. Triton 3.6 has the hook in no cache's key; there a kernel that was once
-compiled without the hook would be taken from the disk for good, and all launches of ours on sm_75
-happen under it.
+on such a chip: `tuning.launch` enters `compiling` for that. A first launch compiles the kernel; the
+later ones need the hook, too. Triton 3.7 and later look a compiled kernel up by the hook's answer,
+and 3.6 would take one that was compiled without the hook from the disk for good.
 """
-
-from __future__ import annotations
 
 import hashlib
 import re
@@ -26,7 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +28,7 @@ import triton
 
 TESTED = ((3, 6), (3, 9))  # the versions that the tests compile with, first and last
 KERNELS = {"lora_down", "lora_fused", "lora_outer", "lora_reduce"}
+KEY = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of this version of the hook
 
 
 def problem() -> str:
@@ -59,7 +54,7 @@ class Hook:
         """Replace the stage; without arguments (Triton 3.7 and later), answer the cache key."""
         before = self.earlier(*stage) if self.earlier else ("", "")
         if not stage:
-            key = _key() if self.active else ""
+            key = KEY if self.active else ""
             return before[0] + key, before[1] + key
         backend, stages, options, _, capability = stage
         acts = self.active and capability == 75 and options.num_stages == 1
@@ -68,21 +63,13 @@ class Hook:
         return None
 
 
-@cache
-def _key() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
 _lock = threading.Lock()
 _inside: list[Hook] = []  # the hook in place, once for each thread that is in `compiling`
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Inside, kernels of ours compile for sm_75 with tensor cores, where that works."""
-    if problem():
-        yield
-        return
+    """Inside, kernels of ours compile for sm_75 with tensor cores; where there is no `problem`."""
     runtime: Any = triton.knobs.runtime
     with _lock:
         hook = _inside[0] if _inside else Hook(runtime.add_stages_inspection_hook)

@@ -9,7 +9,7 @@ from fastlora.kernels.dropout import philox_keep, threshold
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 import triton.language as tl  # noqa: E402
 
-from fastlora.kernels.triton.mask import keep_mask  # noqa: E402
+from fastlora.kernels.triton.kernels import keep_mask  # noqa: E402
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from oracle import DEVICE, NAMES
 from torch import nn
 
 from fastlora.kernels import Linear, Packed, Term, forced_route, lora_grouped
-from fastlora.kernels.packed import LIMIT
+from fastlora.kernels.call import LIMIT
 
 ONEDNN = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN"

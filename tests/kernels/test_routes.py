@@ -20,8 +20,7 @@ from fastlora.kernels import (
     lora_linear,
     lora_qkv,
 )
-from fastlora.kernels.call import Call
-from fastlora.kernels.packed import Forms
+from fastlora.kernels.call import Call, Forms
 from fastlora.kernels.routes import implementation
 from fastlora.kernels.triton import tuning
 
@@ -207,7 +206,7 @@ def test_launches_of_route_gemm(monkeypatch, owned):
         Term(*(f.to(DEVICE, torch.float32) for f in pair), 1.0, 0.1, 0, 0, M, column)
         for pair, column in zip(factors, (0, 2 * H), strict=True)
     ]
-    call = Call(weight, terms, SEED, Forms({} if owned else None))
+    call = Call(weight, terms, SEED, Forms({} if owned else None), "gemm")
     later, gemm = call._replace(changed=False), implementation("gemm")
     _, saved = gemm.forward(x, bias, call)  # packs the frozen weight
     gemm.backward(grad, None, saved, later, need_dx=True)  # makes the tables of rows

@@ -1,0 +1,333 @@
+"""The kernels and the functions that launch them.
+
+    lora_down     the down-projection u
+    lora_fused    a GEMM with the low-rank terms folded in
+    lora_outer    dA (or dB) as partial sums over chunks of rows, and dx in the same pass
+    lora_reduce   their sum; no atomics, so that a gradient is the same bits each time
+
+All walk tables (see `grouped.py`): a tile is up to BLOCK_M rows of one segment and the pieces that
+apply there, one a slot; a piece is at most 64 ranks of one term.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.kernels.triton import tuning
+from fastlora.kernels.triton.grouped import Plan
+
+
+@triton.jit
+def load_piece(pieces_ptr, piece, ALIGN: tl.constexpr):
+    """Offset and number of its ranks, first column and width of its block, stream, threshold.
+
+    The hints let loads be vectors: without them each element is an instruction.
+    """
+    base = pieces_ptr + piece * 6
+    return (
+        tl.multiple_of(tl.load(base), 8),
+        tl.multiple_of(tl.load(base + 1), 8),
+        tl.multiple_of(tl.load(base + 2), ALIGN),
+        tl.multiple_of(tl.load(base + 3), ALIGN),
+        tl.load(base + 4),
+        tl.load(base + 5),
+    )
+
+
+@triton.jit
+def load_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_columns):
+    """The elements at [rows, columns], zeros where either is not live."""
+    ptrs = ptr + rows[:, None] * stride_rows + columns[None, :] * stride_columns
+    return tl.load(ptrs, mask=live_rows[:, None] & live_columns[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_columns, values):
+    """Write the elements at [rows, columns] that are live, in the memory's type."""
+    ptrs = ptr + rows[:, None] * stride_rows + columns[None, :] * stride_columns
+    inside = live_rows[:, None] & live_columns[None, :]
+    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def keep_mask(seed, stream, row, column, threshold, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    """Ones and zeros of rows `row` [BLOCK_M], columns [column, column + BLOCK_K), multiples of 8.
+
+    One Philox call gives eight 16-bit lanes, so a mask costs about 9 instructions an element
+    where one call an element (`tl.rand`) costs 57. Its bits depend on no tile size.
+    """
+    group = column // 8 + tl.arange(0, BLOCK_K // 8)
+    c0 = (group[None, :] + row[:, None] * 0).to(tl.uint32)
+    c1 = (group[None, :] * 0 + row[:, None]).to(tl.uint32)
+    zero = c0 * 0
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + stream.to(tl.uint32), zero, n_rounds=7)
+    low, high = threshold.to(tl.uint32), threshold.to(tl.uint32) << 16
+    # A word is its high half's lane, as far as comparing goes: no shift. As numbers: booleans
+    # move between layouts a byte at a time.
+    first = tl.join(
+        tl.join(((w0 & 0xFFFF) >= low).to(DTYPE), (w0 >= high).to(DTYPE)),
+        tl.join(((w1 & 0xFFFF) >= low).to(DTYPE), (w1 >= high).to(DTYPE)),
+    )
+    second = tl.join(
+        tl.join(((w2 & 0xFFFF) >= low).to(DTYPE), (w2 >= high).to(DTYPE)),
+        tl.join(((w3 & 0xFFFF) >= low).to(DTYPE), (w3 >= high).to(DTYPE)),
+    )
+    # Dimensions [row, group, half, word % 2, word // 2] -> lanes in the order of columns.
+    lanes = tl.join(tl.permute(first, (0, 1, 3, 2)), tl.permute(second, (0, 1, 3, 2)))
+    return tl.reshape(tl.permute(lanes, (0, 1, 4, 2, 3)), (row.shape[0], BLOCK_K))
+
+
+@triton.jit
+def lora_down(
+    x_ptr, a_ptr, u_ptr, copy_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
+    K,
+    stride_x0, stride_x1, stride_a0, stride_a1, stride_u0, stride_u1,
+    SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_COPY: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """u [M, R] = c (m * x) A^T, tile by slot; with HAS_COPY slot 0 also copies x beside u.
+
+    With IN_BLOCK, x is the output's gradient and A is B^T: u = g B over the piece's own columns.
+    """
+    slot = tl.program_id(0)
+    tile_ptr = tiles_ptr + tl.program_id(1) * (2 + 2 * SLOTS)
+    piece = tl.load(tile_ptr + 2 + 2 * slot)
+    if piece >= 0:
+        row = tl.load(tile_ptr) + tl.arange(0, BLOCK_M)
+        live = row < tl.load(tile_ptr + 1)
+        mask_row = row - tl.load(tile_ptr + 3 + 2 * slot)
+        offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
+        rank = tl.arange(0, BLOCK_R)
+        first, depth = 0, K
+        if IN_BLOCK:
+            first, depth = column, width
+        if HAS_DROPOUT:
+            seed = tl.load(seed_ptr)
+        row64 = row.to(tl.int64)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k0 in range(0, depth, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            x = load_tile(x_ptr, row64, stride_x0, first + k, stride_x1, live, k < depth)
+            # Slots of one tile run side by side, so x comes from DRAM once.
+            if HAS_COPY and slot == 0:
+                store_tile(copy_ptr, row64, stride_u0, k, stride_u1, live, k < depth, x)
+            place, known = offset + rank, rank < ranks
+            a = load_tile(a_ptr, first + k, stride_a1, place, stride_a0, k < depth, known)
+            if HAS_DROPOUT:
+                x = x * keep_mask(seed, stream, mask_row, k0, threshold, BLOCK_K, x.dtype)
+            acc = tl.dot(x, a, acc, input_precision="ieee")
+        if not IN_BLOCK:
+            acc *= tl.load(scales_ptr + piece)
+        store_tile(u_ptr, row64, stride_u0, offset + rank, stride_u1, live, rank < ranks, acc)
+
+
+def down(
+    plan: Plan, x: Tensor, A: Tensor, u: Tensor, copy: Tensor | None = None, in_block: bool = False
+) -> None:
+    """Launch `lora_down`: x [M, K], A [R, K] (or B^T [R, N] with `in_block`), u [M, R].
+
+    `copy` is the left part [M, K] of the buffer whose right part u is.
+    """
+    blocks = plan.blocks.down
+    plan.launch(
+        lora_down, blocks, blocks.m, None, not in_block,
+        dict(x=x, a=A, u=u), dict(copy_ptr=copy, K=x.shape[1]),
+        HAS_COPY=copy is not None, IN_BLOCK=in_block,
+    )  # fmt: skip
+
+
+@triton.jit
+def lora_fused(
+    x_ptr, w_ptr, b_ptr, u_ptr, f_ptr, y_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
+    N, K,
+    stride_x0, stride_x1, stride_w0, stride_w1, stride_u0, stride_u1, stride_f0, stride_f1,
+    stride_y0, stride_y1,
+    SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, BACKWARD: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = x W^T + b + u B^T, or dx [M, K] = g W + c m * (v A) with BACKWARD.
+
+    Without HAS_BASE, y holds the frozen part already and gets the terms added.
+    """
+    tile_ptr = tiles_ptr + tl.program_id(1) * (2 + 2 * SLOTS)
+    n0 = tl.program_id(0) * BLOCK_N
+    row = tl.load(tile_ptr) + tl.arange(0, BLOCK_M)
+    live = row < tl.load(tile_ptr + 1)
+    n = n0 + tl.arange(0, BLOCK_N)
+    row64 = row.to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_BASE:
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            x = load_tile(x_ptr, row64, stride_x0, k, stride_x1, live, k < K)
+            w = load_tile(w_ptr, k, stride_w1, n, stride_w0, k < K, n < N)  # [BLOCK_K, BLOCK_N]
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+    else:
+        acc += load_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N).to(tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    rank = tl.arange(0, BLOCK_R)
+    for slot in range(SLOTS):
+        piece = tl.load(tile_ptr + 2 + 2 * slot)
+        if piece >= 0:
+            offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
+            # Forward terms reach their own block of columns only.
+            if BACKWARD or (column < n0 + BLOCK_N and column + width > n0):
+                place, known = offset + rank, rank < ranks
+                u = load_tile(u_ptr, row64, stride_u0, place, stride_u1, live, known)
+                f = load_tile(f_ptr, place, stride_f0, n, stride_f1, known, n < N)
+                if BACKWARD:
+                    term = tl.dot(u, f, input_precision="ieee") * tl.load(scales_ptr + piece)
+                    if HAS_DROPOUT:
+                        mask_row = row - tl.load(tile_ptr + 3 + 2 * slot)
+                        keep = keep_mask(seed, stream, mask_row, n0, threshold, BLOCK_N, tl.float32)
+                        term *= keep
+                    acc += term
+                else:
+                    acc = tl.dot(u, f, acc, input_precision="ieee")
+    store_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N, acc)
+
+
+def fused(
+    plan: Plan, x: Any, bias: Any, u: Tensor, factor: Tensor, y: Tensor, backward: bool = False
+) -> None:
+    """Launch `lora_fused`; where x is None, the terms are added to y.
+
+    x [M, K], bias [N] or None, u [M, R], factor [R, N], y [M, N]; in backward the caller names g,
+    v, A and dx by these, without a bias.
+    """
+    blocks, W = plan.blocks.fused, plan.call.weight
+    weight = None if x is None else W.T if backward else W
+    plan.launch(
+        lora_fused, blocks, blocks.m, triton.cdiv(y.shape[1], blocks.n), backward,
+        dict(x=x, w=weight, u=u, f=factor, y=y),
+        dict(b_ptr=bias, N=y.shape[1], K=0 if x is None else x.shape[1]),
+        BLOCK_N=blocks.n, HAS_BASE=x is not None, HAS_BIAS=bias is not None, BACKWARD=backward,
+    )  # fmt: skip
+
+
+@triton.jit
+def lora_outer(
+    x_ptr, v_ptr, a_ptr, b_ptr, dx_ptr, partial_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
+    K,
+    stride_x0, stride_x1, stride_v0, stride_v1, stride_a0, stride_a1, stride_b0, stride_b1,
+    stride_dx0, stride_dx1,
+    SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_DX: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """partial [chunk, slot, BLOCK_R, K] = c v^T (m * x); dx [M, K] = base + c m * (v A).
+
+    With IN_BLOCK, x is the output's gradient and v is u: partial = u^T g over the piece's columns.
+    """
+    chunk = tl.program_id(1)
+    chunk_ptr = tiles_ptr + chunk * (2 + 2 * SLOTS)
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    rank = tl.arange(0, BLOCK_R)
+    start, stop = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    for slot in range(SLOTS):
+        piece = tl.load(chunk_ptr + 2 + 2 * slot)
+        if piece >= 0:
+            origin = tl.load(chunk_ptr + 3 + 2 * slot)
+            offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
+            column0, depth, scale = 0, K, tl.load(scales_ptr + piece)
+            if IN_BLOCK:
+                column0, depth, scale = column, width, 1.0
+            acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+            if HAS_DX:
+                a = load_tile(a_ptr, offset + rank, stride_a0, k, stride_a1, rank < ranks, k < K)
+            for first in range(start, stop, BLOCK_M):
+                row = first + tl.arange(0, BLOCK_M)
+                live = row < stop
+                row64 = row.to(tl.int64)
+                x = load_tile(x_ptr, row64, stride_x0, column0 + k, stride_x1, live, k < depth)
+                v = load_tile(v_ptr, row64, stride_v0, offset + rank, stride_v1, live, rank < ranks)
+                if HAS_DROPOUT:
+                    # One draw serves dA and dx.
+                    keep = keep_mask(seed, stream, row - origin, k0, threshold, BLOCK_K, x.dtype)
+                    x = x * keep
+                acc = tl.dot(tl.trans(v), x, acc, input_precision="ieee")
+                if HAS_DX:
+                    branch = tl.dot(v, a, input_precision="ieee") * scale
+                    if HAS_DROPOUT:
+                        branch *= keep.to(tl.float32)
+                    if slot == 0:
+                        part = load_tile(b_ptr, row64, stride_b0, k, stride_b1, live, k < K)
+                    else:
+                        part = load_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K)
+                    branch += part.to(tl.float32)
+                    store_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K, branch)
+            partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
+            tl.store(
+                partial_ptr + partial_row[:, None] * K + k[None, :],
+                acc * scale,
+                mask=(k < K)[None, :],
+            )
+        # The next slot reads the dx that other threads of this program wrote.
+        tl.debug_barrier()
+
+
+@triton.jit
+def lora_reduce(
+    partial_ptr, d_ptr, tiles_ptr, pieces_ptr,
+    PARTIALS, K,
+    SLOTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """d [R, K] = sum of the partials of each piece: a row of d, BLOCK_C partials at a time."""
+    piece, rank = tl.program_id(0) // BLOCK_R, tl.program_id(0) % BLOCK_R
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    for first in range(0, PARTIALS, BLOCK_C):
+        i = first + tl.arange(0, BLOCK_C)
+        entry = tiles_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
+        mine = tl.load(entry, mask=i < PARTIALS, other=-1) == piece
+        acc += load_tile(partial_ptr, i.to(tl.int64) * BLOCK_R + rank, K, k, 1, mine, k < K)
+    offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
+    if rank < ranks:
+        d_row = (offset + rank).to(tl.int64) * K
+        tl.store(d_ptr + d_row + k, tl.sum(acc, 0), mask=k < K)
+
+
+def outer(
+    plan: Plan,
+    x: Tensor,
+    v: Tensor,
+    A: Any = None,
+    base: Any = None,
+    dx: Any = None,
+    width: int = 0,
+) -> Tensor:
+    """dA [R, K] fp32 from x [M, K] and v [M, R] (two launches).
+
+    With `base` [M, K], also dx = base + c m * (v A); it may be dx itself, and must be where rows
+    have no term. A [R, K].
+
+    With `width`, the widest block: dB^T [R, width] from the output's gradient and u instead.
+    """
+    pieces, blocks, K = plan.pieces, plan.blocks.outer, width or x.shape[1]
+    chunks, slots = plan.tiles(blocks.chunk)
+    partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
+    plan.launch(
+        lora_outer, blocks, blocks.chunk, triton.cdiv(K, blocks.k), not width,
+        dict(x=x, v=v, a=A, b=base, dx=dx), dict(partial_ptr=partial, K=K),
+        HAS_DX=base is not None, IN_BLOCK=width > 0,
+    )  # fmt: skip
+    d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
+    tables = dict(tiles_ptr=chunks, pieces_ptr=pieces.table)
+    tuning.launch(
+        lora_reduce,
+        # Pieces first: only a grid's first axis goes beyond 65,535.
+        (len(pieces.terms) * pieces.block_r, triton.cdiv(K, blocks.k)),
+        dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * slots, K=K, **tables),
+        dict(SLOTS=slots, BLOCK_C=32, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r),
+        blocks,
+    )
+    return d
