@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from fastlora import bert, kernels
     from fastlora.config import TrainConfig
     from fastlora.errors import Interrupted, RunError, UserError
-    from fastlora.lora.accelerate import accelerate, restore
+    from fastlora.interop.accelerate import accelerate, restore
     from fastlora.lora.config import LoraConfig
     from fastlora.lora.files import load_adapter, save_adapter
     from fastlora.lora.layer import LoRALinear, lora_layers
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "config": ["TrainConfig"],
-    "lora.accelerate": ["accelerate", "restore"],
+    "interop.accelerate": ["accelerate", "restore"],
     "errors": ["Interrupted", "RunError", "UserError"],
     "lora.config": ["LoraConfig"],
     "lora.files": ["load_adapter", "save_adapter"],

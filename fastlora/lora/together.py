@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastlora.kernels import Packed, Term, is_small, lora_together
 from fastlora.lora.layer import PLAIN, LoRALinear
-from fastlora.lora.swap import Swapped
 
 
 class Product(NamedTuple):
@@ -51,9 +50,8 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 def _product(layer: Any, x: Tensor, column: int) -> Product | None:
     """What a layer adds to a product from this column on; None where its call is more than that."""
     if not isinstance(layer, nn.Linear):
-        known = isinstance(layer, Swapped) and hasattr(layer, "plan") and not has_hooks(layer)
-        plan = layer.plan(x, column) if known else None
-        return plan if isinstance(plan, Product) else None
+        known = hasattr(layer, "product") and not has_hooks(layer)
+        return layer.product(x, column) if known else None
     if not is_bare(layer):
         return None
     packed = getattr(layer, "packed", None)

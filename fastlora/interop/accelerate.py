@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from fastlora.errors import UserError
-from fastlora.lora.encoders import ATTENTIONS, ENCODERS, kind_of, why_square
+from fastlora.interop.encoders import ATTENTIONS, ENCODERS, kind_of, why_square
+from fastlora.interop.peft import PeftLinear, is_linear, is_lora_layer
+from fastlora.interop.swap import SwappedDropout, SwappedLinear, swap, swap_back
 from fastlora.lora.layer import LoRALinear
-from fastlora.lora.peft import PeftLinear, is_linear, is_lora_layer
-from fastlora.lora.swap import SwappedDropout, SwappedLinear, swap, swap_back
 
 # Ends of the names of transformers' models that read no states at padding, besides those of single
 # tokens, for which padding has no label.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastlora.bert.attention import attention
 from fastlora.bert.layout import Layout
+from fastlora.interop.swap import Swapped
 from fastlora.kernels import is_ordinary
-from fastlora.lora.swap import Swapped
 from fastlora.lora.together import project_together
 
 # What a call may ask for that needs the square.

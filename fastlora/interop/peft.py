@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.interop.swap import Swapped, SwappedDropout
 from fastlora.kernels import Dropout, Term, lora_grouped
-from fastlora.lora.swap import Swapped, SwappedDropout
 from fastlora.lora.together import Product, has_hooks, is_bare
 
 
@@ -52,6 +52,11 @@ class PeftLinear(Swapped):
             self.step_aside(found)
             return super().forward(x, *args, **kwargs)
         return lora_grouped(x, *found)
+
+    def product(self, x: Tensor, column: int) -> Product | None:
+        """What `project_together` makes one product with others; None where a call is more."""
+        found = self.plan(x, column)
+        return found if isinstance(found, Product) else None
 
     def plan(self, x: Tensor | None = None, column: int = 0) -> Product | str:
         """What a call computes, from this column of a larger product on, or why it is more."""
