@@ -28,7 +28,7 @@ bench: $(VENV)/.test
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	! grep -rnE --include='*.py' '^(from|import) (kernels|bert)\b' fastlora kernels bert tests bench
+	! grep -rnE --include='*.py' '^(from|import) (kernels|bert)\b' fastlora kernels bert tests bench examples
 	! grep -rnE --include='*.py' 'make_block_ptr|tl\.advance' fastlora kernels bert
 
 # mypy finds packages by folder, so it reads a tree of links laid out as the installed package.
@@ -45,7 +45,7 @@ format: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find fastlora kernels bert tests bench -name __pycache__ -prune -exec rm -rf {} +
+	find fastlora kernels bert tests bench examples -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp per set of packages: a second call installs nothing until the files on the right change.
 $(VENV)/.base: pyproject.toml constraints.txt

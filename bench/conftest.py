@@ -60,14 +60,14 @@ def timed(function):
 def compare(benchmark):
     """Benchmark `ours` against `reference`, both functions without arguments, in turns."""
 
-    def run(group, reference, ours, device, **facts):
+    def run(group, reference, ours, device, rounds=None, **facts):
         times = []
         reference(), ours()  # first calls pay for compiling, packing and buffers
         benchmark.group = group
         benchmark.pedantic(
             lambda: timed(ours),
             setup=lambda: times.append(timed(reference)),
-            rounds=ROUNDS[device],
+            rounds=rounds or ROUNDS[device],
         )
         found = benchmark.stats.stats.data
         ratios = [a / b for a, b in zip(times, found, strict=True)]

@@ -6,12 +6,11 @@ A process of its own gives each an honest peak of memory and its own thread pool
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 from typing import Any
 
 import torch
-from trainers import Job, Work, gemm_rate, make_trainer, plan_of, train
+from trainers import Job, Work, gemm_rate, make_trainer, peak_memory, plan_of, train
 
 from fastlora.bert.config import BertConfig
 from fastlora.checkpoint import trainable
@@ -45,9 +44,7 @@ def serve(connection: Any, name: str, job: Job) -> None:
             rows = trainer.config.tokens_per_batch
             answer = gemm_rate(config, rows, trainer.device, trainer.setup.dtype)
         elif request == "peak":
-            cuda = trainer.device.type == "cuda"
-            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            answer = torch.cuda.max_memory_allocated() if cuda else 1024 * kilobytes
+            answer = peak_memory(trainer.device)
         else:
             order, first, stop = request
             answer = train(trainer, plans[order][first:stop], config)

@@ -7,6 +7,7 @@ and its LoRA layers, and the order of the examples.
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,17 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process, or its work on a GPU, has held.
+
+    Not `ru_maxrss`, which begins with the peak of the process that started this one.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(peak)
 
 
 def plan_of(trainer: Trainer, order: str) -> list[np.ndarray]:
