@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlora.bert.layout import Layout
 
@@ -27,45 +26,51 @@ def attention(
     heads: int,
     dropout: Callable[[Tensor], Tensor],  # drops and scales the probabilities, at rate p
     p: float,
+    scale: float | None = None,  # of the scores; None: 1 / sqrt(d)
     bias: Tensor | None = None,  # [1 or B, heads, S, S], added to the scores
 ) -> Tensor:
     """Every token's context of its own sequence: [T, H]."""
     # The compiler understands PyTorch's attention, which does not mind having no tokens either.
     own = not torch.compiler.is_compiling() and qkv.device.type == "cpu" and len(qkv) > 0
     if own and bias is None and (p or layout.length < LONG):
-        return _CpuAttention.apply(qkv, dropout, layout, heads)
+        return _CpuAttention.apply(qkv, dropout, layout, heads, scale)
     q, k, v = layout.pad(qkv).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # [B, h, S, d]
     mask = layout.mask
     if bias is not None:
         mask = bias.to(q.dtype)
         if layout.mask is not None:
             mask = mask.masked_fill(~layout.mask, torch.finfo(q.dtype).min / 2)
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
     return layout.unpad(context.transpose(1, 2).flatten(2))
 
 
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, dropout: Any, layout: Layout, heads: int) -> Tensor:
+    def forward(
+        ctx: Any, qkv: Tensor, dropout: Any, layout: Layout, heads: int, scale: float | None
+    ) -> Tensor:
         packed = _split(qkv, layout, heads, 3)
         q, k, v = packed.unbind()
-        scale = q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         hidden = q.new_zeros(len(q), 1, layout.length)  # what is added to scores
         if layout.mask is not None:
             least = torch.finfo(q.dtype).min / 2  # halved, so that no sum overflows
             hidden.unflatten(0, (-1, heads)).masked_fill_(layout.mask.logical_not(), least)
         probabilities = _softmax(torch.baddbmm(hidden, q, k.mT, alpha=scale))  # [B h, S, S]
         dropped = dropout(probabilities)  # all that backward needs of the mask
-        ctx.layout, ctx.heads = layout, heads
+        ctx.layout, ctx.heads, ctx.scale = layout, heads, scale
         ctx.save_for_backward(packed, probabilities, dropped)
         return _join(torch.bmm(dropped, v).unsqueeze(0), layout, heads)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled():  # once_differentiable would only sometimes notice
+            raise RuntimeError(
+                "attention on packed tokens has no gradient of a gradient (expected no create_graph"
+                "; accelerate(model, real_tokens=False) keeps the model's own attention)"
+            )
         packed, probabilities, dropped = ctx.saved_tensors
         q, k, v = packed.unbind()
-        scale = q.shape[-1] ** -0.5
         grad = _split(grad, ctx.layout, ctx.heads, 1)[0]
         if ctx.layout.mask is not None:  # what stands where no token is computed is another's
             computed = ctx.layout.computed()[:, None, :, None]
@@ -75,9 +80,9 @@ class _CpuAttention(torch.autograd.Function):
         torch.bmm(dropped.mT, grad, out=dv)
         d = torch.bmm(grad, v.mT).mul_(dropped)
         d.addcmul_(probabilities, d.sum(-1, keepdim=True), value=-1)
-        torch.baddbmm(dq, d, k, beta=0, alpha=scale, out=dq)
-        torch.baddbmm(dk, d.mT, q, beta=0, alpha=scale, out=dk)
-        return _join(d_packed, ctx.layout, ctx.heads), None, None, None
+        torch.baddbmm(dq, d, k, beta=0, alpha=ctx.scale, out=dq)
+        torch.baddbmm(dk, d.mT, q, beta=0, alpha=ctx.scale, out=dk)
+        return _join(d_packed, ctx.layout, ctx.heads), None, None, None, None
 
 
 def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:

@@ -11,11 +11,11 @@ if __name__ != "fastlora.kernels":
     )
 
 from fastlora.kernels.call import Packed, Term
-from fastlora.kernels.dropout import Dropout, draw_seed, keep_mask
+from fastlora.kernels.dropout import Dropout, draw_seed, drop, keep_mask
+from fastlora.kernels.inputs import is_ordinary
 from fastlora.kernels.ops import (
     Linear,
     add_terms,
-    is_ordinary,
     is_small,
     lora_grouped,
     lora_linear,

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastlora.kernels import reference
 from fastlora.kernels.autograd import run
 from fastlora.kernels.call import Call, Forms, Packed, Term
 from fastlora.kernels.dropout import draw_seed
+from fastlora.kernels.inputs import TYPES, is_ordinary
 from fastlora.kernels.routes import forced, route
 from fastlora.kernels.triton import tuning
 
-_TYPES = (Tensor, nn.Parameter)
 FEW = 40_000_000  # multiply-adds on a CPU below which plain PyTorch beats the fused form
 
 
@@ -41,7 +40,7 @@ def lora_grouped(
     when a shape does not fit, and what `torch.nn.functional.linear` raises.
     """
     _check(x, weight, terms)
-    if is_small(x, weight):
+    if is_small(x, weight.shape[0]):
         return reference.lora_grouped(x, weight, bias, terms, seed)
     name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
@@ -150,7 +149,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if is_small(input, self.weight):
+        if is_small(input, self.out_features):
             return super().forward(input)
         return lora_grouped(input, self.weight, self.bias, (), packed=self.packed)
 
@@ -175,12 +174,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def is_small(x: Tensor, weight: Tensor) -> bool:
+def is_small(x: Tensor, out_features: int) -> bool:
     """Whether the product is so small that plain PyTorch is the faster."""
     return (
         x.is_cpu
         and not torch.compiler.is_compiling()
-        and x.numel() * weight.shape[0] < FEW
+        and x.numel() * out_features < FEW
         and not forced()
     )
 
@@ -197,7 +196,7 @@ def _fused_route(
         others = (weight, bias, seed, *(factor for term in terms for factor in term[:2]))
         fusable = (
             is_ordinary(x)
-            and all(t is None or (type(t) in _TYPES and t.device == x.device) for t in others)
+            and all(t is None or (type(t) in TYPES and t.device == x.device) for t in others)
             and _compute_dtype(weight) == _compute_dtype(x)
             and not (packed is None and _capturing(x))  # nobody would keep what the graph reads
         )
@@ -207,23 +206,6 @@ def _fused_route(
     name = route(x.device, dtype, large).name
     has_kernel = len(terms) > 0 and dtype in tuning.NAMES
     return name if has_kernel or name == "reference" else ""
-
-
-def is_ordinary(x: Tensor) -> bool:
-    """Whether x has rows of floats in a CPU's or GPU's memory, and nobody transforms or watches."""
-    return (
-        type(x) in _TYPES
-        and x.device.type in ("cpu", "cuda")
-        and (x.dtype in tuning.NAMES or x.dtype == torch.float64)
-        and x.layout == torch.strided
-        and not x.is_nested
-        and not torch.compiler.is_compiling()
-        and x.numel() > 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-    )
 
 
 def _capturing(x: Tensor) -> bool:

@@ -3,40 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from fastlora.errors import UserError
-from fastlora.interop.encoders import ATTENTIONS, ENCODERS, kind_of, why_square
+from fastlora.interop.encoders import ATTENTIONS, ENCODERS, config_of, kind_of, why_square
 from fastlora.interop.peft import PeftLinear, is_linear, is_lora_layer
-from fastlora.interop.swap import SwappedDropout, SwappedLinear, swap, swap_back
+from fastlora.interop.swap import Swapped, SwappedDropout, SwappedLinear, own_class, swap, swap_back
 from fastlora.lora.layer import LoRALinear
 
-# Ends of the names of transformers' models that read no states at padding, besides those of single
-# tokens, for which padding has no label.
-_READERS = (
-    *("Model", "SequenceClassification", "TokenClassification", "MaskedLM", "PreTraining"),
-    *("NextSentencePrediction", "MultipleChoice"),
-)
-# Packages whose modules only wrap a model of transformers, and mask what they read.
-_WRAPPERS = ("peft", "sentence_transformers")
+# Ends of the names of transformers' models whose heads read no states at padding. Those of single
+# tokens are not among them: their loss counts padding whose label is not -100.
+_READERS = ("Model", "ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
+# What a head may be made of, besides transformers' classes, and PEFT's around them.
+_HEADS = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.Embedding, nn.Tanh, nn.ParameterDict)
+_HEADS += (nn.ModuleList, nn.ModuleDict)  # type: ignore[assignment]
+# Modules of sentence-transformers, and what may follow the encoder: it reads with the mask.
+_SENTENCES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "Transformer", "Router")
+_FOLLOWERS = ("Pooling", "Normalize", "Dense", "Dropout", "LayerNorm", "SpladePooling")
+_FOLLOWERS += ("WeightedLayerPooling", "LogitScore")  # type: ignore[assignment]
 
 
 @dataclass
 class Report:
-    """What `accelerate` did: as a context manager, it restores the model at the end of a block."""
+    """What `accelerate` did: as a context manager, it undoes that at the end of a block."""
 
     model: nn.Module = field(repr=False)
     fused: dict[str, str] = field(default_factory=dict)  # by module name: what it is
     kept: dict[str, str] = field(default_factory=dict)  # by module name: why it stays as it was
+    changed: list[nn.Module] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> Report:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        restore(self.model)
+        swap_back(self.changed)
 
     def __str__(self) -> str:
         lines = [f"fastlora: {type(self.model).__name__}"]
@@ -56,31 +60,31 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
 
     States at padding become zeros. So by default an encoder runs on real tokens where fastlora
     knows that no head reads them; `real_tokens` True says that yours does not, and False keeps all
-    encoders as they are. Called again, it sees to what has been added.
+    encoders as they are. Call it again when a head has been replaced or adapters were added.
 
-    Returns a report of each layer. Raises UserError where there is nothing to accelerate.
+    Returns a report of each layer. Raises UserError, with nothing changed, where there is nothing
+    to accelerate.
     """
-    root = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    if not isinstance(root, nn.Module):
-        raise UserError(f"accelerate got a {type(model).__name__} (expected an nn.Module)")
-    report, said = Report(root), set[str]()
-    for name, module in list(root.named_modules()):
-        if kind_of(module) in ENCODERS:
+    root = _module(model)
+    report, plan = Report(root), dict[nn.Module, type[Swapped]]()
+    back: list[nn.Module] = []  # of encoders that were accelerated, and are not to be any more
+    for name, module in root.named_modules():
+        if is_encoder(module):
             if why := _why_not(root, name, module, real_tokens):
                 report.kept[name] = why
+                back += [m for m in module.modules() if not is_linear(m)]
             else:
                 report.fused[name] = "encoder on real tokens"
-                _swap_encoder(module, said)
+                plan.update(_parts(module))
         elif isinstance(module, LoRALinear):
             report.fused[name] = "LoRA layer of fastlora"
         elif is_linear(module):
-            swap(module, PeftLinear, said)
-            swap_linear(module.base_layer, said)  # type: ignore[arg-type]
-            plan = module.plan()  # type: ignore[operator]
-            if isinstance(plan, str):
-                report.kept[name] = plan
-            else:
-                report.fused[name] = "LoRA layer of PEFT"
+            found = PeftLinear.plan(module)  # type: ignore[arg-type]
+            kind = report.kept if isinstance(found, str) else report.fused
+            kind[name] = found if isinstance(found, str) else "LoRA layer of PEFT"
+            plan[module] = PeftLinear
+            if type(module.base_layer) is nn.Linear:
+                plan[module.base_layer] = SwappedLinear
         elif is_lora_layer(module):
             report.kept[name] = f"fastlora has no fused form of {type(module).__name__}"
     if not report.fused:
@@ -89,63 +93,101 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
             f"nothing in {type(root).__name__} can be accelerated: "
             f"{reasons or 'it has neither LoRA layers nor an encoder that fastlora knows'}"
         )
+    swap_back(back)
+    earlier = (vars(m)["_said"] for m in root.modules() if isinstance(m, Swapped))
+    said: set[str] = next(earlier, set())
+    for module, mixin in plan.items():
+        if not isinstance(module, Swapped):
+            swap(module, mixin, said)
+            report.changed.append(module)
     return report
 
 
 def restore(model: Any) -> None:
     """Undo `accelerate`: every module is of its own class again; nothing else had changed.
 
-    Raises UserError, with nothing changed, where a module was parametrised or sharded since.
+    Raises UserError, with nothing changed, where a module was parametrised, sharded or patched
+    since.
     """
-    swap_back(model if isinstance(model, nn.Module) else model.model)
+    swap_back(_module(model).modules())
 
 
-def _swap_encoder(encoder: nn.Module, said: set[str]) -> None:
-    swap(encoder, ENCODERS[kind_of(encoder)], said)
+def _module(model: Any) -> nn.Module:
+    root = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(root, nn.Module):
+        raise UserError(f"got a {type(model).__name__} (expected an nn.Module)")
+    return root
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether it is an encoder that we know, or of a class made from one."""
+    return any(kind_of(kind) in ENCODERS for kind in type(module).__mro__)
+
+
+def _parts(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]]:
+    """The modules of an encoder, and what each becomes."""
+    yield encoder, ENCODERS[kind_of(type(encoder))]
     for module in encoder.modules():
-        if kind_of(module) in ATTENTIONS:
-            swap(module, ATTENTIONS[kind_of(module)], said)
+        if kind_of(type(module)) in ATTENTIONS:
+            yield module, ATTENTIONS[kind_of(type(module))]
         elif type(module) is nn.Dropout and not module.inplace:
-            swap(module, SwappedDropout, said)
-        else:
-            swap_linear(module, said)
-
-
-def swap_linear(module: nn.Module, said: set[str]) -> None:
-    """A plain linear layer is faster by oneDNN while its weight is frozen."""
-    if type(module) is nn.Linear:
-        swap(module, SwappedLinear, said)
+            yield module, SwappedDropout
+        elif type(module) is nn.Linear:
+            yield module, SwappedLinear
 
 
 def _why_not(root: nn.Module, name: str, encoder: nn.Module, real_tokens: bool | None) -> str:
     """Why an encoder stays on the padded square, or ""."""
     if real_tokens is False:
         return "real_tokens is False"
-    config = next(m.config for m in encoder.modules() if hasattr(m, "config"))
-    if why := why_square(config):
+    if kind_of(type(encoder)) not in ENCODERS:
+        return f"{type(encoder).__name__} is a class made from transformers'"
+    if why := why_square(config_of(encoder)):
         return why
-    attentions = [m for m in encoder.modules() if kind_of(m) in ATTENTIONS]
-    if len(attentions) != len(encoder.layer):  # type: ignore[arg-type]
+    attentions = [m for m in encoder.modules() if kind_of(type(m)) in ATTENTIONS]
+    if len(attentions) != len({*encoder.layer}):  # type: ignore[misc]
         return "its layers have attention of another kind"
-    if any("forward" in vars(m) for m in encoder.modules()):
-        return "a forward inside it has been replaced"
     return "" if real_tokens else _why_read(root, name)
 
 
 def _why_read(root: nn.Module, name: str) -> str:
     """Why the states at padding might be read by what is around an encoder, or ""."""
-    parents = name.split(".")[:-1]
+    *parents, last = name.split(".")
     around = [root.get_submodule(".".join(parents[:i])) for i in range(len(parents) + 1)]
-    for module in around:
-        kind = type(module)
-        if kind.__module__.split(".")[0] in _WRAPPERS:
-            continue
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            continue
-        if kind_of(module) and kind.__name__.endswith(_READERS):
-            return ""
-        return (
-            f"{kind.__name__} may read states at padding, which would be zeros (expected "
-            "accelerate(model, real_tokens=True) if it does not)"
-        )
+    if not last:
+        return ""
+    reader = next((m for m in around if kind_of(type(m)).endswith(_READERS)), None)
+    for module in around[: around.index(reader) if reader else len(around)]:
+        library = type(module).__module__.split(".")[0]
+        if library == "sentence_transformers":
+            kinds = {type(m).__name__ for m in (module, *module.children()) if not kind_of(type(m))}
+            foreign = kinds - {*_SENTENCES, *_FOLLOWERS}
+            foreign |= {"a module of yours"} if any(map(_is_own, module.children())) else set()
+        else:
+            wraps = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+            foreign = set() if library == "peft" or wraps else {type(module).__name__}
+        if foreign:
+            return _may_read(min(foreign))
+    if reader is None:
+        return _may_read(type(around[0]).__name__)
+    encoder = root.get_submodule(name)
+    inside = {*encoder.modules()}
+    for place, module in reader.named_modules():
+        kind = own_class(type(module))
+        known = kind in _HEADS or kind.__module__.split(".")[0] in ("transformers", "peft")
+        if not (known or module in inside or "lora_" in place):
+            return _may_read(kind.__name__)
     return ""
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether its class is neither transformers' nor one of the libraries around it."""
+    root = own_class(type(module)).__module__.split(".")[0]
+    return root not in ("transformers", "sentence_transformers", "peft", "torch")
+
+
+def _may_read(what: str) -> str:
+    return (
+        f"{what} may read states at padding, which would be zeros (expected accelerate(model, "
+        "real_tokens=True) if it does not)"
+    )

@@ -3,28 +3,35 @@
 The encoder's states are packed to [1, T, H], its own layers run on them, and its result is padded
 again, with zeros at padding. The layers hand the attention mask down to attention untouched, so a
 `Layout` travels in its place: attention, which knows it, is the one part that sees the square.
+Each call makes sure that no other part could mind: see `_why_not_packed`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from functools import cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.bert.attention import attention
 from fastlora.bert.layout import Layout
-from fastlora.interop.swap import Swapped
-from fastlora.kernels import is_ordinary
+from fastlora.interop.swap import Swapped, own_class, say_compiled
+from fastlora.kernels import drop, is_ordinary
+from fastlora.lora.layer import LoRALinear
 from fastlora.lora.together import project_together
 
-# What a call may ask for that needs the square.
-_SQUARE = {"encoder_hidden_states", "encoder_attention_mask", "past_key_values", "use_cache"}
-_SQUARE |= {"output_attentions", "output_hidden_states"}
 FEW = 48  # tokens of a batch without padding, from which packing them pays
+# Arguments of a call that no layer reads; any other one needs the square.
+_UNREAD = {"position_ids", "return_dict", "num_items_in_batch"}
 # Where hooks come from that do nothing here: transformers' act only where a call asks for hidden
 # states or attentions, and ours only keeps PyTorch off a fast path.
-_HARMLESS = ("transformers.utils.output_capturing", "fastlora.lora.layer")
+_CAPTURING = "transformers.utils.output_capturing"
+_HARMLESS = (_CAPTURING, "fastlora.lora.layer")
+# Modules of PyTorch that treat each token by itself.
+_BY_TOKEN = (nn.Dropout, nn.Identity, nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.ParameterList, nn.Embedding)
 
 
 class SelfAttention(Swapped):
@@ -33,8 +40,7 @@ class SelfAttention(Swapped):
     names = ("query", "key", "value")
     output = ""  # a last layer that is part of the module
     dropout: nn.Dropout
-    num_attention_heads: int
-    n_heads: int  # DistilBERT's
+    attention_head_size: int
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
@@ -44,11 +50,16 @@ class SelfAttention(Swapped):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         layers = [getattr(self, name) for name in self.names]
         qkv = project_together(layers, hidden_states)[0]  # [T, 3H]
-        heads = self.num_attention_heads if hasattr(self, "num_attention_heads") else self.n_heads
-        p = self.dropout.p if self.training else 0.0
+        heads = qkv.shape[1] // 3 // self.attention_head_size
+        p = self.dropout.p if self._drops() else 0.0
         bias = args[0] if args else None  # MPNet's
-        context = attention(qkv, attention_mask, heads, self.dropout, p, bias).unsqueeze(0)
+        scale = getattr(self, "scaling", None)
+        found = attention(qkv, attention_mask, heads, partial(drop, p=p), p, scale, bias)
+        context = found.unsqueeze(0)
         return (getattr(self, self.output)(context) if self.output else context), None
+
+    def _drops(self) -> bool:
+        return self.training
 
 
 class DistilBertAttention(SelfAttention):
@@ -64,16 +75,24 @@ class MPNetAttention(SelfAttention):
     names = ("q", "k", "v")
     output = "o"
 
+    def _drops(self) -> bool:
+        return self.dropout.training
+
 
 class Encoder(Swapped):
-    """The stack of layers, given the padded batch."""
+    """The stack of layers, given the padded batch.
+
+    A gradient's gradient and batches of gradients are not computed through it: PyTorch raises.
+    """
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As the encoder's own forward, with zeros at padding."""
-        few = attention_mask is None and hidden_states.shape[:2].numel() < FEW
-        if torch.compiler.is_compiling() or few:
+        if torch.compiler.is_compiling():
+            say_compiled(type(self).__name__)
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if attention_mask is None and hidden_states.shape[:2].numel() < FEW:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         layout = self._layout(hidden_states, attention_mask, args, kwargs)
         if isinstance(layout, str):
@@ -89,20 +108,27 @@ class Encoder(Swapped):
 
     def _layout(self, x: Tensor, mask: Any, args: tuple, kwargs: dict) -> Layout | str:
         """Where the real tokens are, or why this call needs the square."""
-        config = next(m.config for m in self.modules() if hasattr(m, "config"))
-        asked = {name for name in _SQUARE if kwargs.get(name) not in (None, False)}
-        asked |= {n for n in ("output_attentions", "output_hidden_states") if getattr(config, n, 0)}
-        if args or asked:
-            return (
-                f"a call with {', '.join(sorted(asked)) or 'more inputs'} needs the padded square"
-            )
-        if why := why_square(config):
+        given = [k for k, v in kwargs.items() if k not in _UNREAD and v not in _NOTHING]
+        if args or given:
+            return f"a call with {', '.join(given) or 'more inputs'} needs the padded square"
+        config = config_of(self)
+        if why := why_square(config) or _why_not_packed(self):
             return why
+        if nn.modules.module._has_any_global_hook():
+            return "hooks on all modules expect the padded square"
         if not is_ordinary(x):
             return "a tensor that is empty, on another device, or under a transformation"
-        if _is_watched(self):
-            return "hooks on modules of the encoder expect the padded square"
-        return layout_of(mask, x)
+        return layout_of(mask, x, getattr(config, "_attn_implementation", None))
+
+
+class _Nothing:
+    """What an argument is that asks for nothing: compared without asking a tensor."""
+
+    def __contains__(self, value: object) -> bool:
+        return value is None or value is False
+
+
+_NOTHING = _Nothing()
 
 
 class MPNetEncoder(Encoder):
@@ -122,7 +148,7 @@ class MPNetEncoder(Encoder):
         return BaseModelOutput(last_hidden_state=last) if kwargs.get("return_dict") else (last,)
 
 
-# By the class's module and name in transformers: what replaces it.
+# By the family and name of the class in transformers: what replaces it.
 ENCODERS: dict[str, type[Encoder]] = {
     "bert.BertEncoder": Encoder,
     "roberta.RobertaEncoder": Encoder,
@@ -143,19 +169,22 @@ ATTENTIONS: dict[str, type[SelfAttention]] = {
 }
 
 
-def kind_of(module: nn.Module) -> str:
+def kind_of(kind: Any) -> str:
     """The family and name of a class of transformers, as "bert.BertEncoder"; "" of others."""
-    kind = module.swapped_from if isinstance(module, Swapped) else type(module)
-    root, _, family, *_ = (*kind.__module__.split("."), "", "", "")
-    return f"{family}.{kind.__name__}" if root == "transformers" else ""
+    kind = own_class(kind)
+    root, *path = kind.__module__.split(".")
+    return f"{path[1]}.{kind.__name__}" if root == "transformers" and len(path) > 1 else ""
+
+
+def config_of(encoder: nn.Module) -> Any:
+    """The configuration that an encoder, or a module in it, has."""
+    return next(m.config for m in encoder.modules() if hasattr(m, "config"))
 
 
 def why_square(config: Any) -> str:
     """Why an encoder of this configuration is not run on real tokens, or ""."""
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return "it is a decoder"
-    if getattr(config, "chunk_size_feed_forward", 0):
-        return "chunk_size_feed_forward cuts the padded square into pieces"
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         return f"position_embedding_type is {config.position_embedding_type!r}"
     implementation = getattr(config, "_attn_implementation", "eager")
@@ -164,21 +193,24 @@ def why_square(config: Any) -> str:
     return ""
 
 
-def layout_of(mask: Any, x: Tensor) -> Layout | str:
+def layout_of(mask: Any, x: Tensor, implementation: str | None) -> Layout | str:
     """The layout that transformers' mask of scores says, or why it is more than padding.
 
-    `mask` is None, or [B, 1, S or 1, S]: booleans, True where a key is seen, or numbers that are
-    added to the scores. `x` are the states [B, S, H].
+    `mask` is None, or [B, 1, S or 1, S]: numbers that are added to the scores, or, with PyTorch's
+    attention ("sdpa"), booleans, True where a key is seen. `x` are the states [B, S, H].
     """
     batch, length, _ = x.shape
     if mask is None:
         return Layout.of(None, x.shape[:2])
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != length:
         return "a mask of an unknown form"
-    seen = mask if mask.dtype == torch.bool else mask == 0
+    boolean = mask.dtype == torch.bool and implementation == "sdpa"
+    if not (boolean or mask.is_floating_point()):
+        return f"a mask of {mask.dtype}"
+    seen = mask if boolean else mask == 0
     keys = seen[:, 0, 0].expand(batch, length)
     alike = (seen == keys[:, None, None]).all()
-    if mask.dtype != torch.bool:
+    if not boolean:
         alike = alike & (seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()
     if not alike:
         return "a mask that is more than padding"
@@ -187,16 +219,42 @@ def layout_of(mask: Any, x: Tensor) -> Layout | str:
     return Layout.of(keys, x.shape[:2], first=True)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody's hooks inside would see the states of tokens in place of the square."""
+def _why_not_packed(module: nn.Module) -> str:
+    """Why a part of an encoder would mind tokens in place of the square, or "".
+
+    It may mix tokens, or be watched by hooks; this runs at every call.
+    """
     for child in module._modules.values():
         if child is None:
             continue
-        # Mostly empty: this runs at every call.
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
-            hooks = {**child._forward_hooks, **child._forward_pre_hooks, **child._backward_hooks}
-            if any(getattr(hook, "__module__", "") not in _HARMLESS for hook in hooks.values()):
-                return True
-        if child._modules and _is_watched(child):
-            return True
-    return False
+        own, kind = vars(child), cast(Any, type(child))
+        if not _is_by_token(kind):
+            return f"a {kind.__name__} inside the encoder may need the padded square"
+        if "forward" in own or child._backward_pre_hooks or _is_watched(child):
+            return "hooks on modules of the encoder expect the padded square"
+        if own.get("is_causal") or own.get("chunk_size_feed_forward"):
+            return "causal attention, or a feed-forward part in chunks, needs the padded square"
+        if child._modules and (why := _why_not_packed(child)):
+            return why
+    return ""
+
+
+@cache
+def _is_by_token(kind: Any) -> bool:
+    """Whether modules of this class treat each token by itself, or are attention that we know."""
+    if issubclass(kind, (nn.Linear, LoRALinear)) or own_class(kind) in _BY_TOKEN + _CONTAINERS:
+        return True
+    if kind_of(kind) in ATTENTIONS:
+        return issubclass(kind, Swapped)
+    return own_class(kind).__module__.split(".")[0] in ("transformers", "peft")
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks on a module would see tokens in place of the square."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+        return False  # mostly
+    hooks = {**module._forward_hooks, **module._forward_pre_hooks, **module._backward_hooks}
+    modules = {getattr(hook, "__module__", "") for hook in hooks.values()}
+    if _CAPTURING in modules and sys.modules[_CAPTURING]._active_collector.get():  # type: ignore
+        return True
+    return not modules.issubset(_HARMLESS)

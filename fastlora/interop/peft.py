@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.interop.swap import Swapped, SwappedDropout
+from fastlora.interop.swap import Swapped, SwappedDropout, own_class, say_compiled
 from fastlora.kernels import Dropout, Term, lora_grouped
 from fastlora.lora.together import Product, has_hooks, is_bare
 
@@ -19,7 +19,7 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is PEFT's LoRA layer around a linear layer, and no subclass of that."""
-    kind = module.swapped_from if isinstance(module, Swapped) else type(module)
+    kind = own_class(type(module))
     return f"{kind.__module__}.{kind.__name__}" == "peft.tuners.lora.layer.Linear"
 
 
@@ -43,6 +43,7 @@ class PeftLinear(Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""
         if torch.compiler.is_compiling():
+            say_compiled(type(self).__name__)
             return super().forward(x, *args, **kwargs)
         if args or kwargs:
             found: Product | str = f"a call with {', '.join(kwargs) or 'more inputs'}"
@@ -76,12 +77,19 @@ class PeftLinear(Swapped):
                 continue
             if name in getattr(self, "lora_variant", ()) or getattr(self, "use_dora", {}).get(name):
                 return f"adapter {name!r} is a variant of LoRA"
+            if not isinstance(scale := self.scaling[name], (int, float)):
+                return f"adapter {name!r} has a scale that is no number"
             A, B, p = lora_A[name], lora_B[name], _rate(self.lora_dropout[name])
-            if p < 0 or not (is_bare(A) and is_bare(B)) or A.bias is not None or B.bias is not None:
+            if (
+                not 0 <= p < 1
+                or not (is_bare(A) and is_bare(B))
+                or A.bias is not None
+                or B.bias is not None
+            ):
                 return f"adapter {name!r} has biases, hooks, sharded factors or its own dropout"
             # One seed serves all terms of a product: their masks differ by adapter and column.
             stream = column * 64 + len(terms)
-            terms.append(Term(A.weight, B.weight, self.scaling[name], p, stream, column=column))
+            terms.append(Term(A.weight, B.weight, scale, p, stream, column=column))
             types.add(A.weight.dtype)
         if x is not None and types != {x.dtype}:
             autocast = torch.is_autocast_enabled(x.device.type)

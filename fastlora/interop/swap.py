@@ -7,15 +7,19 @@ module (its type, its parameters, its state dict, its place in the model) finds 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import cache
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastlora.errors import UserError
 from fastlora.kernels import Dropout, Linear
 
 FEW = 16384  # elements from which the fast dropout is faster
+_FORWARDS = ("forward", "_old_forward")  # the second is that of Hugging Face accelerate's hooks
 
 
 class Swapped(nn.Module):
@@ -28,13 +32,23 @@ class Swapped(nn.Module):
         said = vars(self)["_said"]
         if reason not in said:
             said.add(reason)
-            text = f"fastlora.accelerate steps aside in {type(self).__name__}: {reason}"
-            warnings.warn(text, stacklevel=3)
+            self.warn(type(self).__name__, reason)
+
+    @staticmethod
+    def warn(name: str, reason: str) -> None:
+        """Say that modules of this class go their own way."""
+        warnings.warn(f"fastlora.accelerate steps aside in {name}: {reason}", stacklevel=4)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no place where it could be found by its name.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return (_new, (type(self).__mro__[1], type(self).swapped_from), *rest)
+
+
+@torch.compiler.assume_constant_result
+def say_compiled(name: str) -> None:
+    """Warn, while a model is compiled, that modules of this class go their own way in it."""
+    Swapped.warn(name, "a compiled model has the module's own forward")
 
 
 class SwappedLinear(Swapped, Linear):
@@ -58,6 +72,11 @@ def swapped_class(mixin: Any, base: Any) -> type[Swapped]:
     return type(base.__name__, (mixin, base), {**names, "swapped_from": base})
 
 
+def own_class(kind: type) -> type:
+    """The class that a module of this class had before it was swapped."""
+    return vars(kind).get("swapped_from", kind)
+
+
 def _new(mixin: Any, base: Any) -> Swapped:
     cls = swapped_class(mixin, base)
     return cls.__new__(cls)
@@ -65,20 +84,33 @@ def _new(mixin: Any, base: Any) -> Swapped:
 
 def swap(module: nn.Module, mixin: Any, said: set[str]) -> None:
     """Give a module the methods of a mixin; `said` is what its model has warned of."""
-    if not isinstance(module, Swapped):
-        module.__class__ = swapped_class(mixin, type(module))  # type: ignore[arg-type]
+    module.__class__ = swapped_class(mixin, type(module))  # type: ignore[arg-type]
     vars(module)["_said"] = said
 
 
-def swap_back(model: nn.Module) -> None:
-    """Give all modules their own classes back; UserError where a class has changed since."""
-    swapped = {n: m for n, m in model.named_modules() if isinstance(m, Swapped)}
-    for name, module in swapped.items():
+def swap_back(modules: Iterable[nn.Module]) -> None:
+    """Give modules their own classes back; UserError, with nothing changed, where that fails."""
+    swapped = [module for module in modules if isinstance(module, Swapped)]
+    for module in swapped:
+        name, forward = type(module).__name__, vars(module).get("forward")
         if "swapped_from" not in vars(type(module)):
             raise UserError(
-                f"module {name!r} cannot be restored: its class has become {type(module).__name__} "
-                "since (parametrised or sharded); undo that first"
+                f"a {name} cannot be restored: its class has changed since (it was parametrised or "
+                "sharded); undo that first"
             )
-    for module in swapped.values():
-        module.__class__ = type(module).swapped_from  # type: ignore[assignment]
+        if not (forward is None or _is_ours(module, forward) or "_old_forward" in vars(module)):
+            raise UserError(
+                f"a {name} cannot be restored: its forward has been replaced since; undo that first"
+            )
+    for module in swapped:
+        base = type(module).swapped_from
+        for name in _FORWARDS:
+            if _is_ours(module, vars(module).get(name)):
+                vars(module)[name] = MethodType(base.forward, module)
+        module.__class__ = base  # type: ignore[assignment]
         vars(module).pop("_said", None)
+
+
+def _is_ours(module: nn.Module, forward: Any) -> bool:
+    """Whether this is our forward, bound to the module."""
+    return getattr(forward, "__func__", None) is type(module).forward

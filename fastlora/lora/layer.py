@@ -80,7 +80,7 @@ class LoRALinear(Linear):
         It stays the same object, with its hooks, parametrisations and places in the model, and has
         no adapter yet. `stream` separates its random numbers from those of other layers.
         """
-        base_class: Any = type(linear)
+        base_class: Any = vars(type(linear)).get("swapped_from", type(linear))  # by interop
         linear.__class__ = adapted_class(base_class)
         assert isinstance(linear, LoRALinear)
         try:

@@ -28,8 +28,8 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     They are one product where each is a linear layer, with adapters or without, that does nothing
     else when it is called; otherwise each is called.
     """
-    weight = getattr(layers[0], "weight", None)
-    if getattr(layers[0], "packed", None) is None and weight is not None and is_small(x, weight):
+    width = sum(getattr(layer, "out_features", 0) for layer in layers)
+    if getattr(layers[0], "packed", None) is None and is_small(x, width):
         # Of few rows, a copy of the weights takes longer than the product.
         return torch.cat([layer(x) for layer in layers], -1)
     products: list[Product] = []

@@ -55,7 +55,7 @@ def test_the_first_place_of_a_row_may_be_padding_and_computed(S, own):
     square = torch.randn(*real.shape, 3 * HEADS * WIDTH, dtype=torch.float64, requires_grad=True)
     flat = layout.unpad(square.detach()).requires_grad_()
     expected = definition(square, None, real) * computed[..., None]
-    found = layout.pad(attention(flat, layout, HEADS, lambda p: p, 0.0, bias))
+    found = layout.pad(attention(flat, layout, HEADS, lambda p: p, 0.0, bias=bias))
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(expected)
     (expected * weights).sum().backward()
@@ -70,6 +70,13 @@ def test_a_bias_is_added_to_the_scores(padded):
     bias = torch.randn(1, HEADS, 7, 7, dtype=torch.float64, requires_grad=True)
     square = torch.randn(2, 7, 3 * HEADS * WIDTH, dtype=torch.float64)
     expected = definition(square, None, real, bias)[real]
-    found = attention(layout.unpad(square), layout, HEADS, lambda p: p, 0.0, bias)
+    found = attention(layout.unpad(square), layout, HEADS, lambda p: p, 0.0, bias=bias)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), bias)[0] for y in (found, expected)))
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    flat, layout = torch.randn(6, 3 * HEADS * WIDTH, requires_grad=True), Layout(2, 3)
+    found = attention(flat, layout, HEADS, lambda p: p, 0.0)
+    with pytest.raises(RuntimeError, match="gradient of a gradient"):
+        torch.autograd.grad(found.square().sum(), flat, create_graph=True)

@@ -2,16 +2,9 @@
 
 import copy
 
-import pytest
-
 import fastlora
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
-
-
-def fault(*values, reason, **more):
-    """Parameters of a test that shows a fault."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason), **more)
 
 
 def encoder(model):

@@ -316,13 +316,11 @@ def test_what_peft_says_of_itself():
     assert ours.get_layer_status() == theirs.get_layer_status()
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the mask allows no dropout of 1")
 def test_dropout_of_one():
     """PEFT takes lora_dropout=1.0: the adapter gives nothing."""
     assert_alike(*pair_of(dropout=1.0), batch(), **EXACT)
 
 
-@pytest.mark.xfail(strict=True, reason="a scale that is a tensor gets no gradient")
 def test_trainable_scales():
     """`layer.scaling[name]` may be a tensor, and autograd sees it in PEFT's forward."""
     gradients = []
@@ -336,7 +334,6 @@ def test_trainable_scales():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.xfail(strict=True, reason="accelerate raises, but has swapped classes already")
 def test_nothing_to_accelerate_changes_nothing():
     """UserError leaves the model as it was."""
     config = LoraConfig(target_modules=["0"], use_dora=True)

@@ -1,0 +1,25 @@
+"""Which tensors the fused forms take."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+TYPES = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether x has rows of floats in a CPU's or GPU's memory, and nobody transforms or watches."""
+    return (
+        type(x) in TYPES
+        and x.device.type in ("cpu", "cuda")
+        and x.dtype in _DTYPES
+        and x.layout == torch.strided
+        and not x.is_nested
+        and not torch.compiler.is_compiling()
+        and x.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
