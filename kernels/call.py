@@ -92,19 +92,23 @@ class Packed:
 
     They are made again when the weight is another tensor, lies elsewhere or has a new version.
     The forms may also be of several tensors, as the weights of layers that are one product.
-    After a write that PyTorch does not see, the owner calls `clear`. Copying or pickling an owner
+    After a write that PyTorch does not see, the owner calls `clear`; a `watched` one sees such
+    writes by itself, for reading the weight once more at each use. Copying or pickling an owner
     gives the copy an empty `Packed` of its own. Safe for several threads.
     """
 
-    def __init__(self) -> None:
-        self._current: tuple[list[tuple], list[StorageWeakRef], dict] | None = None
+    def __init__(self, watched: bool = False) -> None:
+        self.watched = watched
+        self._current: tuple[list, list[StorageWeakRef], dict] | None = None
         self.graph: list[Any] = []  # what captured CUDA graphs read, for as long as this object
 
     def forms(self, *tensors: Tensor) -> dict | None:
         """The forms of these tensors as they are now; None where no change could be seen."""
         if any(t.is_inference() for t in tensors):
             return None  # they count no versions
-        places = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in tensors]
+        places: list = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in tensors]
+        if self.watched:
+            places += map(_marks, tensors)
         current = self._current
         # An expired storage's place in memory may be another's by now.
         if current is None or current[0] != places or any(ref.expired() for ref in current[1]):
@@ -117,4 +121,12 @@ class Packed:
         self._current = None
 
     def __reduce__(self) -> tuple:
-        return Packed, ()
+        return Packed, (self.watched,)
+
+
+def _marks(tensor: Tensor) -> bytes:
+    """A sum of the bits of each row, which tells the tensor from what it was before a write."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    if left := rows.shape[1] * rows.element_size() % 8:
+        rows = torch.nn.functional.pad(rows, (0, (8 - left) // rows.element_size()))
+    return rows.contiguous().view(torch.int64).sum(1).numpy().tobytes()

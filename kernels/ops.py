@@ -151,7 +151,11 @@ class Linear(nn.Linear):
         """[..., in_features] -> [..., out_features]."""
         if is_small(input, self.out_features):
             return super().forward(input)
-        return lora_grouped(input, self.weight, self.bias, (), packed=self.packed)
+        return lora_grouped(input, self.weight, self.bias, (), packed=self.packed_for(input))
+
+    def packed_for(self, input: Tensor) -> Packed | None:
+        """The packed copies that a product with this input uses."""
+        return self.packed
 
 
 def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:

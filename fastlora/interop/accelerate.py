@@ -67,6 +67,7 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
     """
     root = _module(model)
     report, plan = Report(root), dict[nn.Module, type[Swapped]]()
+    dropouts: list[nn.Module] = []
     back: list[nn.Module] = []  # of encoders that were accelerated, and are not to be any more
     for name, module in root.named_modules():
         if is_encoder(module):
@@ -85,6 +86,8 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
             plan[module] = PeftLinear
             if type(module.base_layer) is nn.Linear:
                 plan[module.base_layer] = SwappedLinear
+        elif type(module) is nn.Dropout and not module.inplace:
+            dropouts.append(module)
         elif is_lora_layer(module):
             report.kept[name] = f"fastlora has no fused form of {type(module).__name__}"
     if not report.fused:
@@ -93,6 +96,8 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
             f"nothing in {type(root).__name__} can be accelerated: "
             f"{reasons or 'it has neither LoRA layers nor an encoder that fastlora knows'}"
         )
+    if "encoder on real tokens" in report.fused.values():
+        plan.update(dict.fromkeys(dropouts, SwappedDropout))
     swap_back(back)
     earlier = (vars(m)["_said"] for m in root.modules() if isinstance(m, Swapped))
     said: set[str] = next(earlier, set())
@@ -130,8 +135,6 @@ def _parts(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]]:
     for module in encoder.modules():
         if kind_of(type(module)) in ATTENTIONS:
             yield module, ATTENTIONS[kind_of(type(module))]
-        elif type(module) is nn.Dropout and not module.inplace:
-            yield module, SwappedDropout
         elif type(module) is nn.Linear:
             yield module, SwappedLinear
 

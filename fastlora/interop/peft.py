@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.interop.swap import Swapped, SwappedDropout, own_class, say_compiled
-from fastlora.kernels import Dropout, Term, lora_grouped
+from fastlora.kernels import Dropout, Linear, Term, lora_grouped
 from fastlora.lora.together import Product, has_hooks, is_bare
 
 
@@ -95,7 +95,8 @@ class PeftLinear(Swapped):
             autocast = torch.is_autocast_enabled(x.device.type)
             if x.dtype == torch.float64 or not autocast:
                 return "mixed types without autocast"
-        return Product(weight, base.bias, terms)
+        packed = base.packed_for(x) if x is not None and isinstance(base, Linear) else None
+        return Product(weight, base.bias, terms, packed=packed)
 
 
 def _rate(dropout: nn.Module) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.errors import UserError
-from fastlora.kernels import Dropout, Linear
+from fastlora.kernels import Dropout, Linear, Packed
 
 FEW = 16384  # elements from which the fast dropout is faster
 _FORWARDS = ("forward", "_old_forward")  # the second is that of Hugging Face accelerate's hooks
@@ -52,7 +52,20 @@ def say_compiled(name: str) -> None:
 
 
 class SwappedLinear(Swapped, Linear):
-    """An `nn.Linear` of an accelerated encoder."""
+    """An `nn.Linear` of an accelerated encoder.
+
+    It keeps packed copies of its frozen weight from its first large input on: on a CPU their
+    products take 0.86 to 0.96 of the time, and their memory is less than what the encoder saves on
+    that many rows. Nobody would tell it of writes, so they are watched.
+    """
+
+    def packed_for(self, input: Tensor) -> Packed | None:
+        """The packed copies that a product with this input [..., in] uses."""
+        rows = input.numel() // self.in_features
+        large = rows >= 1.5 * min(self.in_features, self.out_features)
+        if self.packed is None and large and input.is_cpu and not self.weight.requires_grad:
+            self.packed = Packed(watched=True)
+        return self.packed
 
 
 class SwappedDropout(Swapped, Dropout):
@@ -108,7 +121,8 @@ def swap_back(modules: Iterable[nn.Module]) -> None:
             if _is_ours(module, vars(module).get(name)):
                 vars(module)[name] = MethodType(base.forward, module)
         module.__class__ = base  # type: ignore[assignment]
-        vars(module).pop("_said", None)
+        for name in ("_said", "packed"):
+            vars(module).pop(name, None)
 
 
 def _is_ours(module: nn.Module, forward: Any) -> bool:

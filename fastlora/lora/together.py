@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.kernels import Packed, Term, is_small, lora_together
+from fastlora.kernels import Linear, Packed, Term, is_small, lora_together
 from fastlora.lora.layer import PLAIN, LoRALinear
 
 
@@ -54,7 +54,7 @@ def _product(layer: Any, x: Tensor, column: int) -> Product | None:
         return layer.product(x, column) if known else None
     if not is_bare(layer):
         return None
-    packed = getattr(layer, "packed", None)
+    packed = layer.packed_for(x) if isinstance(layer, Linear) else None
     if isinstance(layer, LoRALinear):
         return Product(layer.weight, layer.bias, *layer.terms(x, column), packed)
     return Product(layer.weight, layer.bias, packed=packed)

@@ -277,3 +277,26 @@ def test_trainable_layers_are_pytorchs_own():
     y.sum().backward()
     assert linear.weight.grad is not None
     assert linear.bias.grad is not None
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("shape", [(40, 24), (7, 5)])
+def test_a_watched_one_sees_writes_that_leave_no_trace(shape, dtype):
+    """Through `.data`: one element by one bit, rows that change places, another sign."""
+    weight = torch.randn(shape).to(dtype)
+    packed = Packed(watched=True)
+    forms = packed.forms(weight)
+    assert packed.forms(weight) is forms
+    bits = weight.data.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    writes = [
+        lambda: bits[3, 2].bitwise_xor_(1),
+        lambda: weight.data.copy_(weight.flip(0)),
+        lambda: weight.data.neg_(),
+        lambda: weight.numpy().fill(0) if dtype == torch.float32 else weight.data.zero_(),
+    ]
+    for write in writes:
+        write()
+        before, forms = forms, packed.forms(weight)
+        assert forms is not before
+        assert packed.forms(weight) is forms
+    assert copy.deepcopy(packed).watched

@@ -180,8 +180,28 @@ def test_changed_models(pair, when, change):
         change(model)
     if when == "before":
         fastlora.accelerate(ours)
-    full = change in (all_dropped, causal)
+    full = change in (all_dropped, causal, data)
     assert_alike(ours, theirs, batch(lengths=(32,) * 20) if full else batch(), **EXACT)
+
+
+def test_packed_weights_follow_merges_and_writes(pair):
+    """Batches of many tokens run on packed copies of the frozen weights, where they stay frozen."""
+    ours, theirs = pair
+    fastlora.accelerate(ours)
+    inputs = batch(lengths=(32,) * 20)
+    ours(**inputs)
+    assert attention(ours).query.base_layer.packed is not None
+    for change in (
+        lambda model: model.merge_adapter(),
+        lambda model: model.unmerge_adapter(),
+        lambda model: attention(model).key.weight.data.mul_(1.5),
+        lambda model: encoder(model).layer[0].output.dense.weight.detach().numpy().fill(0.01),
+        lambda model: model.float().double(),
+        lambda model: attention(model).value.base_layer.weight.requires_grad_(),
+    ):
+        for model in pair:
+            change(model)
+        assert_alike(ours, theirs, inputs, **EXACT)
 
 
 class Mean(nn.Module):
