@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import fastlora
-from fastlora.lora.swap import Swapped
+from fastlora.interop.swap import Swapped
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 EXISTING, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.S)
