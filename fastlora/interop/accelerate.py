@@ -11,20 +11,10 @@ from torch import nn
 
 from fastlora.errors import UserError
 from fastlora.interop.encoders import ATTENTIONS, ENCODERS, config_of, kind_of, why_square
+from fastlora.interop.padding import why_read
 from fastlora.interop.peft import PeftLinear, is_linear, is_lora_layer
-from fastlora.interop.swap import Swapped, SwappedDropout, SwappedLinear, own_class, swap, swap_back
+from fastlora.interop.swap import Swapped, SwappedDropout, SwappedLinear, swap, swap_back
 from fastlora.lora.layer import LoRALinear
-
-# Ends of the names of transformers' models whose heads read no states at padding. Those of single
-# tokens are not among them: their loss counts padding whose label is not -100.
-_READERS = ("Model", "ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
-# What a head may be made of, besides transformers' classes, and PEFT's around them.
-_HEADS = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.Embedding, nn.Tanh, nn.ParameterDict)
-_HEADS += (nn.ModuleList, nn.ModuleDict)  # type: ignore[assignment]
-# Modules of sentence-transformers, and what may follow the encoder: it reads with the mask.
-_SENTENCES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "Transformer", "Router")
-_FOLLOWERS = ("Pooling", "Normalize", "Dense", "Dropout", "LayerNorm", "SpladePooling")
-_FOLLOWERS += ("WeightedLayerPooling", "LogitScore")  # type: ignore[assignment]
 
 
 @dataclass
@@ -150,47 +140,4 @@ def _why_not(root: nn.Module, name: str, encoder: nn.Module, real_tokens: bool |
     attentions = [m for m in encoder.modules() if kind_of(type(m)) in ATTENTIONS]
     if len(attentions) != len({*encoder.layer}):  # type: ignore[misc]
         return "its layers have attention of another kind"
-    return "" if real_tokens else _why_read(root, name)
-
-
-def _why_read(root: nn.Module, name: str) -> str:
-    """Why the states at padding might be read by what is around an encoder, or ""."""
-    *parents, last = name.split(".")
-    around = [root.get_submodule(".".join(parents[:i])) for i in range(len(parents) + 1)]
-    if not last:
-        return ""
-    reader = next((m for m in around if kind_of(type(m)).endswith(_READERS)), None)
-    for module in around[: around.index(reader) if reader else len(around)]:
-        library = type(module).__module__.split(".")[0]
-        if library == "sentence_transformers":
-            kinds = {type(m).__name__ for m in (module, *module.children()) if not kind_of(type(m))}
-            foreign = kinds - {*_SENTENCES, *_FOLLOWERS}
-            foreign |= {"a module of yours"} if any(map(_is_own, module.children())) else set()
-        else:
-            wraps = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-            foreign = set() if library == "peft" or wraps else {type(module).__name__}
-        if foreign:
-            return _may_read(min(foreign))
-    if reader is None:
-        return _may_read(type(around[0]).__name__)
-    encoder = root.get_submodule(name)
-    inside = {*encoder.modules()}
-    for place, module in reader.named_modules():
-        kind = own_class(type(module))
-        known = kind in _HEADS or kind.__module__.split(".")[0] in ("transformers", "peft")
-        if not (known or module in inside or "lora_" in place):
-            return _may_read(kind.__name__)
-    return ""
-
-
-def _is_own(module: nn.Module) -> bool:
-    """Whether its class is neither transformers' nor one of the libraries around it."""
-    root = own_class(type(module)).__module__.split(".")[0]
-    return root not in ("transformers", "sentence_transformers", "peft", "torch")
-
-
-def _may_read(what: str) -> str:
-    return (
-        f"{what} may read states at padding, which would be zeros (expected accelerate(model, "
-        "real_tokens=True) if it does not)"
-    )
+    return "" if real_tokens else why_read(root, name)

@@ -1,0 +1,68 @@
+"""Whether what is around an encoder reads its states at padding, which would be zeros."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastlora.interop.encoders import kind_of
+from fastlora.interop.swap import own_class
+
+# Ends of the names of transformers' models whose heads read no states at padding. Those of single
+# tokens are not among them: their loss counts padding whose label is not -100.
+_READERS = ("Model", "ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
+_EXCEPT = ("LMHeadModel",)
+# What a head may be made of, besides transformers' classes, and PEFT's around them.
+_HEADS = {nn.Linear, nn.Dropout, nn.LayerNorm, nn.Embedding, nn.Tanh}
+_HEADS |= {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}
+# sentence-transformers' models, and its modules that read the encoder's states with the mask.
+_SENTENCES = {"SentenceTransformer", "CrossEncoder", "SparseEncoder", "Transformer", "Router"}
+_SENTENCES |= {"Pooling", "Normalize", "Dense", "Dropout", "LayerNorm", "SpladePooling"}
+_SENTENCES |= {"WeightedLayerPooling", "LogitScore"}
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def why_read(root: nn.Module, name: str) -> str:
+    """Why states at padding might be read by what is around the encoder of this name, or ""."""
+    if not name:
+        return ""
+    parents = name.split(".")[:-1]
+    around = [root.get_submodule(".".join(parents[:i])) for i in range(len(parents) + 1)]
+    readers = [i for i, module in enumerate(around) if _is_reader(module)]
+    if not readers:
+        return _may_read(around[0])
+    for module in around[: readers[0]]:
+        if _library(module) == "sentence_transformers":
+            unknown = (m for m in (module, *module.children()) if not _reads_with_mask(m))
+            if (found := next(unknown, None)) is not None:
+                return _may_read(found)
+        elif _library(module) != "peft" and type(module) not in _WRAPPERS:
+            return _may_read(module)
+    reader, inside = around[readers[0]], {*root.get_submodule(name).modules()}
+    for place, module in reader.named_modules():
+        known = own_class(type(module)) in _HEADS or _library(module) in ("transformers", "peft")
+        if not (known or module in inside or "lora_" in place):
+            return _may_read(module)
+    return ""
+
+
+def _is_reader(module: nn.Module) -> bool:
+    kind = kind_of(type(module))
+    return kind.endswith(_READERS) and not kind.endswith(_EXCEPT)
+
+
+def _reads_with_mask(module: nn.Module) -> bool:
+    """Whether it is transformers', or one of sentence-transformers' that we know."""
+    library = _library(module)
+    known = library == "sentence_transformers" and type(module).__name__ in _SENTENCES
+    return known or library in ("transformers", "peft", "torch")
+
+
+def _library(module: nn.Module) -> str:
+    return own_class(type(module)).__module__.split(".")[0]
+
+
+def _may_read(module: nn.Module) -> str:
+    return (
+        f"{type(module).__name__} may read states at padding, which would be zeros (expected "
+        "accelerate(model, real_tokens=True) if it does not)"
+    )
