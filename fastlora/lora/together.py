@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastlora.kernels import Linear, Packed, Term, is_small, lora_together
 from fastlora.lora.layer import PLAIN, LoRALinear
+
+OURS = (LoRALinear.forward,)
 
 
 class Product(NamedTuple):
@@ -62,11 +65,9 @@ def _product(layer: Any, x: Tensor, column: int) -> Product | None:
 
 def is_bare(layer: nn.Linear) -> bool:
     """Whether a call of the layer is x W^T + b, with adapters or without, and nothing else."""
-    ours = isinstance(layer, LoRALinear)
-    forwards = (LoRALinear.forward,) if ours else PLAIN
+    ours = isinstance(layer, LoRALinear) and layer.is_plain
     return bool(
-        type(layer).forward in forwards
-        and (not ours or layer.is_plain)
+        type(layer).forward in (OURS if ours else PLAIN)
         and type(layer._parameters.get("weight")) is nn.Parameter
         and not has_hooks(layer)
     )
@@ -80,5 +81,5 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
-        or nn.modules.module._has_any_global_hook()
+        or _has_any_global_hook()
     )
