@@ -11,10 +11,15 @@ from torch import nn
 
 from fastlora.errors import UserError
 from fastlora.interop.encoders import ATTENTIONS, ENCODERS, config_of, kind_of, why_square
-from fastlora.interop.padding import why_read
+from fastlora.interop.padding import is_bare_encoder, why_read
 from fastlora.interop.peft import PeftLinear, is_linear, is_lora_layer
 from fastlora.interop.swap import Swapped, SwappedDropout, SwappedLinear, swap, swap_back
 from fastlora.lora.layer import LoRALinear
+
+_ZEROS = (
+    "states at padding are zeros from now on: if your code reads them, as a mean without the mask "
+    "does, say accelerate(model, real_tokens=False)"
+)
 
 
 @dataclass
@@ -24,6 +29,7 @@ class Report:
     model: nn.Module = field(repr=False)
     fused: dict[str, str] = field(default_factory=dict)  # by module name: what it is
     kept: dict[str, str] = field(default_factory=dict)  # by module name: why it stays as it was
+    notes: list[str] = field(default_factory=list)
     changed: list[nn.Module] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> Report:
@@ -34,9 +40,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"fastlora: {type(self.model).__name__}"]
-        counts = Counter(self.fused.values())
-        lines += [f"  {number} {what}" for what, number in counts.items()]
-        lines += [f"  as it was: {name or 'the model'}: {why}" for name, why in self.kept.items()]
+        for what, number in Counter(self.fused.values()).items():
+            lines.append(f"  {number} {what if number == 1 else what.replace('layer', 'layers')}")
+        lines += [f"  left as it was: {name or 'all'}: {why}" for name, why in self.kept.items()]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -66,6 +73,8 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
                 back += [m for m in module.modules() if not is_linear(m)]
             else:
                 report.fused[name] = "encoder on real tokens"
+                if is_bare_encoder(root, name):
+                    report.notes.append(_ZEROS)
                 plan.update(_parts(module))
         elif isinstance(module, LoRALinear):
             report.fused[name] = "LoRA layer of fastlora"

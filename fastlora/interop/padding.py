@@ -45,6 +45,15 @@ def why_read(root: nn.Module, name: str) -> str:
     return ""
 
 
+def is_bare_encoder(root: nn.Module, name: str) -> bool:
+    """Whether the model of this encoder has no head, so that its caller gets the states."""
+    parents = name.split(".")[:-1]
+    around = [root.get_submodule(".".join(parents[:i])) for i in range(len(parents) + 1)]
+    first = next((module for module in around if _library(module) == "transformers"), root)
+    heads = any(_library(module) == "sentence_transformers" for module in around)
+    return not heads and type(first).__name__.endswith("Model")
+
+
 def _is_reader(module: nn.Module) -> bool:
     kind = kind_of(type(module))
     return kind.endswith(_READERS) and not kind.endswith(_EXCEPT)
@@ -63,6 +72,6 @@ def _library(module: nn.Module) -> str:
 
 def _may_read(module: nn.Module) -> str:
     return (
-        f"{type(module).__name__} may read states at padding, which would be zeros (expected "
-        "accelerate(model, real_tokens=True) if it does not)"
+        f"{type(module).__name__} may read states at padding, which would become zeros; if it does "
+        "not, say accelerate(model, real_tokens=True)"
     )

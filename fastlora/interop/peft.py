@@ -75,8 +75,10 @@ class PeftLinear(Swapped):
         for name in () if disabled or merged else self.active_adapters:
             if name not in lora_A:
                 continue
-            if name in getattr(self, "lora_variant", ()) or getattr(self, "use_dora", {}).get(name):
-                return f"adapter {name!r} is a variant of LoRA"
+            variants = getattr(self, "lora_variant", None) or getattr(self, "use_dora", {})
+            if variant := variants.get(name):
+                kind = "DoRA" if variant is True else type(variant).__name__
+                return f"adapter {name!r} is no plain LoRA, but {kind}"
             if not isinstance(scale := self.scaling[name], (int, float)):
                 return f"adapter {name!r} has a scale that is no number"
             A, B, p = lora_A[name], lora_B[name], _rate(self.lora_dropout[name])

@@ -37,7 +37,8 @@ class Swapped(nn.Module):
     @staticmethod
     def warn(name: str, reason: str) -> None:
         """Say that modules of this class go their own way."""
-        warnings.warn(f"fastlora.accelerate steps aside in {name}: {reason}", stacklevel=4)
+        text = f"fastlora.accelerate steps aside in {name}, which runs at its own speed: {reason}"
+        warnings.warn(text, stacklevel=4)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no place where it could be found by its name.

@@ -47,7 +47,7 @@ def inject(
     a target that matches nothing or cannot be adapted, and for a model whose parameters are
     distributed already.
     """
-    configs = {DEFAULT: config} if isinstance(config, LoraConfig) else dict(config)
+    configs = dict(config) if isinstance(config, Mapping) else {DEFAULT: config}
     check_model(model, configs)
     kept = trained_parameters(model, train)
     plan = [

@@ -100,8 +100,9 @@ def check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
     known = adapter_names(layers)
     for name in adapters:
         if name not in known:
+            named = "" if name is None else f" named {name!r}"
             there = ", ".join(map(repr, known)) or "none"
-            raise UserError(f"the model has no adapter named {name!r} (its adapters: {there})")
+            raise UserError(f"the model has no adapter{named} (its adapters: {there})")
 
 
 def acting(layer: LoRALinear) -> tuple[str, ...]:

@@ -17,7 +17,13 @@ HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls"
 
 
 def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
-    """Raise UserError for a name that no adapter can have, and for a distributed model."""
+    """Raise UserError for no model, a name that no adapter can have, and a distributed model."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__} (expected an nn.Module)")
+    for settings in configs.values():
+        if not isinstance(settings, LoraConfig):
+            kind = f"{type(settings).__module__}.{type(settings).__name__}"
+            raise UserError(f"the settings are a {kind} (expected fastlora.LoraConfig)")
     if not configs:
         raise UserError("the settings of no adapter are given (expected one or more)")
     for name in configs:

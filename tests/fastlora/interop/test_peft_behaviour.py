@@ -19,8 +19,8 @@ from survival import EXACT, classes
 import fastlora
 
 DENSE = ["query", "key", "value", "dense"]
-DORA = "adapter 'default' is a variant of LoRA"
-BIASES = "adapter 'default' has biases, hooks, sharded factors or its own dropout"
+DORA = "adapter 'default' is no plain LoRA, but DoraLinearVariant"
+BIASES = "adapter 'default' has biases"
 
 
 def pair_of(targets=None, task=None, **settings):

@@ -33,11 +33,11 @@ def test_warnings_once(pair):
         for _ in range(3):
             ours(**batch(), output_hidden_states=True)
         assert [str(w.message) for w in found] == [
-            "fastlora.accelerate steps aside in BertEncoder: a call with output_hidden_states "
-            "needs the padded square"
+            "fastlora.accelerate steps aside in BertEncoder, which runs at its own speed: a call "
+            "with output_hidden_states needs the padded square"
         ]
     expected = ["fastlora: PeftModelForSequenceClassification"]
-    expected += ["  1 encoder on real tokens", "  4 LoRA layer of PEFT"]
+    expected += ["  1 encoder on real tokens", "  4 LoRA layers of PEFT"]
     assert str(report).splitlines() == expected
 
 

@@ -299,7 +299,7 @@ def test_adapters_of_fastlora():
             nn.init.constant_(layer.lora_B["default"], 0.1)
     ours = copy.deepcopy(theirs)
     report = fastlora.accelerate(ours)
-    assert "4 LoRA layer of fastlora" in str(report)
+    assert "4 LoRA layers of fastlora" in str(report)
     for model in (ours, later, copy.deepcopy(later)):
         assert_alike(model, theirs, batch(), **EXACT)
     fastlora.restore(ours)

@@ -151,3 +151,11 @@ def test_patterns_give_layers_ranks_and_alphas_of_their_own():
         start(1, "key"): (2, 8 / 2),
         start(1, "value"): (6, 8 / 6),
     }
+
+
+def test_what_is_no_model_and_no_settings_of_ours():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(UserError, match="model is a str"):
+        inject("model", LoraConfig())
+    with pytest.raises(UserError, match=r"settings are a peft\..*LoraConfig"):
+        inject(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig())
