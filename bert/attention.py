@@ -89,7 +89,9 @@ def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:
     """[T, parts * H] -> [parts, B h, S, d] in one copy; where no token is, that before it."""
     key = "split", parts, heads
     if key not in layout.derived:
-        places = torch.arange(len(tokens) * parts * heads).view(-1, parts, heads)
+        places = torch.arange(len(tokens) * parts * heads, device=tokens.device).view(
+            -1, parts, heads
+        )
         if layout.mask is not None and layout.index is not None:
             # Of the same row, mostly: another's may be NaN.
             rank = layout.computed().flatten().cumsum(0).sub_(1).clamp_(min=0)
@@ -104,7 +106,9 @@ def _join(split: Tensor, layout: Layout, heads: int) -> Tensor:
     """[parts, B h, S, d] -> [T, parts * H], the inverse."""
     (parts, *_, width), key = split.shape, ("join", len(split), heads)
     if key not in layout.derived:
-        places = torch.arange(split.numel() // width).view(parts, -1, heads, layout.length)
+        places = torch.arange(split.numel() // width, device=split.device).view(
+            parts, -1, heads, layout.length
+        )
         layout.derived[key] = layout.unpad(places.permute(1, 3, 0, 2).flatten(2)).flatten()
     rows = split.view(-1, width).index_select(0, layout.derived[key])
     return rows.view(-1, parts * heads * width)

@@ -11,7 +11,7 @@ if __name__ != "fastlora.kernels":
     )
 
 from fastlora.kernels.call import Packed, Term
-from fastlora.kernels.dropout import Dropout, draw_seed, drop, keep_mask
+from fastlora.kernels.dropout import MOST, Dropout, draw_seed, drop, keep_mask
 from fastlora.kernels.inputs import is_ordinary
 from fastlora.kernels.ops import (
     Linear,

@@ -8,6 +8,7 @@ each and passes it to every call; all others compute on the weight as it is.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -125,8 +126,15 @@ class Packed:
 
 
 def _marks(tensor: Tensor) -> bytes:
-    """A sum of the bits of each row, which tells the tensor from what it was before a write."""
+    """A hash of each row's bits, by which a write is noticed, wherever in the row it was."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
     if left := rows.shape[1] * rows.element_size() % 8:
         rows = torch.nn.functional.pad(rows, (0, (8 - left) // rows.element_size()))
-    return rows.contiguous().view(torch.int64).sum(1).numpy().tobytes()
+    words = rows.contiguous().view(torch.int64)
+    return ((words ^ (words >> 31)) * _odd_numbers(words.shape[1])).sum(1).numpy().tobytes()
+
+
+@lru_cache(maxsize=64)
+def _odd_numbers(count: int) -> Tensor:
+    draw = torch.Generator("cpu").manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (count,), generator=draw, device="cpu") * 2 + 1

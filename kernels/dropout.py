@@ -23,6 +23,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _SPREAD = 0x9E3779B97F4A7C15
 _LOW = 0xFFFFFFFF
 _PERIOD = 256
+MOST = 1 - 2**-8  # the largest rate that the CPU's lanes of 8 bits can drop at
 _STARTS = 1 << 22  # places of a pool where a mask may start
 _ZERO = torch.zeros((), device="cpu")  # whatever the default device is
 
@@ -129,7 +130,7 @@ def drop(input: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
     On a CPU a mask costs about 1 ns an element, where PyTorch's costs 8. Other devices use
     PyTorch's own kernel, which is fast there.
     """
-    if not (0 < p < 1 and is_ordinary(input) and input.is_cpu):
+    if not (0 < p <= MOST and is_ordinary(input) and input.is_cpu):
         dropped = F.dropout(input, p) if p else input
         return dropped if residual is None else dropped + residual
     rows, seed = input.numel() // input.shape[-1], draw_seed(input.device)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -26,11 +27,13 @@ _ZEROS = (
 class Report:
     """What `accelerate` did: as a context manager, it undoes that at the end of a block."""
 
-    model: nn.Module = field(repr=False)
+    model: str  # its class
     fused: dict[str, str] = field(default_factory=dict)  # by module name: what it is
-    kept: dict[str, str] = field(default_factory=dict)  # by module name: why it stays as it was
+    kept: dict[str, str] = field(
+        default_factory=dict
+    )  # by module name: why it stays on its own way
     notes: list[str] = field(default_factory=list)
-    changed: list[nn.Module] = field(default_factory=list, repr=False)
+    changed: WeakSet[nn.Module] = field(default_factory=WeakSet, repr=False)
 
     def __enter__(self) -> Report:
         return self
@@ -39,7 +42,7 @@ class Report:
         swap_back(self.changed)
 
     def __str__(self) -> str:
-        lines = [f"fastlora: {type(self.model).__name__}"]
+        lines = [f"fastlora: {self.model}"]
         for what, number in Counter(self.fused.values()).items():
             lines.append(f"  {number} {what if number == 1 else what.replace('layer', 'layers')}")
         lines += [f"  left as it was: {name or 'all'}: {why}" for name, why in self.kept.items()]
@@ -63,7 +66,7 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
     to accelerate.
     """
     root = _module(model)
-    report, plan = Report(root), dict[nn.Module, type[Swapped]]()
+    report, plan = Report(type(root).__name__), dict[nn.Module, type[Swapped]]()
     dropouts: list[nn.Module] = []
     back: list[nn.Module] = []  # of encoders that were accelerated, and are not to be any more
     for name, module in root.named_modules():
@@ -103,7 +106,7 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
     for module, mixin in plan.items():
         if not isinstance(module, Swapped):
             swap(module, mixin, said)
-            report.changed.append(module)
+            report.changed.add(module)
     return report
 
 
@@ -111,7 +114,7 @@ def restore(model: Any) -> None:
     """Undo `accelerate`: every module is of its own class again; nothing else had changed.
 
     Raises UserError, with nothing changed, where a module was parametrised, sharded or patched
-    since.
+    since. No call of the model may be running in another thread.
     """
     swap_back(_module(model).modules())
 

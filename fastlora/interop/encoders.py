@@ -22,8 +22,8 @@ from fastlora.kernels import drop, is_ordinary
 from fastlora.lora.layer import LoRALinear
 from fastlora.lora.together import project_together
 
-FEW = 48  # tokens of a batch without padding, from which packing them pays
-# Arguments of a call that no layer reads; any other one needs the square.
+FEW_TOKENS = 48  # of a batch without padding, from which packing them pays
+# Arguments that no layer reads; any other one that is given needs the square.
 _UNREAD = {"position_ids", "return_dict", "num_items_in_batch"}
 # Where hooks come from that do nothing here: transformers' act only where a call asks for hidden
 # states or attentions, and ours only keeps PyTorch off a fast path.
@@ -92,7 +92,7 @@ class Encoder(Swapped):
         if torch.compiler.is_compiling():
             say_compiled(type(self).__name__)
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        if attention_mask is None and hidden_states.shape[:2].numel() < FEW:
+        if attention_mask is None and hidden_states.shape[:2].numel() < FEW_TOKENS:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         layout = self._layout(hidden_states, attention_mask, args, kwargs)
         if isinstance(layout, str):
@@ -108,7 +108,8 @@ class Encoder(Swapped):
 
     def _layout(self, x: Tensor, mask: Any, args: tuple, kwargs: dict) -> Layout | str:
         """Where the real tokens are, or why this call needs the square."""
-        given = [k for k, v in kwargs.items() if k not in _UNREAD and v not in _NOTHING]
+        asked = {k for k, v in kwargs.items() if v is not None and v is not False}
+        given = sorted(asked - _UNREAD)
         if args or given:
             return f"a call with {', '.join(given) or 'more inputs'} needs the padded square"
         config = config_of(self)
@@ -119,16 +120,6 @@ class Encoder(Swapped):
         if not is_ordinary(x):
             return "a tensor that is empty, on another device, or under a transformation"
         return layout_of(mask, x, getattr(config, "_attn_implementation", None))
-
-
-class _Nothing:
-    """What an argument is that asks for nothing: compared without asking a tensor."""
-
-    def __contains__(self, value: object) -> bool:
-        return value is None or value is False
-
-
-_NOTHING = _Nothing()
 
 
 class MPNetEncoder(Encoder):
@@ -220,15 +211,15 @@ def layout_of(mask: Any, x: Tensor, implementation: str | None) -> Layout | str:
 
 
 def _why_not_packed(module: nn.Module) -> str:
-    """Why a part of an encoder would mind tokens in place of the square, or "".
+    """Why the modules inside an encoder need the padded square, or "".
 
-    It may mix tokens, or be watched by hooks; this runs at every call.
+    One may mix tokens, or hooks may look at it. Each call asks, for modules may change.
     """
     for child in module._modules.values():
         if child is None:
             continue
         own, kind = vars(child), cast(Any, type(child))
-        if not _is_by_token(kind):
+        if not _is_trusted(kind):
             return f"a {kind.__name__} inside the encoder may need the padded square"
         if "forward" in own or child._backward_pre_hooks or _is_watched(child):
             return "hooks on modules of the encoder expect the padded square"
@@ -240,8 +231,8 @@ def _why_not_packed(module: nn.Module) -> str:
 
 
 @cache
-def _is_by_token(kind: Any) -> bool:
-    """Whether modules of this class treat each token by itself, or are attention that we know."""
+def _is_trusted(kind: Any) -> bool:
+    """Whether modules of this class take tokens by themselves, or are attention that we know."""
     if issubclass(kind, (nn.Linear, LoRALinear)) or own_class(kind) in _BY_TOKEN + _CONTAINERS:
         return True
     if kind_of(kind) in ATTENTIONS:

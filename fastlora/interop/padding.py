@@ -18,6 +18,7 @@ _HEADS |= {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}
 _SENTENCES = {"SentenceTransformer", "CrossEncoder", "SparseEncoder", "Transformer", "Router"}
 _SENTENCES |= {"Pooling", "Normalize", "Dense", "Dropout", "LayerNorm", "SpladePooling"}
 _SENTENCES |= {"WeightedLayerPooling", "LogitScore"}
+_PASSING_ON = {"_old_forward", "_original_forward"}
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -30,6 +31,11 @@ def why_read(root: nn.Module, name: str) -> str:
     readers = [i for i, module in enumerate(around) if _is_reader(module)]
     if not readers:
         return _may_read(around[0])
+    for module in around:
+        # Not those that Hugging Face accelerate puts there, which pass on what they get.
+        patched = "forward" in vars(module) and not {*vars(module)} & _PASSING_ON
+        if patched or module._forward_hooks:
+            return f"a hook or a forward of yours on {_may_read(module)}"
     for module in around[: readers[0]]:
         if _library(module) == "sentence_transformers":
             unknown = (m for m in (module, *module.children()) if not _reads_with_mask(m))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.interop.swap import Swapped, SwappedDropout, own_class, say_compiled
-from fastlora.kernels import Dropout, Linear, Term, lora_grouped
+from fastlora.kernels import MOST, Dropout, Linear, Term, lora_grouped
+from fastlora.lora.layer import LoRALinear
 from fastlora.lora.together import Product, has_hooks, is_bare
 
 
@@ -60,15 +61,18 @@ class PeftLinear(Swapped):
         return found if isinstance(found, Product) else None
 
     def plan(self, x: Tensor | None = None, column: int = 0) -> Product | str:
-        """What a call computes, from this column of a larger product on, or why it is more."""
+        """What a call computes, from this column of a larger product on.
+
+        Or, where it computes more than plain LoRA, why. Without x, types are not looked at.
+        """
         base, disabled, merged = self.base_layer, self.disable_adapters, self.merged
         if self.fan_in_fan_out:
             return "fan_in_fan_out"
         if disabled and merged:
             return "merged adapters are disabled, and PEFT unmerges them"
-        if not isinstance(base, nn.Linear) or not is_bare(base):
+        if not isinstance(base, nn.Linear) or isinstance(base, LoRALinear) or not is_bare(base):
             kind = type(base).__name__
-            return f"the base layer, a {kind}, does more than x W^T + b, or has hooks"
+            return f"its base layer, a {kind}, is not a linear layer and nothing else"
         weight, lora_A, lora_B = base.weight, self.lora_A, self.lora_B
         terms: list[Term] = []
         types = {weight.dtype}
@@ -82,13 +86,12 @@ class PeftLinear(Swapped):
             if not isinstance(scale := self.scaling[name], (int, float)):
                 return f"adapter {name!r} has a scale that is no number"
             A, B, p = lora_A[name], lora_B[name], _rate(self.lora_dropout[name])
-            if (
-                not 0 <= p < 1
-                or not (is_bare(A) and is_bare(B))
-                or A.bias is not None
-                or B.bias is not None
-            ):
-                return f"adapter {name!r} has biases, hooks, sharded factors or its own dropout"
+            if A.bias is not None or B.bias is not None:
+                return f"adapter {name!r} has biases"
+            if not (is_bare(A) and is_bare(B)):
+                return f"adapter {name!r} has hooks on its factors, or they are sharded"
+            if p < 0:
+                return f"adapter {name!r} has a dropout of its own kind, or near 1"
             # One seed serves all terms of a product: their masks differ by adapter and column.
             stream = column * 64 + len(terms)
             terms.append(Term(A.weight, B.weight, scale, p, stream, column=column))
@@ -107,4 +110,5 @@ def _rate(dropout: nn.Module) -> float:
         return 0.0
     if type(dropout).forward not in _DROPOUTS or has_hooks(dropout):
         return -1.0
-    return float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
+    p = float(dropout.p) if dropout.training else 0.0  # type: ignore[arg-type]
+    return p if p <= MOST else -1.0

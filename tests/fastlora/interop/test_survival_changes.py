@@ -190,18 +190,20 @@ def test_packed_weights_follow_merges_and_writes(pair):
     fastlora.accelerate(ours)
     inputs = batch(lengths=(32,) * 20)
     ours(**inputs)
-    assert attention(ours).query.base_layer.packed is not None
+    dense = encoder(ours).layer[0].output.dense
+    assert dense.packed is not None
     for change in (
         lambda model: model.merge_adapter(),
         lambda model: model.unmerge_adapter(),
         lambda model: attention(model).key.weight.data.mul_(1.5),
         lambda model: encoder(model).layer[0].output.dense.weight.detach().numpy().fill(0.01),
         lambda model: model.float().double(),
-        lambda model: attention(model).value.base_layer.weight.requires_grad_(),
+        lambda model: encoder(model).layer[0].output.dense.weight.requires_grad_(),
     ):
         for model in pair:
             change(model)
         assert_alike(ours, theirs, inputs, **EXACT)
+    assert dense.packed is None
 
 
 class Mean(nn.Module):
