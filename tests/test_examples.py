@@ -70,6 +70,7 @@ def rows(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_example_runs_on_a_given_model_and_file(name, small, rows):
     check(run(name, "--model", small, "--data", rows / f"{name}.csv"), LAYERS)

@@ -28,10 +28,9 @@ class Report:
     """What `accelerate` did: as a context manager, it undoes that at the end of a block."""
 
     model: str  # its class
-    fused: dict[str, str] = field(default_factory=dict)  # by module name: what it is
-    kept: dict[str, str] = field(
-        default_factory=dict
-    )  # by module name: why it stays on its own way
+    # By module name: what it is, or why it goes its own way.
+    fused: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     changed: WeakSet[nn.Module] = field(default_factory=WeakSet, repr=False)
 

@@ -95,6 +95,7 @@ def test_frozen_weights(model, train):
         compare(model, compiled, ids=ids, mask=mask, grad=True)
 
 
+@pytest.mark.slow
 def test_recomputed_layers(model):
     model.encoder.recompute = True
     compiled = copy.deepcopy(model)

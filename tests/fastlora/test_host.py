@@ -23,6 +23,11 @@ from fastlora.setup import read_encoder
 from fastlora.train import Trainer
 from fastlora.trained import load_trained
 
+HEARS_CTRL_C = pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+    reason="started in the background by a shell, which makes the tests ignore Ctrl-C",
+)
+
 
 def handlers():
     return {number: signal.getsignal(number) for number in signal.valid_signals()}
@@ -73,6 +78,7 @@ def test_so_does_a_run_that_fails_and_one_that_does_not_start(tiny_config, tmp_p
     assert states() == before
 
 
+@HEARS_CTRL_C
 def test_ctrl_c_is_the_hosts(tiny_config, monkeypatch):
     at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
     before = states()
@@ -196,6 +202,7 @@ print(*found)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
     reason="only glibc tells what a large block is",
@@ -207,6 +214,7 @@ def test_a_run_leaves_malloc_alone(tiny_config):
     assert found == "True True False"
 
 
+@HEARS_CTRL_C
 def test_the_first_signal_asks_and_a_later_one_does_what_it_did(monkeypatch):
     stop, before = Stop(signal.SIGINT, signal.SIGTERM), handlers()
     with stop:
@@ -237,6 +245,7 @@ def test_a_command_finishes_its_step_and_saves(tiny_config, monkeypatch, number)
     assert handlers() == before
 
 
+@HEARS_CTRL_C
 def test_a_second_ctrl_c_stops_a_command_at_once(tiny_config, monkeypatch):
     monkeypatch.setattr(host, "ECHO", 0.0)
     config, before = tiny_config(), handlers()

@@ -177,6 +177,7 @@ def moments(model, inputs, first):
     return {name: (values.mean(0), values.var(0)) for name, values in stacks.items()}
 
 
+@pytest.mark.slow
 def test_two_adapters_with_dropouts_of_their_own():
     """The numbers have PEFT's mean and variance."""
     theirs = with_lora(plain_model(), dropout=0.3, task=None).train()

@@ -124,6 +124,7 @@ def test_gradient_checkpointing_and_accumulation(pair, reentrant):
         torch.testing.assert_close(p.grad, q.grad, **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "layers", "a query", "first"])
 def test_compiled(pair, what):
     """The model compiled after or before it is accelerated, its layers, or one module."""

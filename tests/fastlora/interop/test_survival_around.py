@@ -238,6 +238,7 @@ def train(model, path, resume=False, **settings):
     return torch.tensor(found), torch.tensor(trainer.predict(rows()).predictions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, dict(max_steps=20, gradient_checkpointing=True, gradient_accumulation_steps=2)],
@@ -295,6 +296,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """DDP, around or inside acceleration, and FSDP2 after it give PEFT's gradients."""
     environment = {**os.environ, "FASTLORA_ROUTE": "reference"}
