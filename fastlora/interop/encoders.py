@@ -82,7 +82,7 @@ class MPNetAttention(SelfAttention):
 class Encoder(Swapped):
     """The stack of layers, given the padded batch.
 
-    A gradient's gradient and batches of gradients are not computed through it: PyTorch raises.
+    Asking for a gradient's gradient, or for many gradients at once, through it raises RuntimeError.
     """
 
     def forward(

@@ -26,8 +26,7 @@ def why_read(root: nn.Module, name: str) -> str:
     """Why states at padding might be read by what is around the encoder of this name, or ""."""
     if not name:
         return ""
-    parents = name.split(".")[:-1]
-    around = [root.get_submodule(".".join(parents[:i])) for i in range(len(parents) + 1)]
+    around = _around(root, name)
     readers = [i for i, module in enumerate(around) if _is_reader(module)]
     if not readers:
         return _may_read(around[0])
@@ -53,11 +52,16 @@ def why_read(root: nn.Module, name: str) -> str:
 
 def is_bare_encoder(root: nn.Module, name: str) -> bool:
     """Whether the model of this encoder has no head, so that its caller gets the states."""
-    parents = name.split(".")[:-1]
-    around = [root.get_submodule(".".join(parents[:i])) for i in range(len(parents) + 1)]
+    around = _around(root, name)
     first = next((module for module in around if _library(module) == "transformers"), root)
     heads = any(_library(module) == "sentence_transformers" for module in around)
     return not heads and type(first).__name__.endswith("Model")
+
+
+def _around(root: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that contain the one of this name, the outermost first."""
+    parents = name.split(".")[:-1]
+    return [root.get_submodule(".".join(parents[:i])) for i in range(len(parents) + 1)]
 
 
 def _is_reader(module: nn.Module) -> bool:

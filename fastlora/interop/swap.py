@@ -56,8 +56,8 @@ class SwappedLinear(Swapped, Linear):
     """An `nn.Linear` of an accelerated encoder.
 
     Where it has more inputs than outputs, it keeps packed copies of its frozen weight from its
-    first large input on: their products take 0.75 to 0.85 of the time on a CPU (of others 0.93 to
-    0.98, which is not worth the memory). They are watched, for nobody says when a weight changes.
+    first large input on: their products take 0.72 to 0.85 of the time on a CPU (of others mostly
+    0.92 to 0.98, which is not worth the memory). They are watched: nobody says when it changes.
     """
 
     def packed_for(self, input: Tensor) -> Packed | None:

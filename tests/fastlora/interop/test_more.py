@@ -36,12 +36,12 @@ def negated(model):
 
 @pytest.mark.parametrize("write", [rolled, negated])
 def test_packed_weights_follow_writes_that_keep_sums(pair, write):
-    ours, theirs = pair
+    ours, theirs = (model.float() for model in pair)  # oneDNN packs no double precision
     fastlora.accelerate(ours)
     ours(**batch(**MANY))
     for model in pair:
         write(model)
-    assert_alike(ours, theirs, batch(**MANY), **EXACT)
+    assert_alike(ours, theirs, batch(**MANY), rtol=1e-3, atol=1e-5)
 
 
 def test_language_model_heads():
@@ -103,6 +103,7 @@ def test_packed_weights_of_thawed_layers_are_freed(pair):
     ours = pair[0]
     fastlora.accelerate(ours)
     ours(**batch(**MANY))
+    assert any(vars(m).get("packed") for m in ours.modules())
     ours.requires_grad_(True)
     ours(**batch(**MANY))
     kept = [vars(m)["packed"] for m in ours.modules() if vars(m).get("packed")]
