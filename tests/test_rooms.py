@@ -16,7 +16,7 @@ ARROWS = {
     "kernels": set(),
     "bert": LEAVES,
     "lora": {"kernels", *LEAVES},
-    "interop": 742{"lora", "bert", "kernels", *LEAVES},
+    "interop": {"lora", "bert", "kernels", *LEAVES},
 }
 # Inside kernels: the routes know how a call is described, and not who calls them.
 ROUTES_KNOW = {"call", "dropout", "packed"}
