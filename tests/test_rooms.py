@@ -19,7 +19,7 @@ ARROWS = {
     "interop": {"lora", "bert", "kernels", *LEAVES},
 }
 # Inside kernels: the routes know how a call is described, and not who calls them.
-ROUTES_KNOW = {"call", "dropout", "packed"}
+ROUTES_KNOW = {"call", "dropout"}
 # Lines of the LoRA library with minBERT, of what accelerates other libraries' models, and of the
 # application. The house's limits, 3,500 for the first two and 4,500, are exceeded: until they are
 # met, these numbers may only go down.
