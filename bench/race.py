@@ -13,7 +13,7 @@ import torch
 from trainers import Job, Work, gemm_rate, make_trainer, peak_memory, plan_of, train
 
 from fastlora.bert.config import BertConfig
-from fastlora.checkpoint import trainable
+from fastlora.training.checkpoint import trainable
 
 ORDERS = ("buckets", "random")
 WARMUP_STEPS = 4

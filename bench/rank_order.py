@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from fastlora.config import TrainConfig
 from fastlora.console import Log
-from fastlora.inputs import find_inputs
 from fastlora.lora.config import LoraConfig
-from fastlora.ranks import RANKS, sweep
-from fastlora.setup import prepare, read_encoder
-from fastlora.variants import side_by_side
+from fastlora.studies.truncation import RANKS, sweep
+from fastlora.training.config import TrainConfig
+from fastlora.training.inputs import find_inputs
+from fastlora.training.setup import prepare, read_encoder
+from fastlora.training.side_by_side import side_by_side
 
 LEAST = 0.6
 

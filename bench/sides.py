@@ -22,8 +22,8 @@ from trainers import peak_memory, wait
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import fastlora
-from fastlora.config import TrainConfig
-from fastlora.inputs import find_inputs
+from fastlora.training.config import TrainConfig
+from fastlora.training.inputs import find_inputs
 
 THREADS, BATCH, RANK, LR = 2, 32, 32, 1e-3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,8 +11,8 @@ from fastlora import LoraConfig, pack
 from fastlora.bert.config import BertConfig
 from fastlora.bert.layout import Layout
 from fastlora.bert.model import BertModel
-from fastlora.model import adapt_encoder
-from fastlora.setup import PARTS
+from fastlora.multitask.model import adapt_encoder
+from fastlora.training.setup import PARTS
 
 SHAPE = dict(
     vocab_size=1000,

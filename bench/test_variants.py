@@ -13,7 +13,7 @@ import pytest
 from race import LOSS_NOISE
 
 from fastlora.console import Log
-from fastlora.variants import side_by_side
+from fastlora.training.side_by_side import side_by_side
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LIMIT = 100  # examples of the whole runs, which start-up then rules
@@ -23,12 +23,12 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from fastlora.config import TrainConfig
+from fastlora.training.config import TrainConfig
 from fastlora.console import Log
-from fastlora.host import keep_freed_memory
-from fastlora.inputs import find_inputs
-from fastlora.setup import prepare
-from fastlora.variants import side_by_side
+from fastlora.cli.process import keep_freed_memory
+from fastlora.training.inputs import find_inputs
+from fastlora.training.setup import prepare
+from fastlora.training.side_by_side import side_by_side
 data, model, device = sys.argv[1:]
 config = TrainConfig(data=Path(data), model=model, tasks=("sts",), limit={limit}, device=device)
 keep_freed_memory()

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.batches import Batch, collate
 from fastlora.bert.config import BertConfig
-from fastlora.config import TrainConfig
+from fastlora.cli.process import keep_freed_memory
 from fastlora.console import Log
-from fastlora.data import TaskData
-from fastlora.host import keep_freed_memory
-from fastlora.inputs import find_inputs
+from fastlora.data.batches import Batch, collate
+from fastlora.data.reading import TaskData
 from fastlora.lora.config import LoraConfig
-from fastlora.model import MultitaskBert
-from fastlora.parallel import Ranks
-from fastlora.setup import Setup, build_model, prepare, to_compute
-from fastlora.train import Trainer
+from fastlora.multitask.model import MultitaskBert
+from fastlora.training.config import TrainConfig
+from fastlora.training.distributed import Ranks
+from fastlora.training.inputs import find_inputs
+from fastlora.training.loop import Trainer
+from fastlora.training.setup import Setup, build_model, prepare, to_compute
 
 RANK, LR, FULL_LR = 32, 1e-3, 5e-5
 

@@ -33,7 +33,7 @@ def read(file: Path | None) -> list[dict[str, str]]:
     """The rows of a file; without one, of the demo corpus."""
     with tempfile.TemporaryDirectory() as folder:
         if file is None:
-            from fastlora.demo import write_demo
+            from fastlora.data.demo import write_demo
 
             write_demo(Path(folder))
             file = Path(folder) / "ids-sst-train.csv"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastlora import bert, kernels
-    from fastlora.config import TrainConfig
+    from fastlora.data.tasks import Task
     from fastlora.errors import Interrupted, RunError, UserError
     from fastlora.interop.accelerate import accelerate, restore
     from fastlora.lora.config import LoraConfig
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
         use_adapter,
     )
     from fastlora.lora.routing import Segment
-    from fastlora.model import MultitaskBert
-    from fastlora.session import run_training
-    from fastlora.tasks import Task
-    from fastlora.trained import load_trained
+    from fastlora.multitask.model import MultitaskBert
+    from fastlora.runs.session import run_training
+    from fastlora.runs.trained import load_trained
+    from fastlora.training.config import TrainConfig
 
 _HOMES = {
-    "config": ["TrainConfig"],
+    "training.config": ["TrainConfig"],
     "interop.accelerate": ["accelerate", "restore"],
     "errors": ["Interrupted", "RunError", "UserError"],
     "lora.config": ["LoraConfig"],
@@ -40,10 +40,10 @@ _HOMES = {
         "use_adapter",
     ],
     "lora.routing": ["Segment"],
-    "model": ["MultitaskBert"],
-    "session": ["run_training"],
-    "tasks": ["Task"],
-    "trained": ["load_trained"],
+    "multitask.model": ["MultitaskBert"],
+    "runs.session": ["run_training"],
+    "data.tasks": ["Task"],
+    "runs.trained": ["load_trained"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _PACKAGES = ("bert", "kernels")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.source import resolve
+from fastlora.data.source import resolve
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from fastlora.config import TrainConfig
+from fastlora.data.source import resolve
 from fastlora.lora.config import LoraConfig
-from fastlora.source import resolve
+from fastlora.training.config import TrainConfig
 
 NOUNS = ["film", "dog", "cat", "boat", "runs", "sings", "sleeps", "sees", "red", "blue"]
 WORDS = [*NOUNS, "the", "a", "good", "bad", "fine", "not", "very", ".", "?"]

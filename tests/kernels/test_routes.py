@@ -11,7 +11,6 @@ import torch
 from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastlora import tuner
 from fastlora.kernels import (
     Packed,
     Term,
@@ -23,6 +22,7 @@ from fastlora.kernels import (
 from fastlora.kernels.call import Call, Forms
 from fastlora.kernels.routes import implementation
 from fastlora.kernels.triton import tuning
+from fastlora.training import tuner
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 

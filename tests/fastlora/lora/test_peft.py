@@ -13,9 +13,9 @@ from fastlora import LoraConfig, inject, load_adapter, lora_layers, save_adapter
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
 from fastlora.bert.weights import load_encoder
+from fastlora.data.source import resolve
 from fastlora.lora.config import TARGETS
 from fastlora.lora.files import read_config
-from fastlora.source import resolve
 
 SIZES = {
     "vocab_size": 50,

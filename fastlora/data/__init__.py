@@ -1,0 +1,1 @@
+"""Task files to batches: tasks, reading, tokens, the token cache, batches and the demo corpus."""

@@ -1,0 +1,49 @@
+"""The device that a command computes on, and what to do where its memory runs out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastlora.errors import RunError, UserError
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a GPU's or the machine's memory ran out."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "allocate memory" in str(error)  # a RuntimeError of PyTorch's on a CPU
+
+
+@contextmanager
+def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
+    """Turn what says that memory ran out into a RunError that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        text = " ".join(str(error).split())
+        raise RunError(f"out of memory on {device} ({text}); {advice}") from error
+
+
+def local_device(name: str) -> torch.device:
+    """This process's device for "auto", "cpu", "cuda" or "cuda:N"; UserError when not there."""
+    available = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,2})?", name):
+        raise UserError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not available:
+            raise UserError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if (count := torch.cuda.device_count()) <= device.index:
+            raise UserError(f"device is '{device}' but PyTorch finds {count} CUDA GPUs here")
+        torch.cuda.set_device(device)
+    return device

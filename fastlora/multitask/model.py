@@ -1,0 +1,213 @@
+"""MultitaskBert: one encoder pass over rows of all tasks, one head per task.
+
+Shapes at line ends: B rows (sentences) of the batch, S sequence, T real tokens, H hidden,
+n examples of one task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.bert.model import BertModel, SelfAttention
+from fastlora.data.batches import Batch
+from fastlora.data.tasks import Task
+from fastlora.errors import UserError
+from fastlora.kernels import Dropout, draw_seed
+from fastlora.lora.config import LoraConfig
+from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number
+from fastlora.lora.model import inject, use_adapter
+from fastlora.lora.routing import Segment
+from fastlora.lora.together import project_together
+
+VARIANT = "@"
+
+
+def plain(name: str) -> str:
+    """The adapter or task that `name` is a variant of: "sts@2" has the random numbers of "sts"."""
+    return name.partition(VARIANT)[0]
+
+
+class SentenceHead(nn.Module):
+    """Linear scores of one sentence's (or one joint pair's) mean-pooled state."""
+
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        self.linear = nn.Linear(hidden, task.outputs)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[n, H] -> [n, outputs]."""
+        return self.linear(self.dropout(unit_size(u)))
+
+
+class PairHead(nn.Module):
+    """Scores of two sentences from |u - v|, u * v and their cosine (Reimers & Gurevych 2019)."""
+
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        self.linear = nn.Linear(2 * hidden + 1, task.outputs)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Two [n, H] -> [n, outputs]."""
+        features, cosine = pair_features(u, v)
+        return self.linear(torch.cat((self.dropout(features), cosine), -1))
+
+
+class SimilarityHead(nn.Module):
+    """A regression that starts as the cosine of u and v, stretched over the task's range."""
+
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        self.slope = nn.Parameter(torch.tensor(1.0))
+        self.linear = nn.Linear(2 * hidden, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.low, self.high = task.low, task.high
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Two [n, H] -> [n, 1] in the labels' unit."""
+        features, cosine = pair_features(u, v)
+        # Of unit norm: at unit size, 2H features would let one step of AdamW swing the score.
+        features = features / features.shape[-1] ** 0.5
+        score = self.slope * cosine + self.linear(self.dropout(features))
+        return self.low + (self.high - self.low) * score
+
+
+def unit_size(u: Tensor) -> Tensor:
+    """[n, H] scaled to a mean square of 1, so that a head learns as fast on any encoder."""
+    return F.normalize(u, dim=-1) * u.shape[-1] ** 0.5
+
+
+def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """[|u - v|, u * v] of the states at unit size [n, 2H], and their cosine [n, 1]."""
+    u, v = unit_size(u), unit_size(v)
+    product = u * v
+    return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)
+
+
+def project(attention: SelfAttention, x: Tensor) -> Tensor:
+    """Query, key and value, with LoRA on any of them, in one product: [T, H] -> [T, 3H]."""
+    return project_together((attention.query, attention.key, attention.value), x)
+
+
+def adapt_encoder(encoder: BertModel, settings: Mapping[str, LoraConfig]) -> dict[str, LoRALinear]:
+    """Put LoRA on minBERT, whose query, key and value stay one product; returns the layers."""
+    fuse_projections(encoder)
+    return inject(encoder, settings, draws_as={name: plain(name) for name in settings})
+
+
+def fuse_projections(encoder: BertModel) -> None:
+    """Let query, key and value of each layer be one product."""
+    for module in encoder.modules():
+        if isinstance(module, SelfAttention):
+            module.projection = project
+
+
+class MultitaskBert(nn.Module):
+    """An encoder with a head per task, and LoRA adapters: one for all tasks, one each, or both.
+
+    The order of `tasks` is that of the rows in a batch; `pairs` is "separate" or "joint" encoding.
+    Tasks named "sts@0", "sts@1" are variants of one: each has its own adapters and head, and the
+    random numbers that "sts" alone would have. Raises UserError for a name that no module can have.
+    """
+
+    def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        fuse_projections(encoder)
+        self.tasks = dict(tasks)
+        self.heads = nn.ModuleDict()
+        self.settings: dict[str, LoraConfig] = {}  # of the adapters
+        self.adapted: dict[str, LoRALinear] = {}  # the encoder's layers that have some
+        seed = draw_number()
+        for name, task in tasks.items():
+            if hasattr(self.heads, name):
+                raise UserError(f"task {name!r}: PyTorch's modules use this name; choose another")
+            kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
+            if not task.is_pair or pairs == "joint":
+                kind = SentenceHead
+            # A head drops as the encoder does, and starts alike in any company.
+            config = encoder.config
+            with torch.random.fork_rng(devices=()):
+                torch.default_generator.manual_seed(seed ^ crc32(plain(name).encode()))
+                self.heads[name] = kind(config.hidden_size, task, config.hidden_dropout_prob)
+
+    def adapt(self, settings: Mapping[str, LoraConfig]) -> None:
+        """Freeze the encoder and put LoRA on it: "default" for all tasks, others for theirs."""
+        self.adapted = adapt_encoder(self.encoder, settings)
+        self.settings = dict(settings)
+
+    def adapters(self, task: str) -> tuple[str, ...]:
+        """The adapters on a task's rows: the shared one, the task's own, or both."""
+        shared = DEFAULT + task[len(plain(task)) :]
+        return tuple(name for name in (shared, task) if name in self.settings)
+
+    def unit(self, task: str) -> str:
+        """What trains a task: tasks of different units share no trainable parameter."""
+        return next(iter(self.adapters(task)), "")
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Mean-pooled states of the batch's sentences: fp32 [B, H]."""
+        layout = batch.layout
+        with self._adapters_on(batch):
+            states = self.encoder.encode(batch.input_ids, layout, batch.token_type_ids)
+        real = batch.attention_mask.float()
+        sums = torch.bmm(real.unsqueeze(1), layout.pad(states[-1].float())).squeeze(1)
+        return sums / real.sum(1, keepdim=True)
+
+    def _adapters_on(self, batch: Batch) -> AbstractContextManager[None]:
+        """A block in which each row of real tokens has its task's adapters."""
+        # Within a scope, the compiler would break its graph at each layer.
+        compiled = self.encoder.encoder._compiled_call_impl is not None
+        if not self.settings or (compiled and self.settings.keys() == {DEFAULT}):
+            return nullcontext()
+        seed = draw_seed(batch.input_ids.device) if self.training else None
+        together, *others = {self.adapters(span.task) for span in batch.spans}
+        if not others:
+            return use_adapter(self.adapted.values(), *together, seed=seed)
+        segments = []
+        for name in self.settings:
+            # One range: what shares an adapter stands together.
+            if own := [s for s in batch.spans if name in self.adapters(s.task)]:
+                segments.append(Segment(name, own[0].tokens[0], own[-1].tokens[1]))
+        return use_adapter(self.adapted.values(), rows=segments, seed=seed)
+
+    def forward(self, batch: Batch, pooled: Tensor | None = None) -> dict[str, Tensor]:
+        """Each task's outputs [n, outputs] for its examples in the batch.
+
+        `pooled` are its sentences' states [B, H], where they are known.
+        """
+        rows = self.embed(batch) if pooled is None else pooled
+        rows = rows if batch.rows is None else rows.index_select(0, batch.rows)
+        return {
+            span.task: self.heads[span.task](*rows[span.start : span.stop].split(span.count))
+            for span in batch.spans
+        }
+
+
+def task_losses(
+    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Batch
+) -> dict[str, Tensor]:
+    """Each task's summed loss [] over its examples: cross-entropy, or squared error.
+
+    The squared error is counted in the variance of labels spread evenly over the task's range, so
+    that always answering the middle costs about 1, as always answering the majority class does.
+    """
+    found = {}
+    for name, output in outputs.items():
+        task, labels = tasks[name], batch.labels[name]
+        if task.kind == "classification":
+            losses = F.cross_entropy(output.float(), labels, reduction="none")
+        else:
+            error = (output.float().squeeze(-1) - labels) / (task.high - task.low)
+            losses = 12 * error.square()
+        found[name] = losses @ batch.real[name] if name in batch.real else losses.sum()
+    return found

@@ -1,0 +1,251 @@
+"""The report of a finished run and its model card, from the files of the run's folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tomlkit
+import torch
+from torch import Tensor
+
+from fastlora.console import number
+from fastlora.data.tasks import Task
+from fastlora.files import atomic_open, read_json, read_toml
+from fastlora.lora.config import is_target
+from fastlora.lora.files import read_config
+from fastlora.lora.layer import DEFAULT
+from fastlora.multitask.files import adapter_names, adapter_place, read_heads
+from fastlora.runs.pages import plot, table, write_pages
+from fastlora.tensors import read_tensors
+from fastlora.training.config import LoraOptions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MODES = {"lora": "LoRA on", "frozen": "Heads on the frozen", "full": "Full fine-tuning of"}
+A_KEY = re.compile(r"base_model\.model\.encoder\.layer\.(\d+)\.(.+)\.lora_A\.weight")
+PEFT = """
+encoder = transformers.BertModel.from_pretrained("{base}")
+adapted = peft.PeftModel.from_pretrained(encoder, "{place}")"""
+
+
+class _Run:
+    """What the files of a finished run say; `answers` are (label, prediction) of the dev rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.adapter = folder, folder / "adapter"
+        self.name = folder.resolve().name
+        self.settings = read_toml(folder / "run.toml")
+        self.environment = read_json(folder / "env.json")
+        self.result = read_json(folder / "result.json")
+        self.base = read_json(self.adapter / "heads.json")["base_model"]
+        tasks, extra = read_heads(self.adapter)
+        # Not those that were in a run before and stayed as they were.
+        self.tasks = {name: task for name, task in tasks.items() if name in self.result["scores"]}
+        names = adapter_names(extra["adapters"], tasks)
+        places = {n: adapter_place(self.adapter, n) for n in names if extra["mode"] == "lora"}
+        self.adapters = {n: LoraOptions.of(read_config(place)) for n, place in places.items()}
+        self.answers = {}
+        for name in self.tasks:
+            path = folder / "predictions" / f"{name}-dev.csv"
+            with path.open(encoding="utf-8", newline="") as file:
+                _, *rows = csv.reader(file)
+            self.answers[name] = [(label, prediction) for _, prediction, label in rows]
+
+
+def write_report(folder: Path) -> None:
+    """Write report.md, report.html, plots/ and adapter/README.md of a finished run's folder.
+
+    They say what its other files say. Raises UserError, ValueError or OSError when one of those is
+    missing or broken.
+    """
+    run = _Run(folder)
+    sections = [
+        f"# {run.name}",
+        _head(run),
+        "## Dev scores",
+        table(*run.result["table"]),
+        *_training(run),
+        *_predictions(run),
+        *(section for adapter in run.adapters for section in _ranks(run, adapter)),
+        "## Configuration",
+        f"```toml\n{(folder / 'run.toml').read_text(encoding='utf-8')}```",
+        "## Environment",
+        table(["name", "value"], ([k, str(v or "none")] for k, v in run.environment.items())),
+    ]
+    write_pages(folder, "\n\n".join(filter(None, sections)))
+    with atomic_open(run.adapter / "README.md") as file:
+        file.write(_model_card(run))
+
+
+def _what(run: _Run) -> str:
+    parts = [
+        f"{'' if name == DEFAULT else f'{name}: '}r {s.r}, alpha {s.alpha:g}, {'/'.join(s.targets)}"
+        for name, s in run.adapters.items()
+    ]
+    how = f" ({'; '.join(parts)})" if parts else ""
+    return f"{MODES[run.settings['mode']]} `{run.base}`{how}, trained on {', '.join(run.tasks)}"
+
+
+def _head(run: _Run) -> str:
+    result, counts = run.result, run.result["parameters"]
+    speed = result["examples"] / max(result["seconds"], 1e-9)
+    trained = counts["lora"] + counts["other trainable"]
+    share = 100 * trained / (trained + counts["frozen"])
+    return (
+        f"{_what(run)}, started {run.environment['started']}. {result['steps']:,} steps, "
+        f"{result['examples']:,} examples in {result['seconds']:.0f} s of training "
+        f"({speed:.0f} examples/s); {trained:,} trainable parameters ({share:.2f}%)."
+    )
+
+
+def _training(run: _Run) -> Iterator[str]:
+    history = run.result["history"]
+    lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = [line for line in map(json.loads, lines) if "loss" in line]
+
+    def draw(figure: Figure, panels: list[Axes]) -> None:
+        losses, scores = panels
+        for task in run.tasks:
+            own = [line for line in logged if task in line["loss"]]
+            dots = "." if len(own) < 20 else ""
+            losses.plot([x["step"] for x in own], [x["loss"][task] for x in own], marker=dots)
+            values = [math.nan if (v := x["scores"][task]) is None else v for x in history]
+            scores.plot([x["epoch"] + 1 for x in history], values, marker="o", label=task)
+        losses.set(xlabel="step", ylabel="training loss", xlim=(0, None), ylim=(0, None))
+        scores.set(xlabel="epoch", ylabel="dev score", xlim=(0.5, len(history) + 0.5))
+        scores.locator_params("x", integer=True, min_n_ticks=1)
+        figure.legend(loc="outside right upper")
+
+    rows = [
+        [str(x["epoch"] + 1), str(x["step"]), *(number(x["scores"][t]) for t in run.tasks)]
+        for x in history
+    ]
+    yield table(["epoch", "step", *run.tasks], rows)
+    yield plot(run.folder / "plots" / "training.png", 2, draw)
+
+
+def _predictions(run: _Run) -> Iterator[str]:
+    def draw(_figure: Figure, panels: list[Axes]) -> None:
+        for axes, (name, task) in zip(panels, run.tasks.items(), strict=True):
+            (_draw_confusion if task.labels else _draw_scatter)(axes, task, run.answers[name])
+            axes.set_title(f"{name}: {task.metric} {number(run.result['scores'][name])}")
+
+    yield "## Dev predictions"
+    yield plot(run.folder / "plots" / "predictions.png", len(run.tasks), draw)
+    for name, task in run.tasks.items():
+        if 0 < len(task.labels) <= 5:
+            counts = Counter(run.answers[name])
+            rows = ([a, *(f"{counts[a, b]:,}" for b in task.labels)] for a in task.labels)
+            yield table([f"{name}: label", *(f"predicted {b}" for b in task.labels)], rows)
+
+
+def _draw_confusion(axes: Axes, task: Task, answers: list[tuple[str, str]]) -> None:
+    """Shares of each label's examples, and the counts where there is room for them."""
+    counts, totals = Counter(answers), Counter(label for label, _ in answers)
+    shares = [[counts[a, b] / max(1, totals[a]) for b in task.labels] for a in task.labels]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for y, a in enumerate(task.labels if len(task.labels) <= 6 else ()):
+        for x, b in enumerate(task.labels):
+            colour = "white" if shares[y][x] > 0.6 else "black"
+            axes.text(x, y, f"{counts[a, b]}", ha="center", va="center", color=colour, size="small")
+    names = [a if len(a) < 10 else f"{a[:8]}\u2026" for a in task.labels]
+    places, size = range(len(names)), min(10, 90 / len(names))
+    axes.set_xticks(places, names, size=size, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.set_yticks(places, names, size=size)
+    axes.set(xlabel="prediction", ylabel="label")
+
+
+def _draw_scatter(axes: Axes, task: Task, answers: list[tuple[str, str]]) -> None:
+    labels, found = zip(*((float(a), float(b)) for a, b in answers), strict=True)
+    margin = 0.05 * (task.high - task.low)
+    ends = (task.low - margin, task.high + margin)
+    axes.plot(ends, ends, color="0.7", linewidth=1)
+    axes.scatter(labels, found, s=8, alpha=0.4, linewidths=0)
+    axes.set(xlabel="label", ylabel="prediction", xlim=ends, ylim=ends, box_aspect=1)
+
+
+def _ranks(run: _Run, adapter: str) -> Iterator[str]:
+    settings = run.adapters[adapter]
+    spectra = _spectra(adapter_place(run.adapter, adapter), settings)
+    layers = sorted({layer for layer, _ in spectra})
+
+    def draw(figure: Figure, panels: list[Axes]) -> None:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
+        colours = ScalarMappable(Normalize(layers[0], layers[-1]), "viridis")
+        top = max(float(values[0]) for values in spectra.values())
+        for (layer, target), values in spectra.items():
+            axes = panels[settings.targets.index(target)]
+            colour = colours.to_rgba(np.array(layer))
+            axes.plot(range(1, len(values) + 1), values, ".-", color=colour)
+            axes.set(title=target, xlabel="index", ylabel="singular value")
+            axes.set_ylim(0, 1.05 * top or 1)
+            axes.locator_params("x", integer=True, min_n_ticks=1)
+        figure.colorbar(colours, ax=panels, label="layer", ticks=layers[:: 1 + len(layers) // 13])
+
+    yield "## Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}")
+    yield (
+        f"Singular values of each update scale B A (r = {settings.r}), and its effective rank: "
+        "how many of them hold 90% of their squared sum."
+    )
+    rows = ([str(i), *(str(_effective(spectra[i, t])) for t in settings.targets)] for i in layers)
+    yield table(["layer", *settings.targets], rows)
+    yield plot(run.folder / "plots" / f"ranks-{adapter}.png", len(settings.targets), draw)
+
+
+def _spectra(folder: Path, settings: LoraOptions) -> dict[tuple[int, str], Tensor]:
+    """The singular values [min(r, in, out)] of scale B A, largest first, by layer and target.
+
+    With B = P R and A^T = Q S (QR), they are those of the small scale R S^T: B A is never formed.
+    """
+    tensors, _ = read_tensors(folder / "adapter_model.safetensors")
+    spectra = {}
+    for key, A in tensors.items():
+        if match := A_KEY.fullmatch(key):
+            B = tensors[key.replace(".lora_A.", ".lora_B.")]
+            R, S = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.T))
+            target = next(t for t in settings.targets if is_target(match[2], t))
+            spectra[int(match[1]), target] = settings.config().scale * torch.linalg.svdvals(R @ S.T)
+    return spectra
+
+
+def _effective(values: Tensor) -> int:
+    """How many of the singular values hold 90% of their squared sum; 0 of an update of zero."""
+    energy = values.square().cumsum(0)
+    return int((energy < 0.9 * energy[-1]).sum() + (energy[-1] > 0))
+
+
+def _model_card(run: _Run) -> str:
+    """A Hugging Face model card; a JSON string, as in its front matter, is YAML."""
+    library, tags = ("peft", "lora, fastlora") if run.adapters else ("fastlora", "fastlora")
+    loading = 'trained = fastlora.load_trained("adapter")  # with the heads'
+    if run.adapters:
+        places = [str(adapter_place(Path("adapter"), name)) for name in run.adapters]
+        loading += PEFT.format(base=run.base, place='")  # or ("'.join(places))
+    if DEFAULT in run.adapters and len(run.adapters) > 1:
+        loading += "\n# A task's rows had both: the shared adapter and the task's own."
+    # Where this machine keeps its files is nobody's business; the name of the base is above.
+    settings = {
+        k: v for k, v in run.settings.items() if k not in ("data", "model", "device", "add_to")
+    }
+    parts = (
+        f"---\nbase_model: {json.dumps(run.base)}\nlibrary_name: {library}\ntags: [{tags}]\n---",
+        f"# {run.name}",
+        f"{_what(run)}. Scores on the dev data:",
+        table(*run.result["table"]),
+        "Loading it, with this folder as `adapter`:",
+        f"```python\n{loading}\n```",
+        f"```toml\n{tomlkit.dumps(settings)}```\n",
+    )
+    return "\n\n".join(parts)

@@ -1,0 +1,225 @@
+"""One training run from configuration to adapter on disk: what `fastlora-train` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+
+import torch
+from torch import nn
+
+from fastlora.bert.weights import save_encoder
+from fastlora.console import Log
+from fastlora.data.tasks import Task
+from fastlora.errors import Interrupted, UserError
+from fastlora.files import atomic_folder, atomic_open
+from fastlora.lora.files import read_config
+from fastlora.lora.model import parameter_report
+from fastlora.multitask.evaluation import predict, score_table, write_predictions
+from fastlora.multitask.files import (
+    BaseInfo,
+    adapter_place,
+    fingerprint,
+    load_all,
+    read_heads,
+    save_adapter,
+    save_heads,
+)
+from fastlora.multitask.model import MultitaskBert
+from fastlora.runs.folder import default_folder, describe_gpu, open_run, write_config
+from fastlora.runs.report import write_report
+from fastlora.training.batch_size import find_tokens
+from fastlora.training.config import LoraOptions, TaskLoraConfig, TrainConfig
+from fastlora.training.distributed import Ranks
+from fastlora.training.inputs import Inputs, adapter_folder, find_inputs
+from fastlora.training.loop import Result, Trainer, owner
+from fastlora.training.setup import Setup, build_model, find_route, prepare, to_compute, training
+from fastlora.training.stopping import Stop
+
+ENCODER = "encoder"
+
+
+def run_training(
+    config: TrainConfig,
+    inputs: Inputs | None = None,
+    *,
+    quiet: bool = False,
+    dry_run: bool = False,
+    stop: Stop | None = None,
+) -> Result | None:
+    """Run a configuration, continuing an unfinished run in `config.out`; returns how it ended.
+
+    With `dry_run`, builds everything, prints what would run, writes nothing and returns None.
+    Signals, malloc and random states are left alone; the command's settings are in host.py.
+
+    Raises:
+        UserError: before training, for a wrong configuration or wrong data.
+        RunError: when the run cannot go on.
+        Interrupted: when `stop` asked for it, with the state saved, the resume command printed.
+    """
+    setup = replace(prepare(config, inputs or find_inputs(config)), stop=stop or Stop())
+    return run_prepared(setup, quiet=quiet, dry_run=dry_run)
+
+
+def run_prepared(
+    setup: Setup, *, quiet: bool = False, brief: bool = False, dry_run: bool = False
+) -> Result | None:
+    """`run_training` with inputs that are read; `brief` shows the progress bar alone."""
+    ranks = Ranks(setup.device)
+    try:
+        with training(setup):
+            return _run(setup, ranks, Log(quiet, shown=ranks.first, brief=brief), dry_run)
+    finally:
+        ranks.close()
+
+
+def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
+    folder, inputs = setup.config.out or default_folder(setup.config), setup.inputs
+    config, old = _finished(setup.config, inputs.tasks)
+    tasks = {**old, **inputs.tasks}
+    model, base_sha, notes = build_model(setup, tasks, config)
+    base = BaseInfo(inputs.source.name, base_sha, setup.tokenizer.fingerprint)
+    if config.add_to:
+        _keep(model, adapter_folder(config.add_to), old, base)
+    if ranks.first and not dry_run:
+        setup = replace(setup, config=open_run(folder, setup.config))
+        log.file = folder / "train.log"
+    ranks.barrier()
+    _banner(setup, model, folder, notes, ranks, log)
+    if dry_run:
+        return None
+    to_compute(model, setup.config, setup.device)
+    trainer = Trainer(_with_tokens(setup, model, folder, ranks, log), model, folder, ranks, log)
+    if trainer.resume():
+        log.line(f"continuing after step {trainer.progress.step}")
+    try:
+        result = trainer.run()
+    except Interrupted:
+        log.line(f"stopped after step {trainer.progress.step}, saved; go on with:")
+        log.line(f"  fastlora-train --resume {quote(str(folder))}")
+        raise
+    if ranks.first:
+        _finish(trainer, result, folder, base)
+    ranks.barrier()
+    if log.brief and trainer.stop.asked:
+        raise Interrupted  # too late to stop this run, but others were to follow
+    return result
+
+
+def _finished(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig, dict[str, Task]]:
+    """The tasks of the run to add to, and the configuration with their adapters' settings.
+
+    Raises UserError when it has no adapters per task, or has a new task already.
+    """
+    if config.add_to is None:
+        return config, {}
+    folder = adapter_folder(config.add_to)
+    old, extra = read_heads(folder)
+    for key, ours in (("mode", "lora"), ("adapters", "per-task"), ("pairs", config.pairs)):
+        if extra[key] != ours:
+            raise UserError(f"{config.add_to}: trained with {key} {extra[key]!r}, not {ours!r}")
+    if again := old.keys() & new:
+        raise UserError(f"{config.add_to}: has task {min(again)!r}; name new ones with --tasks")
+    for name in old:
+        settings = read_config(adapter_place(folder, name))
+        config = config.with_own(name, TaskLoraConfig(**vars(LoraOptions.of(settings))))
+    return config, old
+
+
+def _keep(model: MultitaskBert, folder: Path, old: dict[str, Task], base: BaseInfo) -> None:
+    """Load a finished run's adapters and heads into the model, and freeze them."""
+    heads = nn.ModuleDict({name: model.heads[name] for name in old})
+    load_all(folder, model.encoder, old, heads, old, base)
+    for name, parameter in model.named_parameters():
+        if owner(name) in old:
+            parameter.requires_grad_(False)
+
+
+def _with_tokens(setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks, log: Log) -> Setup:
+    """The setup with the first rank's tokens per batch, measured now if that is still "auto"."""
+    tokens = setup.config.tokens_per_batch if ranks.first else 0
+    if measure := tokens == "auto":
+        tokens = find_tokens(setup, model, ranks, log)
+    tokens = int(ranks.sum(torch.tensor(tokens, device=setup.device)))
+    config = replace(setup.config, tokens_per_batch=tokens)
+    if measure:
+        write_config(folder / "run.toml", config)
+    return replace(setup, config=config)
+
+
+def _banner(
+    setup: Setup, model: MultitaskBert, folder: Path, notes: list[str], ranks: Ranks, log: Log
+) -> None:
+    report = parameter_report(model)
+    training = report["lora"] + report["other trainable"]
+    share = 100 * training / (training + report["frozen"])
+    parts = f"LoRA {report['lora']:,}, heads and others {report['other trainable']:,}"
+    trainable = f"{share:.2f}%: {parts}; frozen {report['frozen']:,}"
+    device, *others = facts_of(setup, ranks)
+    log.facts([device, ("trainable", trainable), *others, ("run", str(folder))])
+    for note in notes:
+        log.line(f"note       {note}")
+
+
+def facts_of(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
+    """What a run computes on and with, and why, as the banner's lines."""
+    inputs, device = setup.inputs, setup.device
+    name, why = find_route(device, setup.dtype)
+    hardware = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = describe_gpu(device.index or 0)
+    if ranks.world > 1:
+        hardware += f", {ranks.world} processes"
+    examples = []
+    for task, data in setup.train.items():
+        dev = setup.dev[task]
+        line = f"{task} {len(data):,} train, {len(dev):,} dev"
+        for what in ("dropped", "truncated", "empty"):
+            line += f", {getattr(data, what) + getattr(dev, what)} {what}"
+        examples.append(line)
+    return [
+        ("device", f"{hardware}, {setup.config.precision}, kernels: {name} ({why})"),
+        ("model", f"{inputs.model} ({inputs.why_model}) from {inputs.source.folder}"),
+        ("data", f"{inputs.folder} ({inputs.why_data})"),
+        ("examples", "; ".join(examples)),
+    ]
+
+
+def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> None:
+    """Write adapter, heads, predictions, scores and the report; print the table."""
+    setup, model, log = trainer.setup, trainer.model, trainer.log
+    save_trained(setup, model, folder / "adapter", base)
+    # A finished run that is started again has evaluated nothing yet.
+    outputs = trainer.outputs or predict(model, setup.dev, trainer.dev_features)
+    for name, data in setup.dev.items():
+        write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
+    shown = score_table(setup.dev, outputs, "dev")
+    facts = {"history": trainer.progress.scores, "parameters": parameter_report(model)}
+    with atomic_open(folder / "result.json") as file:
+        json.dump({**facts, "table": shown, **vars(result)}, file, indent=1)
+    write_report(folder)
+    log.table(*shown)
+    speed = result.examples / max(result.seconds, 1e-9)
+    log.line(
+        f"{result.steps} steps, {result.examples:,} examples in {result.seconds:.0f} s of training "
+        f"({speed:.0f} examples/s); adapter and heads in {folder / 'adapter'}, report in "
+        f"{folder / 'report.html'}"
+    )
+
+
+def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo) -> None:
+    """Write what was trained: heads, and the adapter, one sub-folder a task, or the encoder."""
+    config = setup.config
+    extra = {k: getattr(config, k) for k in ("mode", "adapters", "pairs", "model")}
+    with atomic_folder(folder) as building:
+        if config.mode == "full":
+            save_encoder(model.encoder, building / ENCODER)
+            setup.inputs.source.copy_tokenizer(building / ENCODER)
+            base = replace(base, encoder_sha256=fingerprint(model.encoder))
+        elif config.mode == "lora":
+            for name in model.settings:
+                save_adapter(adapter_place(building, name), model.encoder, name, base)
+        save_heads(building, model.heads, model.tasks, base, extra)

@@ -1,0 +1,128 @@
+"""A trained run, loaded back: for evaluation, prediction and merging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora.bert.weights import load_encoder, save_encoder
+from fastlora.data.reading import Rows, encode_rows, read_rows
+from fastlora.data.source import Source, resolve
+from fastlora.data.tasks import Task
+from fastlora.data.tokenizer import Tokenizer
+from fastlora.devices import local_device
+from fastlora.errors import UserError
+from fastlora.files import atomic_folder
+from fastlora.lora.files import read_config
+from fastlora.lora.merging import merge, unmerge
+from fastlora.lora.model import pack
+from fastlora.multitask import files as adapters
+from fastlora.multitask.evaluation import answers, predict
+from fastlora.multitask.model import MultitaskBert
+from fastlora.runs.session import ENCODER
+from fastlora.training.inputs import adapter_folder
+from fastlora.training.setup import PARTS, use_measured_blocks
+
+PROBE = (
+    "a moving film, if a little long .",
+    "How do I learn to play the guitar?",
+    "Two dogs run on the beach.",
+    "not good",
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in fp32 and evaluation mode, with what it takes to feed it."""
+
+    model: MultitaskBert
+    tokenizer: Tokenizer
+    source: Source
+    tasks: dict[str, Task]
+    extra: dict[str, Any]
+
+
+@torch.random.fork_rng([])  # layers are drawn before they are read
+def load_trained(path: Path, device: str = "auto", model: str | None = None) -> Trained:
+    """Load a finished run, or its adapter folder; fp32 logits are bit-equal to the trained model's.
+
+    `model` says where the encoder lies, if not where the run found it. Raises UserError when
+    anything is missing or belongs to another encoder or tokenizer.
+    """
+    folder = adapter_folder(path)
+    tasks, extra = adapters.read_heads(folder)
+    full = extra["mode"] == "full"
+    source = resolve(str(folder / ENCODER) if full else model or extra["model"])
+    tokenizer = Tokenizer.from_folder(source.folder)
+    encoder, _ = load_encoder(source.folder, PARTS)
+    use_measured_blocks()
+    base = adapters.BaseInfo(source.name, adapters.fingerprint(encoder), tokenizer.fingerprint)
+    net = MultitaskBert(encoder, tasks, extra["pairs"])
+    names = []
+    if extra["mode"] == "lora":
+        names = adapters.adapter_names(extra["adapters"], tasks)
+        places = {name: adapters.adapter_place(folder, name) for name in names}
+        net.adapt({name: read_config(place) for name, place in places.items()})
+    adapters.load_all(folder, net.encoder, names, net.heads, tasks, base)
+    net = net.to(local_device(device)).eval()
+    pack(net.encoder)  # nobody else changes its frozen weights
+    return Trained(net, tokenizer, source, tasks, extra)
+
+
+def predict_rows(
+    trained: Trained, path: Path, task: str | None
+) -> tuple[list[tuple[str, str, str]], int]:
+    """The id, task and prediction of each row of a file, in its order, and the texts cut.
+
+    Without `task`, a column "task" says whose a row is; rows of all tasks share encoder passes.
+    """
+    names = [task] if task else list(trained.tasks)
+    data, numbers = {}, {}
+    for name in names:
+        own = trained.tasks[name]
+        rows = read_rows(path, own, labelled=False, mixed=() if task else names)
+        if rows.ids:
+            data[name] = encode_rows(rows, own, trained.tokenizer, trained.extra["pairs"])
+            numbers[name] = rows.numbers
+    if not data:
+        raise UserError(f"{path}: no rows")
+    found: list[tuple[int, str, str, str]] = []
+    for name, outputs in predict(trained.model, data).items():
+        predictions = answers(trained.tasks[name], outputs)
+        found += zip(numbers[name], data[name].ids, repeat(name), predictions)
+    return [row[1:] for row in sorted(found)], sum(own.truncated for own in data.values())
+
+
+def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
+    """Write the encoder with a task's adapters merged (in fp32) as a Hugging Face folder.
+
+    `task` may be None where all tasks share one adapter. Returns the largest absolute
+    difference of logits between the merged and the adapted model. Raises UserError when there is
+    nothing to merge, no such adapter, or `out` is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; name a new folder or remove it")
+    extra, net = trained.extra, trained.model
+    if extra["mode"] != "lora":
+        raise UserError(f"the run was trained with --mode {extra['mode']}: no adapter to merge")
+    shared = extra["adapters"] == "shared"
+    if task not in trained.tasks and not (shared and task is None):
+        raise UserError(f"--task is {task!r} (the run's tasks are {', '.join(trained.tasks)})")
+    probe = {}
+    for name, own in trained.tasks.items():
+        if shared or name == task:
+            texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(own.columns)))
+            rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
+            probe[name] = encode_rows(rows, own, trained.tokenizer, extra["pairs"])
+    before = predict(net, probe)
+    merge(net.encoder, *net.adapters(task or next(iter(trained.tasks))))
+    after = predict(net, probe)
+    with atomic_folder(out) as building:
+        save_encoder(net.encoder, building)
+        trained.source.copy_tokenizer(building)
+    unmerge(net.encoder)
+    return max(float(abs(before[n] - after[n]).max()) for n in probe)

@@ -1,0 +1,1 @@
+"""Many runs: the search of LoRA settings and the tables of the paper."""

@@ -1,0 +1,82 @@
+"""Every smaller rank of a trained adapter without training: truncations of B A, scored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora.data.reading import TaskData
+from fastlora.lora.layer import lora_layers
+from fastlora.multitask.evaluation import predict, score
+from fastlora.multitask.model import MultitaskBert
+from fastlora.training.loop import Trainer
+from fastlora.training.side_by_side import is_variant
+
+RANKS = (1, 2, 4, 8, 16, 32)
+RESAMPLES = 200
+
+
+def sweep(
+    trainer: Trainer, variant: int, among: Collection[int] = RANKS
+) -> dict[int, tuple[float, float]]:
+    """A variant's mean score with its adapters cut to each rank, and an error.
+
+    The error is the standard error of the score's distance to the best one, on the same examples
+    (paired bootstrap, Efron & Tibshirani 1993). Its adapters end at the lowest rank.
+    """
+    dev = {n: data for n, data in trainer.setup.dev.items() if is_variant(n, variant)}
+    ranks, outputs = sorted(among, reverse=True), []
+    for rank in ranks:
+        truncate(trainer.model, rank, variant)
+        outputs.append(predict(trainer.model, dev))
+    scores = _mean_scores(dev, outputs, {name: np.arange(len(d)) for name, d in dev.items()})
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        rows = {name: rng.integers(len(d), size=len(d)) for name, d in dev.items()}
+        draws.append(_mean_scores(dev, outputs, rows))
+    errors = np.std([draw[scores.argmax()] - draw for draw in draws], axis=0)
+    return dict(zip(ranks, zip(scores.tolist(), errors.tolist(), strict=True), strict=True))
+
+
+def _mean_scores(
+    dev: Mapping[str, TaskData],
+    outputs: Sequence[Mapping[str, np.ndarray]],
+    rows: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """The tasks' mean score on these examples, of each of the outputs."""
+    parts = [
+        [score(data.task, own[name][rows[name]], data.labels[rows[name]]) or 0.0 for own in outputs]
+        for name, data in dev.items()
+        if data.labels is not None
+    ]
+    return np.mean(parts, axis=0)
+
+
+@torch.no_grad()
+def truncate(model: MultitaskBert, rank: int, variant: int) -> None:
+    """Replace a variant's every B A by its best approximation of a rank (Eckart & Young 1936)."""
+    for layer in lora_layers(model).values():
+        for name in layer.settings:
+            if is_variant(name, variant):
+                A, B = layer.lora_A[name], layer.lora_B[name]
+                low_A, low_B = low_rank(A, B, rank)
+                A.zero_()[: len(low_A)] = low_A
+                B.zero_()[:, : len(low_A)] = low_B
+
+
+def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A' [rank, in] and B' [out, rank] with B' A' nearest to B A, which is never formed."""
+    Qa, Ra = torch.linalg.qr(A.T)  # [in, r], [r, r]
+    Qb, Rb = torch.linalg.qr(B)  # [out, r], [r, r]
+    U, S, V = torch.linalg.svd(Rb @ Ra.T)
+    root = S[:rank].sqrt()
+    return (root[:, None] * V[:rank]) @ Qa.T, Qb @ (U[:, :rank] * root)
+
+
+def smallest_within_error(found: Mapping[int, tuple[float, float]]) -> int:
+    """The smallest rank whose score is within its error of the best."""
+    best = max(score for score, _ in found.values())
+    return min(rank for rank, (score, error) in found.items() if score >= best - error)

@@ -1,0 +1,70 @@
+"""Data-parallel training under torchrun: one process a GPU (nccl) or a CPU share (gloo).
+
+Only the few trainable gradients travel, summed in one flat buffer with the stop signal, so no
+wrapper around the model is needed and tasks absent from one rank's rows cost nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started, or one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Ranks:
+    """This process among its peers; without torchrun, the only one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = world_size()
+        self.device = device
+        self.own_group = self.world > 1 and not dist.is_initialized()
+        if self.own_group:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], stop: bool) -> bool:
+        """Add up all ranks' gradients in place; returns whether any rank wants to stop."""
+        if self.world == 1:
+            return stop
+        parameters = list(parameters)
+        # A task can be absent from this rank's rows, or from all: then its parameters must get no
+        # gradient, for AdamW would go on moving them with a zero one.
+        flags = torch.tensor([*(float(p.grad is not None) for p in parameters), float(stop)])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([*(g.flatten() for g in gradients), flags.to(self.device)])
+        dist.all_reduce(flat)
+        *present, stop_votes = flat[-len(flags) :].tolist()
+        start = 0
+        for p, votes in zip(parameters, present, strict=True):
+            p.grad = flat[start : start + p.numel()].view_as(p) if votes else None
+            start += p.numel()
+        return stop_votes > 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group, unless it was there before."""
+        if self.own_group and dist.is_initialized():
+            dist.destroy_process_group()

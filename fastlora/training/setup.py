@@ -1,0 +1,239 @@
+"""From a configuration and its inputs to what a run computes with: tokens, device, model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from fastlora.bert.model import BertModel, Parts
+from fastlora.bert.weights import load_encoder
+from fastlora.data.reading import TaskData
+from fastlora.data.source import Source
+from fastlora.data.tasks import Task
+from fastlora.data.token_cache import load_tasks
+from fastlora.data.tokenizer import Tokenizer
+from fastlora.devices import local_device, memory_errors
+from fastlora.errors import UserError, user_errors
+from fastlora.files import cache_folder
+from fastlora.kernels import Dropout, Linear, Route, route
+from fastlora.lora.config import LoraConfig
+from fastlora.lora.layer import DEFAULT
+from fastlora.lora.model import pack
+from fastlora.multitask.files import adapter_names, fingerprint
+from fastlora.multitask.model import MultitaskBert
+from fastlora.training import tuner
+from fastlora.training.config import Precision, TaskLoraConfig, TrainConfig
+from fastlora.training.distributed import world_size
+from fastlora.training.inputs import Inputs
+from fastlora.training.stopping import Stop
+
+PARTS = Parts(Linear, Dropout)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An encoder in fp32 as loaded, its fingerprint, and notes on the checkpoint."""
+
+    encoder: BertModel
+    sha256: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before its first step: the configuration with every default resolved, and its parts."""
+
+    config: TrainConfig
+    inputs: Inputs
+    tokenizer: Tokenizer
+    train: dict[str, TaskData]
+    dev: dict[str, TaskData]
+    device: torch.device
+    loaded: Loaded | None = None  # an encoder that several runs copy; else the run loads its own
+    variants: tuple[TrainConfig, ...] = ()  # trained side by side, see variants.py
+    stop: Stop = field(default_factory=Stop)  # what may end it early
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return DTYPES[self.config.precision]
+
+    def narrow(self, config: TrainConfig) -> Setup:
+        """The same data and encoder for another configuration with some of the same tasks."""
+        tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}
+        inputs = replace(self.inputs, tasks=tasks)
+        train, dev = ({n: data[n] for n in tasks} for data in (self.train, self.dev))
+        resolved = resolve(config, inputs, self.device)
+        return replace(self, config=resolved, inputs=inputs, train=train, dev=dev)
+
+
+def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
+    """Resolve what is left to resolve, read and tokenise the data.
+
+    Raises:
+        UserError: for anything wrong with the device, the precision, the tokenizer or the data.
+    """
+    if config.cuda_graphs and world_size() > 1:
+        raise UserError("cuda_graphs is given (expected one process, not torchrun's)")
+    device = local_device(config.device)
+    if config.cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs is given but the device is {device}")
+    use_measured_blocks()
+    tokenizer = Tokenizer.from_folder(inputs.source.folder)
+    splits = {
+        split: load_tasks(
+            inputs.folder,
+            inputs.tasks.values(),
+            split,
+            tokenizer,
+            pairs=config.pairs,
+            bad_rows=config.bad_rows,
+            limit=config.limit,
+        )
+        for split in ("train", "dev")
+    }
+    resolved = resolve(config, inputs, device)
+    find_route(device, DTYPES[resolved.precision])  # what is wrong there is said before it starts
+    return Setup(resolved, inputs, tokenizer, splits["train"], splits["dev"], device)
+
+
+def resolve(config: TrainConfig, inputs: Inputs, device: torch.device) -> TrainConfig:
+    """The configuration with every default filled in; UserError as `find_precision`."""
+    return replace(
+        config,
+        data=inputs.folder,
+        model=inputs.model,
+        tasks=tuple(inputs.tasks),
+        lr=config.peak_lr,
+        head_lr=config.peak_head_lr,
+        precision=find_precision(config.precision, device),
+    )
+
+
+def seed_random(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's generators of the CPU and of the device."""
+    # `torch.manual_seed` seeds other GPUs, too, and takes half a millisecond to look for devices.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+@torch.random.fork_rng([])  # layers are drawn before they are read
+def read_encoder(source: Source) -> Loaded:
+    """The encoder of a model's folder; UserError when it has none that fits."""
+    encoder, notes = load_encoder(source.folder, PARTS)
+    return Loaded(encoder, fingerprint(encoder), notes)
+
+
+def build_model(
+    setup: Setup,
+    tasks: Mapping[str, Task],
+    config: TrainConfig,
+    settings: Mapping[str, LoraConfig] | None = None,
+) -> tuple[MultitaskBert, str, list[str]]:
+    """The model in fp32 with its trainable parts chosen by `config.mode`.
+
+    It gets a copy of `setup.loaded`, which is left as it is, or loads the encoder. `settings` are
+    those of the adapters, by default the configuration's.
+
+    Returns:
+        The model, the fingerprint of the encoder as loaded, and notes on the checkpoint.
+
+    Raises:
+        UserError: when the encoder does not fit the tokenizer, the targets or the tasks' names.
+    """
+    base = deepcopy(setup.loaded) if setup.loaded else read_encoder(setup.inputs.source)
+    encoder = base.encoder
+    if (size := encoder.config.vocab_size) < setup.tokenizer.vocab_size:
+        found = setup.tokenizer.vocab_size
+        raise UserError(f"the tokenizer has {found} tokens but the model {size}")
+    # After loading, so that a run draws the same heads and adapters with a copied encoder.
+    seed_random(config.seed, setup.device)
+    encoder.encoder.recompute = config.grad_checkpoint
+    model = MultitaskBert(encoder, tasks, config.pairs)
+    if config.mode == "frozen":
+        encoder.requires_grad_(False)
+    elif config.mode == "full":
+        # Mean pooling leaves BERT's own pooler out of every loss.
+        encoder.pooler.requires_grad_(False)
+    else:
+        model.adapt(settings or adapter_settings(config, tasks))
+    return model, base.sha256, base.notes
+
+
+def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, LoraConfig]:
+    """The settings of the run's adapters by name."""
+    return {
+        name: (TaskLoraConfig() if name == DEFAULT else config.task_settings(name))
+        .over(config.lora)
+        .config()
+        for name in adapter_names(config.adapters, tasks)
+    }
+
+
+def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> None:
+    """Move to the device, with frozen encoder weights once in the compute type; maybe compile."""
+    dtype = DTYPES[config.precision]
+    model.to(device)
+    if config.mode != "full":
+        for name, parameter in model.encoder.named_parameters():
+            if not parameter.requires_grad and ".lora_" not in name:
+                parameter.data = parameter.data.to(dtype)
+    pack(model.encoder)  # nobody else changes its frozen weights
+    if config.compile:
+        model.encoder.encoder.compile(dynamic=True)
+
+
+@contextmanager
+def training(setup: Setup) -> Iterator[None]:
+    """Leave PyTorch's generators as they were; RunError where memory ends, with what to lower."""
+    config, device = setup.config, setup.device
+    ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
+    lower = f"lower --tokens-per-batch (it is {config.tokens_per_batch})"
+    advice = f"{ask}{lower} or raise --accumulate (it is {config.accumulate})"
+    devices = [device] if device.type == "cuda" else []
+    with memory_errors(device, advice), torch.random.fork_rng(devices):
+        yield
+
+
+def compute_of(device: str, precision: Precision) -> tuple[torch.device, torch.dtype]:
+    """The device and compute type that --device and --precision mean here."""
+    found = local_device(device)
+    return found, DTYPES[find_precision(precision, found)]
+
+
+def find_route(device: torch.device, dtype: torch.dtype) -> Route:
+    """The kernels that run there, and why; UserError for a wrong FASTLORA_ROUTE."""
+    with user_errors():
+        return route(device, dtype)
+
+
+def tuned_file() -> Path:
+    """Where `fastlora tune` keeps what it measured."""
+    return cache_folder() / "blocks.json"
+
+
+def use_measured_blocks() -> None:
+    """Take what `fastlora tune` measured here, if it ran; UserError for a broken file."""
+    if tuned_file().is_file():
+        with user_errors():
+            tuner.load(tuned_file())
+
+
+def find_precision(name: Precision, device: torch.device) -> Precision:
+    """The compute type that --precision means on a device; UserError for bf16 before sm_80."""
+    if device.type != "cuda":
+        return "fp32" if name == "auto" else name
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bf16" and not modern:
+        raise UserError("precision is 'bf16' but this GPU only emulates it; use --precision fp16")
+    if name == "auto":
+        return "bf16" if modern else "fp16"
+    return name

@@ -1,0 +1,258 @@
+"""Strict reading: every quirk of the real files, and every error a user can meet."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastlora.data.reading import encode_rows, read_rows
+from fastlora.data.source import resolve
+from fastlora.data.tasks import BUILTIN
+from fastlora.data.tokenizer import Encoded, Tokenizer
+from fastlora.errors import UserError
+from fastlora.training.inputs import has_files
+
+SST, QUORA, STS = BUILTIN["sst"], BUILTIN["quora"], BUILTIN["sts"]
+SIBLING = Path(__file__).resolve().parents[3] / "shared" / "data"
+REAL = Path(os.environ.get("FASTLORA_DATA", SIBLING))
+needs_real_data = pytest.mark.skipif(
+    not (REAL / "quora-train.csv").is_file(), reason=f"no CS224N files in {REAL} (FASTLORA_DATA)"
+)
+HEADER = "\tid\tsentence\tsentiment\n"
+PAIRS = "\tid\tsentence1\tsentence2\tis_duplicate\n"
+
+
+def write(folder, text, name="ids-sst-train.csv", encoding="utf-8"):
+    path = folder / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def complaint(path, task=SST, **options):
+    with pytest.raises(UserError) as error:
+        read_rows(path, task, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(str(path), path.name)
+
+
+class LetterTokenizer:
+    """One token a letter; what encode_rows needs of a tokenizer."""
+
+    def encode(self, texts, second=None, max_length=6):
+        if second is not None:
+            joined = self.encode([x + y for x, y in zip(texts, second, strict=True)], None, 512)
+            return Encoded(joined.ids, joined.offsets, np.zeros(len(joined.ids), np.int8), 0)
+        lengths = [min(len(text) + 2, max_length) for text in texts]
+        offsets = np.cumsum([0, *lengths])
+        cut = sum(len(text) + 2 > max_length for text in texts)
+        return Encoded(np.arange(offsets[-1], dtype=np.int32), offsets, None, cut)
+
+
+def test_plain_rows(tmp_path):
+    rows = read_rows(write(tmp_path, HEADER + "0\tab\t Fine .\t3\n1\tcd\tNA\t0.0\n"), SST)
+    assert (rows.ids, rows.texts) == (["ab", "cd"], (["Fine .", "NA"],))
+    assert rows.labels.dtype == np.float32
+    assert (rows.labels.tolist(), rows.dropped, rows.empty) == ([3, 0], 0, 0)
+
+
+def test_a_limit_takes_rows_from_the_whole_file(tmp_path):
+    lines = [f"{i}\tid{i}\ttext {i}\t{i // 2}\n" for i in range(10)]
+    path = write(tmp_path, HEADER + "".join(lines))
+    rows = read_rows(path, SST, limit=5)
+    assert rows.labels.tolist() == [0, 1, 2, 3, 4]
+    assert (rows.ids[1], rows.texts[0][1]) == ("id2", "text 2")
+    assert len(read_rows(path, SST, limit=99).ids) == 10
+
+
+def test_bom_crlf_and_quotes(tmp_path):
+    text = "\ufeff" + HEADER + '0\ta\t"He said ""no""\tand\nleft"\t1\n1\tb\tdon"t\t2\n'
+    rows = read_rows(write(tmp_path, text.replace("\n", "\r\n")), SST)
+    assert rows.texts == (['He said "no"\tand\r\nleft', 'don"t'],)
+    assert rows.labels.tolist() == [1, 2]
+
+
+def test_only_newlines_and_returns_end_a_line(tmp_path):
+    rows = read_rows(write(tmp_path, HEADER + "0\ta\tone\u2028two\x0bthree\x85four\t1\n"), SST)
+    assert rows.texts[0] == ["one\u2028two\x0bthree\x85four"]
+
+
+def test_columns_are_found_by_name(tmp_path):
+    test_file = write(tmp_path, "0\t\tid\tsentence\n0\t0\tab\tNo label here .\n")
+    rows = read_rows(test_file, SST, labelled=False)
+    assert (rows.ids, rows.texts, rows.labels) == (["ab"], (["No label here ."],), None)
+    swapped = "is_duplicate,sentence2,sentence1\n1,B,A\n"
+    rows = read_rows(write(tmp_path, swapped, "pairs.csv"), QUORA)
+    assert (rows.texts, rows.ids) == ((["A"], ["B"]), ["0"])
+
+
+def test_tsv_with_one_column_keeps_commas_and_blank_lines(tmp_path):
+    rows = read_rows(write(tmp_path, "sentence\nyes, it is\n\nno\n", "x.tsv"), SST, labelled=False)
+    assert rows.texts[0] == ["yes, it is", "", "no"]
+    assert (rows.ids, rows.empty) == (["0", "1", "2"], 1)
+
+
+def test_jsonl(tmp_path):
+    lines = [
+        {"id": 7, "sentence1": "A", "sentence2": "", "similarity": 4.2},
+        {"sentence1": "C\u2028c", "sentence2": "D", "similarity": "3", "more": None},
+    ]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
+    rows = read_rows(write(tmp_path, text, "x.jsonl"), STS)
+    assert (rows.ids, rows.texts) == (["7", "1"], (["A", "C\u2028c"], ["", "D"]))
+    assert rows.labels == pytest.approx([4.2, 3])
+    assert rows.empty == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"sentence": "x"}', "column 'sentiment' is missing"),
+        ('{"sentence": null, "sentiment": 1}', "column 'sentence' is null"),
+        ('{"sentence": "x", "sentiment": NaN}', "column 'sentiment' is 'NaN' (expected 0, 1, 2"),
+        ('{"sentence": "x", "sentiment": true}', "column 'sentiment' is 'true'"),
+    ],
+)
+def test_bad_jsonl_line(tmp_path, line, found):
+    good = '{"sentence": "x", "sentiment": 1}\n'
+    path = write(tmp_path, good + line + "\n" + good, "x.jsonl")
+    message = complaint(path)
+    assert message.startswith("x.jsonl:2: ")
+    assert found in message
+    assert read_rows(path, SST, bad_rows="skip").ids == ["0", "2"]
+    assert read_rows(path, SST, bad_rows="skip", limit=1).ids == ["0"]
+
+
+def test_bad_label_names_the_line_after_a_quoted_newline(tmp_path):
+    text = PAIRS + '0\ta\t"one\ntwo"\tx\t1\n1\tb\tp\tq\t\n2\tc\tp\tq\t\n3\td\tp\tq\t\n'
+    path = write(tmp_path, text, "quora-train.csv")
+    assert complaint(path, QUORA) == (
+        "quora-train.csv:4: column 'is_duplicate' is '' (expected 0 or 1). "
+        "3 such rows; fix them or pass --bad-rows skip"
+    )
+    rows = read_rows(path, QUORA, bad_rows="skip")
+    assert (rows.ids, rows.dropped) == (["a"], 3)
+
+
+def test_one_bad_row_and_rows_bad_in_two_ways(tmp_path):
+    one = write(tmp_path, HEADER + "0\ta\tx\t1\n1\tb\tx\t9\n")
+    assert complaint(one) == (
+        "ids-sst-train.csv:3: column 'sentiment' is '9' (expected 0, 1, 2, 3 or 4). "
+        "1 such row; fix it or pass --bad-rows skip"
+    )
+    two = write(tmp_path, HEADER + "0\ta\tx\ty\t1\n\n1\tb\tx\t9\n2\tc\tx\t1\n")
+    assert complaint(two) == (
+        "ids-sst-train.csv:2: 5 fields (the header has 4). "
+        "2 bad rows; fix them or pass --bad-rows skip"
+    )
+    assert read_rows(two, SST, bad_rows="skip").dropped == 2
+
+
+def test_unbalanced_quote_is_never_skipped(tmp_path):
+    path = write(tmp_path, HEADER + '0\ta\tx\t1\n1\tb\t"open\t1\n2\tc\t"x"\t1\n')
+    for policy in ("error", "skip"):
+        message = complaint(path, bad_rows=policy)
+        assert message.startswith("ids-sst-train.csv:3: ")
+        assert "double the quotes in a quoted field" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", ":1: 0 columns named 'sentence' in [] (expected 1)"),
+        ("\ufeff\n\n", ":1: 0 columns named 'sentence' in [] (expected 1)"),
+        (HEADER, "ids-sst-train.csv: no rows"),
+        ("\tid\tsentence\n0\ta\tx\n", "0 columns named 'sentiment' in ['', 'id', 'sentence']"),
+        (HEADER[:-1] + "\tsentiment\n", ":1: 2 columns named 'sentiment'"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, text, found):
+    assert found in complaint(write(tmp_path, text), bad_rows="skip")
+
+
+def test_wrong_encodings_and_missing_files(tmp_path):
+    latin = write(tmp_path, HEADER + "0\ta\tcafé\t1\n", encoding="latin-1")
+    assert "ids-sst-train.csv:2: not UTF-8" in complaint(latin)
+    marked = write(tmp_path, "\ufeff".encode().decode("latin-1") + "\ncafé", encoding="latin-1")
+    assert "ids-sst-train.csv:2: not UTF-8" in complaint(marked)
+    assert complaint(tmp_path / "no.csv") == "no.csv: cannot be read: No such file or directory"
+    (tmp_path / "folder.csv").mkdir()
+    assert "folder.csv: cannot be read" in complaint(tmp_path / "folder.csv")
+
+
+def test_reading_the_size_of_quora_takes_about_a_second(tmp_path):
+    row = "\t0123456789abcdef012345678\tWhat is it like to be a whale ?\tHow are whales ?\t1.0\n"
+    path = write(tmp_path, PAIRS + "".join(f"{i}{row}" for i in range(150_000)))
+    start = time.process_time()  # not the clock's: other tests run beside it
+    assert len(read_rows(path, QUORA).ids) == 150_000
+    assert time.process_time() - start < 5
+
+
+def test_encoding_pairs_apart_and_joint(tmp_path):
+    rows = read_rows(write(tmp_path, PAIRS + "0\ta\tabc\tde\t1\n1\tb\tabcdef\t\t0\n"), QUORA)
+    apart = encode_rows(rows, QUORA, LetterTokenizer())
+    assert (len(apart), len(apart.columns), apart.truncated, apart.empty) == (2, 2, 1, 1)
+    assert [np.diff(column.offsets).tolist() for column in apart.columns] == [[5, 6], [4, 2]]
+    joint = encode_rows(rows, QUORA, LetterTokenizer(), pairs="joint")
+    assert (len(joint.columns), joint.columns[0].offsets[1]) == (1, 7)
+    assert joint.columns[0].types is not None
+
+
+def test_tasks_that_are_there_have_both_files(tmp_path):
+    for name in ("ids-sst-train.csv", "ids-sst-dev.csv", "quora-train.csv"):
+        write(tmp_path, "", name)
+    assert [name for name, task in BUILTIN.items() if has_files(tmp_path, task)] == ["sst"]
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    ("name", "split", "count", "first"),
+    [
+        ("sst", "train", 8544, 3),
+        ("sst", "dev", 1101, 3),
+        ("cfimdb", "train", 1707, None),
+        ("quora", "dev", 3000, 1),
+        ("sts", "train", 5440, 2.0),
+    ],
+)
+def test_real_files(name, split, count, first):
+    task = BUILTIN[name]
+    rows = read_rows(REAL / task.files[split], task)
+    assert (len(rows.ids), rows.dropped, rows.empty) == (count, 0, 0)
+    assert first is None or rows.labels[0] == first
+
+
+@needs_real_data
+def test_the_two_unlabelled_quora_rows():
+    path = REAL / "quora-bad-rows.csv"
+    assert "quora-bad-rows.csv:2: column 'is_duplicate' is '' (expected 0 or 1). 2 such rows" in (
+        complaint(path, QUORA)
+    )
+    assert "no rows" in complaint(path, QUORA, bad_rows="skip")
+    rows = read_rows(path, QUORA, labelled=False)
+    assert (len(rows.ids), rows.empty) == (2, 1)
+
+
+def starter_text(text, pair):
+    """Prepare a text as the CS224N starter code does."""
+    text = text.lower()
+    for mark in ".?,'" if pair else "":
+        text = text.replace(mark, f" {mark}")
+    return " ".join(text.split()) if pair else text.strip()
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", list(BUILTIN))
+def test_the_starters_preparation_changes_no_token(name):
+    tokenizer = Tokenizer.from_folder(resolve("minilm").folder)
+    task = BUILTIN[name]
+    rows = read_rows(REAL / task.files["dev"], task)
+    for texts in rows.texts:
+        ours = tokenizer.encode(texts[:1000])
+        theirs = tokenizer.encode([starter_text(text, task.is_pair) for text in texts[:1000]])
+        assert np.array_equal(ours.offsets, theirs.offsets)
+        assert np.array_equal(ours.ids, theirs.ids)

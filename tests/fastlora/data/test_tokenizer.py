@@ -1,0 +1,127 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import transformers
+
+from fastlora.data.tokenizer import Tokenizer
+from fastlora.errors import UserError
+
+GOLDEN = [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
+TEXTS = [
+    "Hello, my dog is cute",
+    "",
+    "   ",
+    " A PTB-tokenised review , with a leading space . <br /><br />",
+    "The Café's naïve ÅNGSTRÖM",
+    "東京 2.5 % of 北京",
+    "tabs\tand\nnewlines\r\nand\u200bzero\u00a0width\x00\ufffd",
+    'don\'t--STOP... """quoted""" #$%^&*',
+    "😀 emoji and ﬁ ligatures, ½",
+    "a literal [SEP] and [MASK] and [PAD] in text",
+    "x" * 101 + " " + "y" * 99,
+    "antidisestablishmentarianism " * 30,
+]
+LONG = "long " * 700
+
+
+@pytest.fixture(scope="module")
+def ours(minilm):
+    return Tokenizer.from_folder(minilm)
+
+
+@pytest.fixture(scope="module")
+def theirs(minilm):
+    return transformers.BertTokenizer.from_pretrained(minilm)
+
+
+@pytest.fixture
+def vocab_only(minilm, tmp_path):
+    shutil.copy(minilm / "vocab.txt", tmp_path)
+    return tmp_path
+
+
+def sequences(encoded, values=None):
+    values = encoded.ids if values is None else values
+    return [part.tolist() for part in np.split(values, encoded.offsets[1:-1])]
+
+
+def test_golden_ids(ours):
+    encoded = ours.encode(["Hello, my dog is cute"])
+    assert encoded.ids.tolist() == GOLDEN
+    assert (encoded.ids.dtype, encoded.offsets.dtype) == (np.int32, np.int64)
+    assert (len(encoded.offsets), encoded.types, encoded.truncated) == (2, None, 0)
+    assert ours.vocab_size == 30522
+
+
+def test_texts_match_transformers(ours, theirs):
+    expected = theirs([*TEXTS, LONG], truncation=True, max_length=512)["input_ids"]
+    encoded = ours.encode([*TEXTS, LONG])
+    assert sequences(encoded) == expected
+    assert encoded.truncated == 1
+
+
+@pytest.mark.parametrize("max_length", [512, 48, 13, 8])
+def test_pairs_match_transformers(ours, theirs, monkeypatch, max_length):
+    long = "long " * (max_length + 60)
+    a = [*TEXTS, long, "short", long]
+    b = [*reversed(TEXTS), "short", long, long]
+    expected = theirs(a, b, truncation="longest_first", max_length=max_length)
+    monkeypatch.setattr(ours, "max_length", max_length)
+    encoded = ours.encode(a, b)
+    assert sequences(encoded) == expected["input_ids"]
+    assert sequences(encoded, encoded.types) == expected["token_type_ids"]
+    assert encoded.types.dtype == np.int8
+    whole = theirs(a, b)["input_ids"]
+    assert encoded.truncated == sum(len(ids) > max_length for ids in whole)
+
+
+def test_vocabulary_file_alone_does_the_same(ours, vocab_only):
+    rebuilt = Tokenizer.from_folder(vocab_only)
+    assert sequences(rebuilt.encode(TEXTS)) == sequences(ours.encode(TEXTS))
+    assert rebuilt.fingerprint == ours.fingerprint
+
+
+def test_cased_rules_come_from_the_config(ours, vocab_only):
+    rules = {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}
+    (vocab_only / "tokenizer_config.json").write_text(json.dumps(rules))
+    cased = Tokenizer.from_folder(vocab_only)
+    assert cased.fingerprint != ours.fingerprint
+    theirs = transformers.BertTokenizer.from_pretrained(vocab_only)
+    assert sequences(cased.encode(TEXTS)) == theirs(TEXTS)["input_ids"]
+
+
+def test_more_texts_than_a_chunk_keep_their_order(ours, monkeypatch):
+    monkeypatch.setattr("fastlora.data.tokenizer._CHUNK", 3)
+    encoded = ours.encode(TEXTS)
+    assert sequences(encoded) == [ours.encode([text]).ids.tolist() for text in TEXTS]
+
+
+def test_no_texts(ours):
+    encoded = ours.encode([], [])
+    assert (encoded.offsets.tolist(), encoded.ids.size, encoded.types.size) == ([0], 0, 0)
+
+
+def test_pairs_of_different_counts_are_refused(ours):
+    with pytest.raises(ValueError, match="shorter"):
+        ours.encode(["a", "b"], ["c"])
+
+
+def test_folder_without_files(tmp_path):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        ("tokenizer.json", "{", "not a BERT tokenizer"),
+        ("vocab.txt", "[PAD]\n[UNK]\nhello\n", "sep_token not found"),
+        ("vocab.txt", "[CLS]\n[SEP]\nhello\n", r"\[UNK\]"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, text, cause):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: .*{cause}"):
+        Tokenizer.from_folder(tmp_path)

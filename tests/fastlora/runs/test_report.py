@@ -1,0 +1,279 @@
+"""The report of a run: what its pages, plots and model card say, with matplotlib and without."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import peft
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from fastlora.lora.config import LoraConfig
+from fastlora.multitask import evaluation as evaluate
+from fastlora.runs import report
+from fastlora.runs.pages import NO_PLOTS, plot, table, write_pages
+from fastlora.runs.session import run_training
+from fastlora.runs.trained import load_trained
+from fastlora.training.config import TaskLoraConfig
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Page(HTMLParser):
+    """The tags of a page, and every address that it names."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "srcset")]
+
+
+def run(config):
+    run_training(config, quiet=True)
+    return config.out
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def plots_without_pixels():
+    """Here plots are drawn."""
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+def test_table_escapes_pipes_tags_and_lines():
+    text = table(["name", "score"], [["a|b", "0.5"], ["<b>\nc", "n/a"]])
+    assert text.splitlines() == [
+        "| name | score |",
+        "| --- | ---: |",
+        "| a\\|b | 0.5 |",
+        "| &lt;b> c | n/a |",
+    ]
+
+
+def test_pages_are_the_text_and_one_file_of_html(tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "a.png").write_bytes(PNG)
+    cells = table(["task", "dev"], [["a|b<c", "0.5"]])
+    text = f"# Runs & more\n\n![losses](plots/a.png)\n\n{cells}\n\n```toml\nx = 1\n```"
+    write_pages(tmp_path, text)
+    assert read(tmp_path / "report.md") == text + "\n"
+    html = read(tmp_path / "report.html")
+    page = Page(html)
+    assert page.addresses == ["data:image/png;base64,iVBORw0KGgo="]
+    assert "<title>Runs &amp; more</title>" in html
+    assert re.search(r'<td style="text-align: right;">0.5</td>', html)
+    assert "<td>a|b&lt;c</td>" in html
+    assert page.tags.count("table") == page.tags.count("pre") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"plots", "report.md", "report.html"}
+
+
+def test_page_needs_its_images(tmp_path):
+    with pytest.raises(OSError, match="none"):
+        write_pages(tmp_path, "![x](none.png)")
+
+
+def test_plot_leaves_no_global_state(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    shown = plot(tmp_path / "plots" / "x.png", 4, lambda _, panels: panels[3].set_title("$5 to $9"))
+    assert shown == "![x](plots/x.png)"
+    assert (tmp_path / "plots" / "x.png").read_bytes().startswith(PNG)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_plot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "plots" / "x.png"
+    plot(path, 1, lambda *_: None)
+    before = path.read_bytes()
+
+    def disk_is_full(self, file):
+        file.write(PNG)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", disk_is_full)
+    with pytest.raises(OSError, match="No space"):
+        plot(path, 1, lambda *_: None)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_spectra_are_those_of_the_whole_update(tmp_path, tiny_config):
+    folder = run(
+        tiny_config(lora=LoraConfig(r=4, alpha=6.0, rslora=True, targets=("key", "output")))
+    )
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    spectra = report._spectra(folder / "adapter", report._Run(folder).adapters["default"])
+    names = {"key": "attention.self.key", "output": "attention.output.dense"}
+    assert set(spectra) == {(layer, target) for layer in (0, 1) for target in names}
+    for (layer, target), values in spectra.items():
+        stem = f"base_model.model.encoder.layer.{layer}.{names[target]}.lora_"
+        A, B = (tensors[f"{stem}{side}.weight"].double() for side in "AB")
+        whole = torch.linalg.svdvals(6 / 4**0.5 * B @ A)
+        torch.testing.assert_close(values, whole[:4])
+        assert whole[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "rank"), [([3, 1, 0], 1), ([3, 1.1, 0], 2), ([1] * 10, 9), ([0, 0], 0)]
+)
+def test_effective_rank(values, rank):
+    assert report._effective(torch.tensor(values, dtype=torch.float64)) == rank
+
+
+def test_report_of_a_shared_adapter(tiny_config, capsys):
+    config = tiny_config(epochs=2)
+    run_training(config)
+    folder = config.out
+    assert capsys.readouterr().out.rstrip().endswith(str(folder / "report.html"))
+    result = json.loads(read(folder / "result.json"))
+    text = read(folder / "report.md")
+    count = result["parameters"]["lora"] + result["parameters"]["other trainable"]
+    assert f"{count:,} trainable parameters" in text
+    for name, metric in (("sst", "accuracy"), ("sts", "pearson")):
+        assert f"| {name} | {metric} | {result['scores'][name]:.3f} |" in text
+    assert re.search(r"\| epoch \| step \| sst .*\n.*\n\| 1 \| 15 .*\n\| 2 \| 30 ", text)
+    assert re.search(
+        r"^\| layer \| query \| value \|\n.*\n(\| [01] \| [1-4] \| [1-4] \|\n?){2}", text, re.M
+    )
+    (toml,) = re.findall(r"```toml\n(.*?)```", text, re.S)
+    assert toml == read(folder / "run.toml")
+    assert f"| torch | {torch.__version__} |" in text
+    plots = {f"plots/{name}.png" for name in ("training", "predictions", "ranks-default")}
+    assert {str(p.relative_to(folder)) for p in folder.glob("plots/*")} == plots
+    page = Page(read(folder / "report.html"))
+    assert len(page.addresses) == 3
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+
+
+def test_confusion_table_counts_the_dev_rows(tiny_config):
+    folder = run(tiny_config())
+    rows = [line.split(",") for line in read(folder / "predictions/quora-dev.csv").splitlines()[1:]]
+    (found,) = re.findall(
+        r"^\| quora: label .*\n.*\n((?:\|.*\n){2})", read(folder / "report.md"), re.M
+    )
+    cells = [[int(cell) for cell in re.findall(r"\d+", line)[1:]] for line in found.splitlines()]
+    expected = [[sum(row[1:] == [b, a] for row in rows) for b in "01"] for a in "01"]
+    assert cells == expected
+    assert sum(map(sum, cells)) == 24
+
+
+def test_report_is_a_function_of_the_folder(tiny_config):
+    folder = run(tiny_config())
+    names = ("report.md", "report.html", "adapter/README.md")
+    before = {name: read(folder / name) for name in names}
+    for name in names:
+        (folder / name).unlink()
+    report.write_report(folder)
+    assert {name: read(folder / name) for name in names} == before
+
+
+def test_report_of_adapters_by_task(tiny_config):
+    config = tiny_config(adapters="per-task", tasks=("sst", "sts"), sst=TaskLoraConfig(r=1))
+    folder = run(config)
+    text = read(folder / "report.md")
+    assert "sst: r 1, alpha 16, query/value; sts: r 4, alpha 16, query/value" in text
+    assert re.findall(r"^## Learned ranks.*", text, re.M) == [
+        "## Learned ranks: sst",
+        "## Learned ranks: sts",
+    ]
+    assert (folder / "plots" / "ranks-sst.png").is_file()
+    load_trained(folder, "cpu")
+    assert 'from_pretrained(encoder, "adapter/sst")  # or ("adapter/sts")' in read(
+        folder / "adapter" / "README.md"
+    )
+
+
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_report_without_an_adapter(tiny_config, mode):
+    folder = run(tiny_config(mode=mode))
+    text = read(folder / "report.md")
+    assert "Learned ranks" not in text
+    assert {p.name for p in folder.glob("plots/*")} == {"training.png", "predictions.png"}
+    card = read(folder / "adapter" / "README.md")
+    assert "peft" not in card
+    assert ModelCard(card).data.library_name == "fastlora"
+    load_trained(folder, "cpu")
+
+
+def test_undefined_score_is_reported(tiny_config, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", lambda *_: None)
+    folder = run(tiny_config(tasks=("sts",)))
+    assert "| sts | pearson | n/a | n/a | 24 |" in read(folder / "report.md")
+
+
+@pytest.mark.filterwarnings("error")
+def test_untrained_adapter_and_many_long_labels(tiny_config):
+    folder = run(tiny_config(tasks=("sst", "quora"), max_steps=1))
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    save_file({k: v * ("lora_A" in k) for k, v in load_file(weights).items()}, weights)
+    names = [f"class ${i}" for i in range(7)]
+    heads = json.loads(read(folder / "adapter" / "heads.json"))
+    heads["tasks"]["sst"]["labels"] = names
+    (folder / "adapter" / "heads.json").write_text(json.dumps(heads))
+    rows = [f"x,{found},{label}" for found in names for label in names]
+    (folder / "predictions" / "sst-dev.csv").write_text("\n".join(["id,prediction,class", *rows]))
+    report.write_report(folder)
+    text = read(folder / "report.md")
+    assert "| 0 | 0 | 0 |\n| 1 | 0 | 0 |" in text
+    assert "sst: label" not in text and "quora: label" in text
+
+
+def test_without_matplotlib_the_report_says_so(tiny_config, without_matplotlib):
+    folder = run(tiny_config())
+    text = read(folder / "report.md")
+    assert text.count(NO_PLOTS) == 1
+    assert "![" not in text and not (folder / "plots").exists()
+    assert "| layer | query | value |" in text
+    assert Page(read(folder / "report.html")).addresses == []
+
+
+def test_training_starts_without_what_only_reports_need():
+    code = (
+        "import sys, fastlora.runs.session as _; print({'matplotlib', 'markdown'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_the_card_of_both_kinds_of_adapters_says_that_both_belong(tiny_config):
+    folder = run(tiny_config(adapters="shared+per-task", max_steps=1))
+    assert "both: the shared adapter and the task's own" in read(folder / "adapter" / "README.md")
+
+
+def test_model_card(tiny_config, tiny_model, tmp_path):
+    folder = run(tiny_config())
+    card = ModelCard.load(folder / "adapter" / "README.md")
+    assert card.data.base_model == str(tiny_model)
+    assert card.data.library_name == "peft"
+    scores = json.loads(read(folder / "result.json"))["scores"]
+    assert f"| sts | pearson | {scores['sts']:.3f} |" in card.text
+    assert str(tiny_config().data) not in card.text
+    encoder = transformers.BertModel.from_pretrained(tiny_model)
+    # PEFT reads a card that is there, and writes it again with its own facts.
+    adapted = peft.PeftModel.from_pretrained(encoder, folder / "adapter")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").write_text(str(card))
+    adapted.save_pretrained(tmp_path / "saved")
+    assert "Scores on the dev data" in read(tmp_path / "saved" / "README.md")
+    load_trained(folder / "adapter", "cpu")
