@@ -7,7 +7,6 @@ FILE is tab-separated, with the columns `sentence` and `sentiment` (0 to 4).
 
 import argparse
 import csv
-import tempfile
 import time
 from importlib.util import find_spec
 from itertools import chain, islice, repeat
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import fastlora
+from fastlora.data import DEMO
 
 
 def minilm() -> Path:
@@ -31,14 +31,9 @@ def minilm() -> Path:
 
 def read(file: Path | None) -> list[dict[str, str]]:
     """The rows of a file; without one, of the demo corpus."""
-    with tempfile.TemporaryDirectory() as folder:
-        if file is None:
-            from fastlora.data.demo import write_demo
-
-            write_demo(Path(folder))
-            file = Path(folder) / "ids-sst-train.csv"
-        with file.open(encoding="utf-8", newline="") as lines:
-            return list(csv.DictReader(lines, delimiter="\t"))
+    file = file or DEMO / "ids-sst-train.csv"
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t"))
 
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

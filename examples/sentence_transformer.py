@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.losses import CosineSimilarityLo
 from transformers import set_seed
 
 import fastlora
+from fastlora.data import DEMO
 
 
 def minilm() -> Path:
@@ -35,14 +36,9 @@ def minilm() -> Path:
 
 def read(file: Path | None) -> list[dict[str, str]]:
     """The rows of a file; without one, of the demo corpus."""
-    with tempfile.TemporaryDirectory() as folder:
-        if file is None:
-            from fastlora.data.demo import write_demo
-
-            write_demo(Path(folder))
-            file = Path(folder) / "sts-train.csv"
-        with file.open(encoding="utf-8", newline="") as lines:
-            return list(csv.DictReader(lines, delimiter="\t"))
+    file = file or DEMO / "sts-train.csv"
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t"))
 
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -45,6 +45,14 @@ def test_wheel_holds_every_module(wheel):
             assert f"{package.replace('.', '/')}/{inside}" in wheel
 
 
+def test_wheel_holds_the_demo_corpus(wheel):
+    shipped = {
+        f"fastlora/data/demo/{path.name}" for path in (ROOT / "fastlora/data/demo").iterdir()
+    }
+    assert len(shipped) == 6
+    assert shipped <= set(wheel)
+
+
 def test_package_list_equals_tree():
     found = set()
     for package, folder in SETUPTOOLS["package-dir"].items():

@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fastlora.data import DEMO
 from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import BUILTIN, Task, task_from_table
 from fastlora.errors import UserError
-from fastlora.files import cache_folder
 from fastlora.lora.config import TARGETS
 from fastlora.training.config import DEFAULT_TASKS, TrainConfig
 
@@ -61,11 +61,7 @@ def find_data(given: Path | None, tasks: Iterable[Task]) -> tuple[Path, str]:
     local = Path("data")
     if any(has_files(local, task) for task in tasks):
         return local.resolve(), "./data holds the task files"
-    from fastlora.data.demo import write_demo
-
-    folder = cache_folder() / "demo"
-    write_demo(folder)
-    return folder, "demo corpus, made here: no --data and no task files in ./data"
+    return DEMO, "demo corpus: no --data and no task files in ./data"
 
 
 def known_tasks(own: Mapping[str, Any]) -> dict[str, Task]:

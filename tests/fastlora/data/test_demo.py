@@ -1,42 +1,36 @@
-"""The demo corpus: deterministic, readable by the strict reader, and split without overlap."""
+"""The demo corpus: what its generator writes, readable strictly, and split without overlap."""
 
 import itertools
 import re
 
 import numpy as np
 import pytest
+from make_demo import COSTS, DEV, FORMS, LEXICON, TRAIN, Writer, write_demo
 
-from fastlora.data.demo import COSTS, DEV, FORMS, LEXICON, TRAIN, Writer, write_demo
+from fastlora.data import DEMO
 from fastlora.data.reading import read_rows
 from fastlora.data.tasks import BUILTIN
 
 NAMES = ("sst", "quora", "sts")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("demo")
-    write_demo(path)
-    return path
+def rows_of(name, split):
+    return read_rows(DEMO / BUILTIN[name].files[split], BUILTIN[name])
 
 
-def rows_of(folder, name, split):
-    return read_rows(folder / BUILTIN[name].files[split], BUILTIN[name])
-
-
-def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
+def test_the_generator_writes_the_files_that_are_shipped(tmp_path):
     write_demo(tmp_path / "again")
     write_demo(tmp_path / "other", seed=1)
-    files = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.name for path in DEMO.iterdir())
     assert files == sorted(BUILTIN[n].files[s] for n in NAMES for s in ("train", "dev"))
     for name in files:
-        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-        assert (tmp_path / "other" / name).read_bytes() != (folder / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (DEMO / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() != (DEMO / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_splits_share_no_sentence_and_repeat_no_example(folder, name):
-    train, dev = rows_of(folder, name, "train"), rows_of(folder, name, "dev")
+def test_splits_share_no_sentence_and_repeat_no_example(name):
+    train, dev = rows_of(name, "train"), rows_of(name, "dev")
     assert (len(train.ids), len(dev.ids)) == (TRAIN, DEV)
     assert train.dropped == train.empty == dev.dropped == dev.empty == 0
     sentences = [set(itertools.chain(*rows.texts)) for rows in (train, dev)]
@@ -51,8 +45,8 @@ def test_splits_share_no_sentence_and_repeat_no_example(folder, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sentences_are_short_and_well_formed(folder, name):
-    sentences = list(itertools.chain(*rows_of(folder, name, "train").texts))
+def test_sentences_are_short_and_well_formed(name):
+    sentences = list(itertools.chain(*rows_of(name, "train").texts))
     words = np.array([len(sentence.split()) for sentence in sentences])
     assert 8 <= np.median(words) <= 20
     assert words.max() <= 32
@@ -63,20 +57,20 @@ def test_sentences_are_short_and_well_formed(folder, name):
         assert "  " not in sentence
 
 
-def test_labels_are_balanced(folder):
-    classes = np.bincount(rows_of(folder, "sst", "train").labels.astype(int)) / TRAIN
+def test_labels_are_balanced():
+    classes = np.bincount(rows_of("sst", "train").labels.astype(int)) / TRAIN
     assert len(classes) == 5
     assert classes.min() > 0.12
     assert classes.max() < 0.32
-    assert 0.38 < rows_of(folder, "quora", "train").labels.mean() < 0.5
-    similarity = rows_of(folder, "sts", "train").labels
+    assert 0.38 < rows_of("quora", "train").labels.mean() < 0.5
+    similarity = rows_of("sts", "train").labels
     assert (similarity.min(), similarity.max()) == (0, 5)
     assert similarity.std() > 1.5
 
 
-def test_dev_uses_words_that_training_never_shows(folder):
+def test_dev_uses_words_that_training_never_shows():
     text = {
-        split: " ".join(t for n in NAMES for ts in rows_of(folder, n, split).texts for t in ts)
+        split: " ".join(t for n in NAMES for ts in rows_of(n, split).texts for t in ts)
         for split in ("train", "dev")
     }
     held = [

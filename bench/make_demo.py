@@ -1,4 +1,6 @@
-"""The demo corpus: made-up reviews, questions and captions in the CS224N files' format.
+"""Write the demo corpus: made-up reviews, questions and captions in the CS224N files' format.
+
+    python bench/make_demo.py fastlora/data/demo
 
 The labels follow rules that frozen features see badly and an adapted encoder learns: what a "but"
 or a "not" does to a review, which few words of two questions or captions matter and which do not.
@@ -8,6 +10,7 @@ pre-training is needed too.
 
 import csv
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
@@ -17,11 +20,10 @@ import numpy as np
 import tomlkit
 
 from fastlora.data.tasks import BUILTIN
-from fastlora.files import atomic_open
 
 TRAIN, DEV = 1400, 350
 
-_TABLES = tomlkit.parse(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).unwrap()
+_TABLES = tomlkit.parse(Path(__file__).with_name("demo.toml").read_text(encoding="utf-8")).unwrap()
 COSTS, FORMS = _TABLES["costs"], _TABLES["forms"]
 SIDES = {1: _TABLES["for"], -1: _TABLES["against"]}
 
@@ -138,6 +140,7 @@ def caption_pair(writer: Writer) -> Row:
 
 def write_demo(folder: Path, seed: int = 0) -> None:
     """Write train and dev files of sst, quora and sts; the same seed gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
     authors = {"sst": review, "quora": question_pair, "sts": caption_pair}
     for number, (name, author) in enumerate(authors.items()):
         task, seen = BUILTIN[name], set[str]()
@@ -149,9 +152,13 @@ def write_demo(folder: Path, seed: int = 0) -> None:
                 if len(set(texts)) == len(texts) and seen.isdisjoint(texts):
                     rows[tuple(texts)] = label
             seen = {text for texts in rows for text in texts}
-            with atomic_open(Path(folder) / task.files[split]) as file:
+            with (folder / task.files[split]).open("w", encoding="utf-8", newline="") as file:
                 table = csv.writer(file, delimiter="\t", lineterminator="\n")
                 table.writerow(["", "id", *task.columns, task.label])
                 for index, (row, label) in enumerate(rows.items()):
                     identity = hashlib.sha256(f"{name} {split} {index}".encode()).hexdigest()[:25]
                     table.writerow([index, identity, *row, label])
+
+
+if __name__ == "__main__":
+    write_demo(Path(sys.argv[1]))
