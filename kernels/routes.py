@@ -2,7 +2,7 @@
 
 reference   PyTorch's own products (cpu/route.py)
 gemm        one vendor GEMM with extended K: [x | u] [W0 | B]^T, and back: g [W0 | B] = [dx | v]
-triton      one GEMM in Triton with the low-rank terms in it (both in triton/route.py)
+triton      the vendor's GEMM on W0 as it lies, and kernels that add the terms (triton/route.py)
 """
 
 import os

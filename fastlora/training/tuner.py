@@ -29,11 +29,10 @@ def tune(
     for rows in ROWS:
         key = tuning.key_of(capability, dtype, rows)
         best, run = tuning.config(capability, dtype, rows), _problem(rows, device, dtype)
-        for route, kernel in (("gemm", "down"), ("gemm", "outer"), ("triton", "fused")):
+        for route, kernel in (("gemm", "down"), ("gemm", "outer"), ("triton", "add")):
             given = getattr(best, kernel)
-            sizes = [dict(m=m, k=n) for m, n in TILES]
-            if kernel == "fused":
-                sizes = [dict(m=m, n=n, k=k) for m, n in TILES for k in (32, 64)]
+            second = "n" if kernel == "add" else "k"
+            sizes = [{"m": m, second: size} for m, size in TILES]
             others = [replace(given, **size, warps=w) for size in sizes for w in (4, 8)]
             trials = {b: replace(best, **{kernel: b}) for b in (given, *others)}
             times = {b: _time(run, key, row, route) for b, row in trials.items()}
@@ -52,7 +51,7 @@ def load(file: Path) -> None:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         for key, row in rows.items():
-            kernels = {name: tuning.Blocks(**row[name]) for name in ("down", "fused", "outer")}
+            kernels = {name: tuning.Blocks(**row[name]) for name in ("down", "add", "outer")}
             tuning.MEASURED[key] = tuning.Config(row["route"], **kernels)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -80,6 +80,7 @@ class Plan:
         self.pieces = Pieces(tuple(shapes), x.device)
         self.ranges = (*(term.rows for term in call.terms), (0, len(x)))  # each term's, and all
         self.blocks = tuning.config(tuning.capability(x.device), x.dtype, len(x))
+        self.draws = dict(seed_ptr=call.seed, scales_ptr=self.pieces.scales)
 
     def tiles(self, size: int) -> tuple[Tensor, int]:
         """int32 [tiles, 2 + 2 * slots]: first row, end, then a piece and its first row a slot.
@@ -98,21 +99,19 @@ class Plan:
         blocks: tuning.Blocks,
         size: int,  # rows of a tile
         programs: int | None,  # on each tile; None for one a slot
-        masked: bool,  # whether the kernel draws the masks of terms with dropout
         matrices: dict[str, Tensor | None],  # x is passed as x_ptr, stride_x0 and stride_x1
         others: dict[str, Any],
         **constants: Any,
     ) -> None:
         """Run a kernel on the tiles, with the tables that all kernels take."""
         (tiles, slots), pieces = self.tiles(size), self.pieces
-        tables = dict(tiles_ptr=tiles, pieces_ptr=pieces.table, scales_ptr=pieces.scales)
-        arguments = dict(seed_ptr=self.call.seed, **tables, **others)
+        arguments = dict(tiles_ptr=tiles, pieces_ptr=pieces.table, **others)
         for name, matrix in matrices.items():
             strides = (0, 0) if matrix is None else matrix.stride()
             arguments[f"{name}_ptr"] = matrix
             arguments[f"stride_{name}0"], arguments[f"stride_{name}1"] = strides
-        constants |= dict(SLOTS=slots, BLOCK_M=blocks.m, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r)
-        constants |= dict(HAS_DROPOUT=masked and pieces.has_dropout, ALIGN=pieces.align)
+        constants |= dict(SLOTS=slots, BLOCK_M=blocks.m, BLOCK_R=pieces.block_r)
+        constants["ALIGN"] = pieces.align
         grid = slots if programs is None else programs, len(tiles)
         tuning.launch(kernel, grid, arguments, constants, blocks)
 

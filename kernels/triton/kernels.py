@@ -1,7 +1,7 @@
 """The kernels and the functions that launch them.
 
     lora_down     the down-projection u
-    lora_fused    a GEMM with the low-rank terms folded in
+    lora_add      the terms, added to the frozen part of the output
     lora_outer    dA (or dB) as partial sums over chunks of rows, and dx in the same pass
     lora_reduce   their sum; no atomics, so that a gradient is the same bits each time
 
@@ -133,82 +133,48 @@ def down(
     """
     blocks = plan.blocks.down
     plan.launch(
-        lora_down, blocks, blocks.m, None, not in_block,
-        dict(x=x, a=A, u=u), dict(copy_ptr=copy, K=x.shape[1]),
-        HAS_COPY=copy is not None, IN_BLOCK=in_block,
+        lora_down, blocks, blocks.m, None,
+        dict(x=x, a=A, u=u), dict(copy_ptr=copy, K=x.shape[1], **plan.draws),
+        BLOCK_K=blocks.k, HAS_COPY=copy is not None, IN_BLOCK=in_block,
+        HAS_DROPOUT=plan.pieces.has_dropout and not in_block,
     )  # fmt: skip
 
 
 @triton.jit
-def lora_fused(
-    x_ptr, w_ptr, b_ptr, u_ptr, f_ptr, y_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
-    N, K,
-    stride_x0, stride_x1, stride_w0, stride_w1, stride_u0, stride_u1, stride_f0, stride_f1,
-    stride_y0, stride_y1,
-    SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, BACKWARD: tl.constexpr, ALIGN: tl.constexpr,
+def lora_add(
+    u_ptr, b_ptr, y_ptr, tiles_ptr, pieces_ptr,
+    N,
+    stride_u0, stride_u1, stride_b0, stride_b1, stride_y0, stride_y1,
+    SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x W^T + b + u B^T, or dx [M, K] = g W + c m * (v A) with BACKWARD.
-
-    Without HAS_BASE, y holds the frozen part already and gets the terms added.
-    """
+    """y [M, N] += u B^T, tile by block of columns: each piece on its own columns of y."""
     tile_ptr = tiles_ptr + tl.program_id(1) * (2 + 2 * SLOTS)
     n0 = tl.program_id(0) * BLOCK_N
     row = tl.load(tile_ptr) + tl.arange(0, BLOCK_M)
     live = row < tl.load(tile_ptr + 1)
     n = n0 + tl.arange(0, BLOCK_N)
     row64 = row.to(tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if HAS_BASE:
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            x = load_tile(x_ptr, row64, stride_x0, k, stride_x1, live, k < K)
-            w = load_tile(w_ptr, k, stride_w1, n, stride_w0, k < K, n < N)  # [BLOCK_K, BLOCK_N]
-            acc = tl.dot(x, w, acc, input_precision="ieee")
-    else:
-        acc += load_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N).to(tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
     rank = tl.arange(0, BLOCK_R)
+    acc = load_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N).to(tl.float32)
     for slot in range(SLOTS):
         piece = tl.load(tile_ptr + 2 + 2 * slot)
         if piece >= 0:
-            offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
-            # Forward terms reach their own block of columns only.
-            if BACKWARD or (column < n0 + BLOCK_N and column + width > n0):
+            offset, ranks, column, width, _, _ = load_piece(pieces_ptr, piece, ALIGN)
+            if column < n0 + BLOCK_N and column + width > n0:
                 place, known = offset + rank, rank < ranks
                 u = load_tile(u_ptr, row64, stride_u0, place, stride_u1, live, known)
-                f = load_tile(f_ptr, place, stride_f0, n, stride_f1, known, n < N)
-                if BACKWARD:
-                    term = tl.dot(u, f, input_precision="ieee") * tl.load(scales_ptr + piece)
-                    if HAS_DROPOUT:
-                        mask_row = row - tl.load(tile_ptr + 3 + 2 * slot)
-                        keep = keep_mask(seed, stream, mask_row, n0, threshold, BLOCK_N, tl.float32)
-                        term *= keep
-                    acc += term
-                else:
-                    acc = tl.dot(u, f, acc, input_precision="ieee")
+                b = load_tile(b_ptr, place, stride_b1, n, stride_b0, known, n < N)
+                acc = tl.dot(u, b, acc, input_precision="ieee")
     store_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N, acc)
 
 
-def fused(
-    plan: Plan, x: Any, bias: Any, u: Tensor, factor: Tensor, y: Tensor, backward: bool = False
-) -> None:
-    """Launch `lora_fused`; where x is None, the terms are added to y.
-
-    x [M, K], bias [N] or None, u [M, R], factor [R, N], y [M, N]; in backward the caller names g,
-    v, A and dx by these, without a bias.
-    """
-    blocks, W = plan.blocks.fused, plan.call.weight
-    weight = None if x is None else W.T if backward else W
+def add(plan: Plan, u: Tensor, B: Tensor, y: Tensor) -> None:
+    """Launch `lora_add`: u [M, R], B [N, R], y [M, N], which gets the terms added."""
+    blocks, N = plan.blocks.add, y.shape[1]
     plan.launch(
-        lora_fused, blocks, blocks.m, triton.cdiv(y.shape[1], blocks.n), backward,
-        dict(x=x, w=weight, u=u, f=factor, y=y),
-        dict(b_ptr=bias, N=y.shape[1], K=0 if x is None else x.shape[1]),
-        BLOCK_N=blocks.n, HAS_BASE=x is not None, HAS_BIAS=bias is not None, BACKWARD=backward,
+        lora_add, blocks, blocks.m, triton.cdiv(N, blocks.n), dict(u=u, b=B, y=y), dict(N=N),
+        BLOCK_N=blocks.n,
     )  # fmt: skip
 
 
@@ -316,9 +282,10 @@ def outer(
     chunks, slots = plan.tiles(blocks.chunk)
     partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
     plan.launch(
-        lora_outer, blocks, blocks.chunk, triton.cdiv(K, blocks.k), not width,
-        dict(x=x, v=v, a=A, b=base, dx=dx), dict(partial_ptr=partial, K=K),
-        HAS_DX=base is not None, IN_BLOCK=width > 0,
+        lora_outer, blocks, blocks.chunk, triton.cdiv(K, blocks.k),
+        dict(x=x, v=v, a=A, b=base, dx=dx), dict(partial_ptr=partial, K=K, **plan.draws),
+        BLOCK_K=blocks.k, HAS_DX=base is not None, IN_BLOCK=width > 0,
+        HAS_DROPOUT=pieces.has_dropout and not width,
     )  # fmt: skip
     d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
     tables = dict(tiles_ptr=chunks, pieces_ptr=pieces.table)

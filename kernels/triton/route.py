@@ -1,8 +1,8 @@
 """Routes "gemm" and "triton": the Triton kernels, in the order that a pass launches them.
 
-Both keep u = c (m * x) A^T for backward. Where every term covers all rows, route "gemm" extends K
-and keeps [x | u]; elsewhere its frozen GEMM stays as it is and a kernel adds the terms. Masks are
-drawn again from the seed.
+Both keep u = c (m * x) A^T for backward, and draw masks again from the seed. Where every term
+covers all rows, route "gemm" extends K and keeps [x | u]. Elsewhere, and always on route "triton",
+the frozen GEMM stays as it is and kernels add the terms to y and dx.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora.kernels.call import Call, Term
 from fastlora.kernels.triton.grouped import Plan, is_uniform, rank_offsets
-from fastlora.kernels.triton.kernels import down, fused, outer
+from fastlora.kernels.triton.kernels import add, down, outer
 
 
 def saved_shape(call: Call, rows: int) -> tuple[int, ...]:
@@ -34,14 +34,9 @@ def forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]
     if extend:
         down(plan, x, A, saved[:, K:], copy=saved[:, :K])
         return F.linear(saved, packed, bias), saved
-    u = saved.view(M, -1)
+    y, u = F.linear(x, call.weight, bias), saved.view(M, -1)
     down(plan, x, A, u)
-    if call.route == "gemm":
-        y = F.linear(x, call.weight, bias)
-        fused(plan, None, None, u, B.T, y)
-    else:
-        y = x.new_empty(M, call.weight.shape[0])
-        fused(plan, x, bias, u, B.T, y)
+    add(plan, u, B, y)
     return y, saved
 
 
@@ -53,17 +48,13 @@ def backward(
     extend = saved.dim() == 2
     A, packed, B = _factors(call, grad.dtype, extend)
     x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved.view(M, -1))
-    dx = grad.new_empty(M, K) if need_dx else None
-    base = None  # where there is one, `outer` adds the terms to it
     if extend and need_dx:
         base, v = (grad @ packed).tensor_split([K], 1)
+        dx = grad.new_empty(M, K)
     else:
         v = torch.empty_like(u)
         down(plan, grad, B.T, v, in_block=True)
-        if need_dx and call.route == "gemm":
-            base = dx = grad @ call.weight
-        elif dx is not None:
-            fused(plan, grad, None, v, A, dx, backward=True)
+        base = dx = grad @ call.weight if need_dx else None
     dA = outer(plan, x, v, A, base, dx)
     if is_uniform(call.terms, M):
         half = grad.is_cuda and grad.dtype != torch.float32

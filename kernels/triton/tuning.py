@@ -39,7 +39,7 @@ class Config:
 
     route: str = "gemm"
     down: Blocks = Blocks()
-    fused: Blocks = Blocks()
+    add: Blocks = Blocks()
     outer: Blocks = OUTER
 
 
@@ -47,15 +47,13 @@ class Config:
 SHIPPED = {
     "any": Config(),
     # No tensor cores: smaller tiles, for accumulators in registers.
-    "any/fp32": Config(
-        down=Blocks(32, k=32), fused=Blocks(32, 32, 16), outer=Blocks(16, k=16, warps=8)
-    ),
+    "any/fp32": Config(down=Blocks(32, k=32), add=Blocks(32, 32), outer=Blocks(16, k=16, warps=8)),
     # One stage: Turing cannot copy to shared memory in the background (see turing.py).
-    "75/fp16": Config(down=Blocks(stages=1), fused=Blocks(k=32, stages=1)),
+    "75/fp16": Config(down=Blocks(stages=1), add=Blocks(stages=1)),
     "80/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
-    "80": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=64, k=32, warps=8, stages=3)),
+    "80": Config(down=Blocks(stages=3)),
     "90/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
-    "90": Config(down=Blocks(stages=3), fused=Blocks(m=128, n=128, k=64, warps=8, stages=3)),
+    "90": Config(down=Blocks(stages=3)),
 }
 MEASURED: dict[str, Config] = {}  # by `key_of`; goes before the shipped rows
 

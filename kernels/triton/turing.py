@@ -27,7 +27,7 @@ from typing import Any
 import triton
 
 TESTED = ((3, 6), (3, 9))  # the versions that the tests compile with, first and last
-KERNELS = {"lora_down", "lora_fused", "lora_outer", "lora_reduce"}
+KERNELS = {"lora_down", "lora_add", "lora_outer", "lora_reduce"}
 KEY = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of this version of the hook
 
 

@@ -31,7 +31,6 @@ rows = []
 
 def bound(name, c, classes, warps):
     """Microseconds that a kernel cannot beat on a T4, and which bound that is."""
-    K, N = (3 * H, H) if c.get("BACKWARD") else (H, 3 * H)
     depth = H  # of g in down and outer with IN_BLOCK, a block's width; else K
     tiles, slots = -(-M // c["BLOCK_M"]), c["SLOTS"]
     if name == "lora_down":
@@ -41,11 +40,8 @@ def bound(name, c, classes, warps):
         loops = -(-depth // c["BLOCK_K"]) * tiles * slots
         moved = M * H * (slots if c["IN_BLOCK"] else 1 + 2 * c["HAS_DX"])
         flops = 2 * M * H * R * slots * (1 + c["HAS_DX"])
-    elif c["HAS_BASE"]:
-        loops = tiles * -(-N // c["BLOCK_N"]) * -(-K // c["BLOCK_K"])
-        moved, flops = M * (K + N), 2 * M * N * K
     else:
-        loops, moved = tiles * -(-N // c["BLOCK_N"]) * slots, 2 * M * 2 * H
+        loops, moved = tiles * -(-3 * H // c["BLOCK_N"]) * slots, 2 * M * 2 * H
         flops = 2 * M * H * R * slots
     issued = loops * warps * sum(classes.values()) / (ISSUE * SMS * CLOCK)
     lanes = loops * warps * classes["ALU"] / (LANES * SMS * CLOCK)
@@ -66,9 +62,8 @@ def dropout_cost(capability, dtype, row, key, compiled, threads):
         if other is kernel and dict(facts) == plain:
             other = aot.compile_launch(capability, kernel, arguments, plain, blocks)
             without = aot.loop_classes(other)
-            columns = plain["BLOCK_N"] if kernel.__name__ == "lora_fused" else plain["BLOCK_K"]
             added = aot.loop_classes(compiled)["ALU"] - without["ALU"]
-            return added * threads / (plain["BLOCK_M"] * columns)
+            return added * threads / (plain["BLOCK_M"] * plain["BLOCK_K"])
     raise AssertionError(f"{kernel.__name__} has no variant without dropout")
 
 
@@ -83,8 +78,7 @@ def test_shipped_configuration(capability, dtype, row_name):
         name = kernel.__name__
         flags = "+".join(f for f in sorted(c) if c[f] is True) or "-"
         alu = time = ""
-        # Only a loop is counted: the fused kernel draws its mask after it, once a tile.
-        if c.get("HAS_DROPOUT") and name != "lora_fused" and dtype != SINGLE:
+        if c.get("HAS_DROPOUT") and dtype != SINGLE:
             cost = dropout_cost(capability, dtype, row, key, compiled, 32 * blocks.warps)
             alu = f"{cost:.1f}"
             assert cost <= ALU_LIMIT, f"{name} {flags}: {cost:.1f} instructions an element"
