@@ -45,9 +45,7 @@ def lora_grouped(
     name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    dtype, forms = _compute_dtype(x), Forms()
-    if packed is not None and not torch.compiler.is_compiling():
-        forms = Forms(packed.forms(weight), packed.graph if _capturing(x) else None)
+    dtype, forms = _compute_dtype(x), _forms(x, packed, weight)
     if weight.dtype != dtype:
         weight = forms.get(dtype, partial(weight.to, dtype))
     rows = x.to(dtype).reshape(-1, x.shape[-1])
@@ -132,12 +130,10 @@ def lora_together(
     def make() -> tuple[Tensor, Tensor | None, Packed]:
         return torch.cat([*weights]), None if biases is None else torch.cat([*biases]), Packed()
 
-    parts, kept = (*weights, *(biases or ())), None
-    if packed is not None and not torch.compiler.is_compiling():
-        kept = None if any(part.requires_grad for part in parts) else packed.forms(*parts)
-    if packed is None or kept is None:
+    parts = *weights, *(biases or ())
+    forms = _forms(x, None if any(part.requires_grad for part in parts) else packed, *parts)
+    if forms.kept is None:
         return lora_grouped(x, *make()[:2], terms, seed)
-    forms = Forms(kept, packed.graph if _capturing(x) else None)
     weight, bias, inner = forms.get("together", make)
     return lora_grouped(x, weight, bias, terms, seed, inner)
 
@@ -210,6 +206,13 @@ def _fused_route(
     name = route(x.device, dtype, large).name
     has_kernel = len(terms) > 0 and dtype in tuning.NAMES
     return name if has_kernel or name == "reference" else ""
+
+
+def _forms(x: Tensor, packed: Packed | None, *tensors: Tensor) -> Forms:
+    """Where a call with this x finds the packed forms of its weight."""
+    if packed is None or torch.compiler.is_compiling():
+        return Forms()
+    return Forms(packed.forms(*tensors), packed.graph if _capturing(x) else None)
 
 
 def _capturing(x: Tensor) -> bool:
