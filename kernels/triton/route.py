@@ -48,6 +48,8 @@ def backward(
     extend = saved.dim() == 2
     A, packed, B = _factors(call, grad.dtype, extend)
     x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved.view(M, -1))
+    base: Tensor | None  # `outer` adds the terms to it, in dx
+    dx: Tensor | None
     if extend and need_dx:
         base, v = (grad @ packed).tensor_split([K], 1)
         dx = grad.new_empty(M, K)
