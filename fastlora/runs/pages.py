@@ -1,6 +1,7 @@
-"""What reports are made of: tables and plots in Markdown, and the pages they are read as.
+"""Reports as blocks (headings, tables, pictures, ...), written as Markdown and as one HTML page.
 
-matplotlib is an extra: without it there are no plots.
+Whatever a block holds is plain text: the templates escape it. matplotlib is an extra; without it
+there are no plots.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import base64
 import html
 import math
-import mimetypes
 import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,81 +32,104 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # a class may be named "$5 to $9"
 }
-# The policy makes sure that a page asks no place for anything and runs no script.
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: auto; padding: 1rem }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #8886; text-align: left }}
-pre, th {{ background: #8882 }}
-pre {{ padding: 1rem; overflow-x: auto }}
-img {{ max-width: 100%; background: white }}
-</style>
-{body}
-</html>
-"""
+
+Block = dict[str, Any]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns of numbers are flush right, pipes and tags in cells are escaped."""
-    cells = [
-        [" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in row]
-        for row in (header, *rows)
-    ]
-    columns = list(zip(*cells[1:], strict=True)) or [()] * len(header)
+def heading(text: str, level: int = 2) -> Block:
+    """The heading of a section; the page's title has level 1."""
+    return {"kind": "heading", "text": text, "level": level}
+
+
+def paragraph(text: str) -> Block:
+    """A paragraph of plain text."""
+    return {"kind": "paragraph", "text": text}
+
+
+def bullets(lines: Iterable[str]) -> Block:
+    """A list of lines."""
+    return {"kind": "bullets", "lines": list(lines)}
+
+
+def code(text: str, language: str = "toml") -> Block:
+    """Text that is shown as it is, in a language whose colours a viewer may know."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return {"kind": "code", "text": text.rstrip("\n"), "language": language, "fence": fence}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Block:
+    """A table; columns of numbers are flush right."""
+    rows = list(rows)
+    columns = list(zip(*rows, strict=True)) or [()] * len(header)
     numeric = [all(re.fullmatch(r"[\d.,%+-]*|n/a", cell) for cell in column) for column in columns]
-    cells.insert(1, ["---:" if right else "---" for right in numeric])
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return {"kind": "table", "rows": [header, *rows], "numeric": numeric}
 
 
-def plot(path: Path, panels: int, draw: Callable[[Figure, list[Axes]], None]) -> str:
-    """Write the PNG that `draw` makes of a figure with empty panels, in rows of up to three.
+def plot(
+    folder: str | Path, name: str, panels: int, draw: Callable[[Figure, list[Axes]], None]
+) -> Block | None:
+    """Draw `panels` empty panels with `draw`, in rows of up to three, as `folder`/plots/NAME.png.
 
-    Returns the Markdown that shows `FOLDER/plots/NAME.png` in `FOLDER/report.md`; without
-    matplotlib returns "" and writes nothing.
+    Without matplotlib writes nothing and returns None.
     """
     if not find_spec("matplotlib"):
-        return ""
+        return None
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot's: no window, no global list
 
-    rows = math.ceil(panels / 3)
+    rows, picture = math.ceil(panels / 3), BytesIO()
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 3 * rows), dpi=150, layout="constrained")
         columns = math.ceil(panels / rows)
         draw(figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)])
-        with atomic_open(path) as file:
-            figure.savefig(file.buffer)
-    return f"![{path.stem}]({path.parent.name}/{path.name})"
+        figure.savefig(picture)
+    with atomic_open(Path(folder, "plots", f"{name}.png")) as file:
+        file.buffer.write(picture.getvalue())
+    return {"kind": "picture", "name": name, "png": base64.b64encode(picture.getvalue()).decode()}
 
 
-def write_pages(folder: Path, text: str) -> None:
-    """Write Markdown as `folder/report.md` and as one self-contained page, `report.html`.
+def write_pages(folder: str | Path, title: str, blocks: Iterable[Block | None]) -> None:
+    """Write `folder`/report.md and the self-contained `folder`/report.html.
 
-    Both end with how to get plots where matplotlib is missing. Images, named by their paths in
-    `folder`, become part of the page; OSError when one is missing.
+    Missing blocks (None) are left out. Where matplotlib is missing, both end with how to get plots.
     """
-    # Imported here: only the end of a command writes a page.
-    from markdown import markdown
-
-    def inline(match: re.Match[str]) -> str:
-        kind, _ = mimetypes.guess_type(match[1])
-        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:{kind};base64,{data}"'
-
+    shown = [block for block in blocks if block]
     if not find_spec("matplotlib"):
-        text += f"\n\n{NO_PLOTS}"
-    body = markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
-    body = re.sub(r'(?<= )src="([^":]+)"(?=[^<>]*>)', inline, body)
-    heading = re.search("^# (.+)", text, re.MULTILINE)
-    page = PAGE.format(title=html.escape(heading[1] if heading else folder.name), body=body)
-    for name, content in (("report.md", text + "\n"), ("report.html", page)):
-        with atomic_open(folder / name) as file:
-            file.write(content)
+        shown.append(paragraph(NO_PLOTS))
+    for name in ("report.md", "report.html"):
+        with atomic_open(Path(folder, name)) as file:
+            file.write(render(name, title=title, blocks=shown))
+
+
+def without_folders(value: Any) -> Any:
+    """Settings to show others: of an absolute path, as of `data`, only the last part is left."""
+    if isinstance(value, dict):
+        return {k: v if k == "labels" else without_folders(v) for k, v in value.items()}
+    if isinstance(value, (str, Path)) and str(value).startswith(("/", "~")):
+        return Path(value).name
+    return value
+
+
+def render(template: str, **values: Any) -> str:
+    """The text that a file of templates/ makes of values; HTML is escaped by itself."""
+    # Imported here: only the end of a command writes a page.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["markdown"] = _markdown
+    return environment.get_template(template).render(values)
+
+
+def _markdown(text: str) -> str:
+    """Text on one line in which nothing is Markdown or HTML."""
+    text = re.sub(r"([\\`*_\[\]~|$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    # At the start of a line also headings, lists and rules; a number like -0.5 is none.
+    return re.sub(r"^(\d*)([#=+.)-])(?!\d)", r"\1\\\2", text)

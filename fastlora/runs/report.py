@@ -23,7 +23,17 @@ from fastlora.lora.config import is_target
 from fastlora.lora.files import read_config
 from fastlora.lora.layer import DEFAULT
 from fastlora.multitask.files import adapter_names, adapter_place, read_heads
-from fastlora.runs.pages import plot, table, write_pages
+from fastlora.runs.pages import (
+    Block,
+    code,
+    heading,
+    paragraph,
+    plot,
+    render,
+    table,
+    without_folders,
+    write_pages,
+)
 from fastlora.tensors import read_tensors
 from fastlora.training.config import LoraOptions
 
@@ -33,82 +43,85 @@ if TYPE_CHECKING:
 
 MODES = {"lora": "LoRA on", "frozen": "Heads on the frozen", "full": "Full fine-tuning of"}
 A_KEY = re.compile(r"base_model\.model\.encoder\.layer\.(\d+)\.(.+)\.lora_A\.weight")
-PEFT = """
-encoder = transformers.BertModel.from_pretrained("{base}")
-adapted = peft.PeftModel.from_pretrained(encoder, "{place}")"""
 
 
 class _Run:
-    """What the files of a finished run say; `answers` are (label, prediction) of the dev rows."""
+    """What the files of a finished run say.
+
+    `dev_rows` has the label and the prediction of each row of a task's dev file, as texts.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.adapter = folder, folder / "adapter"
         self.name = folder.resolve().name
-        self.settings = read_toml(folder / "run.toml")
+        self.settings = without_folders(read_toml(folder / "run.toml"))
         self.environment = read_json(folder / "env.json")
         self.result = read_json(folder / "result.json")
-        self.base = read_json(self.adapter / "heads.json")["base_model"]
-        tasks, extra = read_heads(self.adapter)
-        # Not those that were in a run before and stayed as they were.
+        base = read_json(self.adapter / "heads.json")["base_model"]
+        self.base = without_folders(base)
+        self.base_is_local = self.base != base or Path(base).is_dir()
+        tasks, settings = read_heads(self.adapter)
+        # Tasks that --add-to took over from an earlier run were not trained in this one.
         self.tasks = {name: task for name, task in tasks.items() if name in self.result["scores"]}
-        names = adapter_names(extra["adapters"], tasks)
-        places = {n: adapter_place(self.adapter, n) for n in names if extra["mode"] == "lora"}
+        names = adapter_names(settings["adapters"], tasks) if settings["mode"] == "lora" else ()
+        places = {name: adapter_place(self.adapter, name) for name in names}
         self.adapters = {n: LoraOptions.of(read_config(place)) for n, place in places.items()}
-        self.answers = {}
+        self.dev_rows = {}
         for name in self.tasks:
             path = folder / "predictions" / f"{name}-dev.csv"
             with path.open(encoding="utf-8", newline="") as file:
                 _, *rows = csv.reader(file)
-            self.answers[name] = [(label, prediction) for _, prediction, label in rows]
+            self.dev_rows[name] = [(label, prediction) for _, prediction, label in rows]
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: str | Path) -> None:
     """Write report.md, report.html, plots/ and adapter/README.md of a finished run's folder.
 
-    They say what its other files say. Raises UserError, ValueError or OSError when one of those is
-    missing or broken.
+    They say what its other files say, but no path of this machine. Raises UserError, ValueError or
+    OSError when one of those files is missing or broken.
     """
-    run = _Run(folder)
-    sections = [
-        f"# {run.name}",
-        _head(run),
-        "## Dev scores",
+    run = _Run(Path(folder))
+    environment = ([key, str(value or "none")] for key, value in run.environment.items())
+    blocks = [
+        paragraph(_summary(run)),
+        heading("Dev scores"),
         table(*run.result["table"]),
         *_training(run),
         *_predictions(run),
-        *(section for adapter in run.adapters for section in _ranks(run, adapter)),
-        "## Configuration",
-        f"```toml\n{(folder / 'run.toml').read_text(encoding='utf-8')}```",
-        "## Environment",
-        table(["name", "value"], ([k, str(v or "none")] for k, v in run.environment.items())),
+        *(block for adapter in run.adapters for block in _ranks(run, adapter)),
+        heading("Configuration"),
+        code(tomlkit.dumps(run.settings)),
+        heading("Environment"),
+        table(["name", "value"], environment),
     ]
-    write_pages(folder, "\n\n".join(filter(None, sections)))
+    write_pages(run.folder, run.name, blocks)
     with atomic_open(run.adapter / "README.md") as file:
         file.write(_model_card(run))
 
 
-def _what(run: _Run) -> str:
+def _subject(run: _Run) -> str:
+    """What was trained, on which encoder and tasks."""
     parts = [
         f"{'' if name == DEFAULT else f'{name}: '}r {s.r}, alpha {s.alpha:g}, {'/'.join(s.targets)}"
         for name, s in run.adapters.items()
     ]
-    how = f" ({'; '.join(parts)})" if parts else ""
-    return f"{MODES[run.settings['mode']]} `{run.base}`{how}, trained on {', '.join(run.tasks)}"
+    settings = f" ({'; '.join(parts)})" if parts else ""
+    return f"{MODES[run.settings['mode']]} {run.base}{settings}, trained on {', '.join(run.tasks)}"
 
 
-def _head(run: _Run) -> str:
+def _summary(run: _Run) -> str:
     result, counts = run.result, run.result["parameters"]
     speed = result["examples"] / max(result["seconds"], 1e-9)
     trained = counts["lora"] + counts["other trainable"]
     share = 100 * trained / (trained + counts["frozen"])
     return (
-        f"{_what(run)}, started {run.environment['started']}. {result['steps']:,} steps, "
+        f"{_subject(run)}, started {run.environment['started']}. {result['steps']:,} steps, "
         f"{result['examples']:,} examples in {result['seconds']:.0f} s of training "
         f"({speed:.0f} examples/s); {trained:,} trainable parameters ({share:.2f}%)."
     )
 
 
-def _training(run: _Run) -> Iterator[str]:
+def _training(run: _Run) -> Iterator[Block | None]:
     history = run.result["history"]
     lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [line for line in map(json.loads, lines) if "loss" in line]
@@ -116,9 +129,9 @@ def _training(run: _Run) -> Iterator[str]:
     def draw(figure: Figure, panels: list[Axes]) -> None:
         losses, scores = panels
         for task in run.tasks:
-            own = [line for line in logged if task in line["loss"]]
-            dots = "." if len(own) < 20 else ""
-            losses.plot([x["step"] for x in own], [x["loss"][task] for x in own], marker=dots)
+            of_task = [line for line in logged if task in line["loss"]]
+            steps, values = [x["step"] for x in of_task], [x["loss"][task] for x in of_task]
+            losses.plot(steps, values, marker="." if len(steps) < 20 else "")
             values = [math.nan if (v := x["scores"][task]) is None else v for x in history]
             scores.plot([x["epoch"] + 1 for x in history], values, marker="o", label=task)
         losses.set(xlabel="step", ylabel="training loss", xlim=(0, None), ylim=(0, None))
@@ -131,27 +144,27 @@ def _training(run: _Run) -> Iterator[str]:
         for x in history
     ]
     yield table(["epoch", "step", *run.tasks], rows)
-    yield plot(run.folder / "plots" / "training.png", 2, draw)
+    yield plot(run.folder, "training", 2, draw)
 
 
-def _predictions(run: _Run) -> Iterator[str]:
+def _predictions(run: _Run) -> Iterator[Block | None]:
     def draw(_figure: Figure, panels: list[Axes]) -> None:
         for axes, (name, task) in zip(panels, run.tasks.items(), strict=True):
-            (_draw_confusion if task.labels else _draw_scatter)(axes, task, run.answers[name])
+            (_draw_confusion if task.labels else _draw_scatter)(axes, task, run.dev_rows[name])
             axes.set_title(f"{name}: {task.metric} {number(run.result['scores'][name])}")
 
-    yield "## Dev predictions"
-    yield plot(run.folder / "plots" / "predictions.png", len(run.tasks), draw)
+    yield heading("Dev predictions")
+    yield plot(run.folder, "predictions", len(run.tasks), draw)
     for name, task in run.tasks.items():
         if 0 < len(task.labels) <= 5:
-            counts = Counter(run.answers[name])
+            counts = Counter(run.dev_rows[name])
             rows = ([a, *(f"{counts[a, b]:,}" for b in task.labels)] for a in task.labels)
             yield table([f"{name}: label", *(f"predicted {b}" for b in task.labels)], rows)
 
 
-def _draw_confusion(axes: Axes, task: Task, answers: list[tuple[str, str]]) -> None:
+def _draw_confusion(axes: Axes, task: Task, rows: list[tuple[str, str]]) -> None:
     """Shares of each label's examples, and the counts where there is room for them."""
-    counts, totals = Counter(answers), Counter(label for label, _ in answers)
+    counts, totals = Counter(rows), Counter(label for label, _ in rows)
     shares = [[counts[a, b] / max(1, totals[a]) for b in task.labels] for a in task.labels]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for y, a in enumerate(task.labels if len(task.labels) <= 6 else ()):
@@ -165,16 +178,16 @@ def _draw_confusion(axes: Axes, task: Task, answers: list[tuple[str, str]]) -> N
     axes.set(xlabel="prediction", ylabel="label")
 
 
-def _draw_scatter(axes: Axes, task: Task, answers: list[tuple[str, str]]) -> None:
-    labels, found = zip(*((float(a), float(b)) for a, b in answers), strict=True)
+def _draw_scatter(axes: Axes, task: Task, rows: list[tuple[str, str]]) -> None:
+    labels, predictions = zip(*((float(a), float(b)) for a, b in rows), strict=True)
     margin = 0.05 * (task.high - task.low)
     ends = (task.low - margin, task.high + margin)
     axes.plot(ends, ends, color="0.7", linewidth=1)
-    axes.scatter(labels, found, s=8, alpha=0.4, linewidths=0)
+    axes.scatter(labels, predictions, s=8, alpha=0.4, linewidths=0)
     axes.set(xlabel="label", ylabel="prediction", xlim=ends, ylim=ends, box_aspect=1)
 
 
-def _ranks(run: _Run, adapter: str) -> Iterator[str]:
+def _ranks(run: _Run, adapter: str) -> Iterator[Block | None]:
     settings = run.adapters[adapter]
     spectra = _spectra(adapter_place(run.adapter, adapter), settings)
     layers = sorted({layer for layer, _ in spectra})
@@ -194,14 +207,14 @@ def _ranks(run: _Run, adapter: str) -> Iterator[str]:
             axes.locator_params("x", integer=True, min_n_ticks=1)
         figure.colorbar(colours, ax=panels, label="layer", ticks=layers[:: 1 + len(layers) // 13])
 
-    yield "## Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}")
-    yield (
+    yield heading("Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}"))
+    yield paragraph(
         f"Singular values of each update scale B A (r = {settings.r}), and its effective rank: "
         "how many of them hold 90% of their squared sum."
     )
     rows = ([str(i), *(str(_effective(spectra[i, t])) for t in settings.targets)] for i in layers)
     yield table(["layer", *settings.targets], rows)
-    yield plot(run.folder / "plots" / f"ranks-{adapter}.png", len(settings.targets), draw)
+    yield plot(run.folder, f"ranks-{adapter}", len(settings.targets), draw)
 
 
 def _spectra(folder: Path, settings: LoraOptions) -> dict[tuple[int, str], Tensor]:
@@ -227,25 +240,22 @@ def _effective(values: Tensor) -> int:
 
 
 def _model_card(run: _Run) -> str:
-    """A Hugging Face model card; a JSON string, as in its front matter, is YAML."""
-    library, tags = ("peft", "lora, fastlora") if run.adapters else ("fastlora", "fastlora")
-    loading = 'trained = fastlora.load_trained("adapter")  # with the heads'
-    if run.adapters:
-        places = [str(adapter_place(Path("adapter"), name)) for name in run.adapters]
-        loading += PEFT.format(base=run.base, place='")  # or ("'.join(places))
-    if DEFAULT in run.adapters and len(run.adapters) > 1:
-        loading += "\n# A task's rows had both: the shared adapter and the task's own."
-    # Where this machine keeps its files is nobody's business; the name of the base is above.
-    settings = {
-        k: v for k, v in run.settings.items() if k not in ("data", "model", "device", "add_to")
-    }
-    parts = (
-        f"---\nbase_model: {json.dumps(run.base)}\nlibrary_name: {library}\ntags: [{tags}]\n---",
-        f"# {run.name}",
-        f"{_what(run)}. Scores on the dev data:",
-        table(*run.result["table"]),
-        "Loading it, with this folder as `adapter`:",
-        f"```python\n{loading}\n```",
-        f"```toml\n{tomlkit.dumps(settings)}```\n",
+    """A Hugging Face model card."""
+    # Imported here: it takes a while, and only the end of a run writes a card.
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        # A folder of this machine is no model of the hub.
+        base_model=None if run.base_is_local else run.base,
+        library_name="peft" if run.adapters else "fastlora",
+        tags=["lora", "fastlora"] if run.adapters else ["fastlora"],
     )
-    return "\n\n".join(parts)
+    return render(
+        "README.md",
+        card_data=data.to_yaml(),
+        title=run.name,
+        subject=_subject(run),
+        scores=table(*run.result["table"]),
+        folders=[adapter_place(Path("adapter"), name).as_posix() for name in run.adapters],
+        settings=code(tomlkit.dumps(run.settings)),
+    )

@@ -47,13 +47,13 @@ class Trained:
 
 
 @torch.random.fork_rng([])  # layers are drawn before they are read
-def load_trained(path: Path, device: str = "auto", model: str | None = None) -> Trained:
+def load_trained(path: str | Path, device: str = "auto", model: str | None = None) -> Trained:
     """Load a finished run, or its adapter folder; fp32 logits are bit-equal to the trained model's.
 
     `model` says where the encoder lies, if not where the run found it. Raises UserError when
     anything is missing or belongs to another encoder or tokenizer.
     """
-    folder = adapter_folder(path)
+    folder = adapter_folder(Path(path))
     tasks, extra = adapters.read_heads(folder)
     full = extra["mode"] == "full"
     source = resolve(str(folder / ENCODER) if full else model or extra["model"])

@@ -60,7 +60,8 @@ def reproduce(
     setup, log = prepare(config, inputs), Log(quiet)
     setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop or Stop())
     scope = f"at most {config.limit:,} examples a file" if config.limit else "all examples"
-    facts = f"{inputs.model}, {inputs.folder}, {scope}, epochs: {config.epochs}, seeds: {seeds}, "
+    model, data = map(pages.without_folders, (inputs.model, inputs.folder))
+    facts = f"{model}, {data}, {scope}, epochs: {config.epochs}, seeds: {seeds}, "
     facts += f"{setup.config.precision} on {setup.device.type}"
     failed = 0
     for name in names:
@@ -140,11 +141,14 @@ def _write(
         writer.writeheader()
         writer.writerows(records)
     draw = partial(_draw, tasks=table.tasks, records=records)
-    shown = pages.plot(folder / "plots" / f"{name}.png", len(table.tasks), draw)
-    parts = [f"# {name}: {table.title}", facts, pages.table(header, cells)]
-    parts += ["\n".join(f"- {verdict}" for verdict in verdicts), shown]
-    text = "\n\n".join(filter(None, (*parts, table.note, NOTES)))
-    pages.write_pages(folder, text)
+    blocks = [
+        pages.paragraph(facts),
+        pages.table(header, cells),
+        pages.bullets(verdicts),
+        pages.plot(folder, name, len(table.tasks), draw),
+        *(pages.paragraph(text) for text in (table.note, NOTES) if text),
+    ]
+    pages.write_pages(folder, f"{name}: {table.title}", blocks)
     log.line(f"report in {folder / 'report.html'}")
 
 

@@ -24,7 +24,16 @@ from fastlora.data.tasks import BUILTIN
 from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_open
 from fastlora.runs.folder import default_folder, open_run
-from fastlora.runs.pages import plot, table, write_pages
+from fastlora.runs.pages import (
+    Block,
+    code,
+    heading,
+    paragraph,
+    plot,
+    table,
+    without_folders,
+    write_pages,
+)
 from fastlora.runs.session import facts_of
 from fastlora.studies.stages import RANK_STAGE, Found, Search
 from fastlora.training.config import SearchConfig, TaskLoraConfig, TrainConfig
@@ -121,13 +130,14 @@ def write_search(
     facts = {name: _facts(search, found) for name, (search, found) in done.items()}
     with atomic_open(folder / "search.json") as file:
         json.dump(facts, file, indent=1)
-    parts = ["# Search of LoRA settings", f"Tasks: {', '.join(config.tasks or ())}."]
+    blocks: list[Block | None] = [paragraph(f"Tasks: {', '.join(config.tasks or ())}.")]
     for name, (_, found) in done.items():
-        parts += [f"## {name}", *_sections(folder, name, found, facts[name])]
+        blocks += [heading(name), *_sections(folder, name, found, facts[name])]
         for line in _verdict(found, facts[name]):
             log.line(line)
-    parts += ["## The best configuration", f"```toml\n{tomlkit.dumps(config.to_table())}```"]
-    write_pages(folder, "\n\n".join(part for part in parts if part))
+    blocks.append(heading("The best configuration"))
+    blocks.append(code(tomlkit.dumps(without_folders(config.to_table()))))
+    write_pages(folder, "Search of LoRA settings", blocks)
     log.line(f"train with it: fastlora-train --config {folder / 'best.toml'}")
     log.line(f"report in {folder / 'report.html'}")
 
@@ -206,16 +216,18 @@ def _against(found: Found) -> str:
     )
 
 
-def _sections(folder: Path, name: str, found: Found, facts: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{_against(found)}."
-    yield COST.format(**facts["cost"])
+def _sections(
+    folder: Path, name: str, found: Found, facts: Mapping[str, Any]
+) -> Iterator[Block | None]:
+    yield paragraph(f"{_against(found)}.")
+    yield paragraph(COST.format(**facts["cost"]))
     done = [trial for trial in facts["trials"] if trial["rungs"]]
     done.sort(key=lambda trial: (len(trial["rungs"]), trial["rungs"][-1]["score"]), reverse=True)
-    yield plot(folder / "plots" / f"{name}.png", 4, partial(_draw, facts))
-    yield "### Ranks, from one run"
+    yield plot(folder, name, 4, partial(_draw, facts))
+    yield heading("Ranks, from one run", 3)
     rows = [[str(rank), f"{score:.4f}", f"{error:.4f}"] for rank, (score, error) in facts["ranks"]]
     yield table(["rank", "score", "error of its distance to the best"], rows)
-    yield "### Trials"
+    yield heading("Trials", 3)
     header = [*COLUMNS, "examples", "score", "parameters", "seconds"]
     yield table(header, [_cells(trial) for trial in done])
 

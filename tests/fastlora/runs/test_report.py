@@ -1,22 +1,35 @@
 """The report of a run: what its pages, plots and model card say, with matplotlib and without."""
 
+import base64
 import json
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from html.parser import HTMLParser
+from pathlib import Path
 
-import peft
 import pytest
+import tomlkit
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from fastlora.files import read_toml
 from fastlora.lora.config import LoraConfig
 from fastlora.multitask import evaluation as evaluate
 from fastlora.runs import report
-from fastlora.runs.pages import NO_PLOTS, plot, table, write_pages
+from fastlora.runs.pages import (
+    NO_PLOTS,
+    bullets,
+    code,
+    heading,
+    paragraph,
+    plot,
+    render,
+    table,
+    write_pages,
+)
 from fastlora.runs.session import run_training
 from fastlora.runs.trained import load_trained
 from fastlora.training.config import TaskLoraConfig
@@ -25,16 +38,21 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Page(HTMLParser):
-    """The tags of a page, and every address that it names."""
+    """The tags of a page, the texts of each tag's elements, and every address that it names."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.addresses = [], []
+        self.tags, self.addresses, self.texts = [], [], defaultdict(list)
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.texts[tag].append("")
         self.addresses += [v for k, v in attributes if k in ("src", "href", "srcset")]
+
+    def handle_data(self, text):
+        if self.tags and text.strip():
+            self.texts[self.tags[-1]][-1] += text
 
 
 def run(config):
@@ -57,44 +75,65 @@ def without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
-def test_table_escapes_pipes_tags_and_lines():
-    text = table(["name", "score"], [["a|b", "0.5"], ["<b>\nc", "n/a"]])
-    assert text.splitlines() == [
+HOSTILE = "![a](../secret.txt) <script>alert(1)</script> `x` | *b* [c](javascript:d) $e$"
+
+
+def test_text_is_text_in_markdown_and_html():
+    """Read back by a Markdown and an HTML parser, every block says what it was given."""
+    from markdown_it import MarkdownIt
+
+    blocks = [
+        heading(HOSTILE),
+        paragraph(f"# {HOSTILE}"),
+        bullets([HOSTILE, "1. one", "-0.5"]),
+        table(["name", HOSTILE], [[HOSTILE, "0.5"]]),
+        code(f"````\n{HOSTILE}\n</code>"),
+    ]
+    markdown = render("report.md", title=HOSTILE, blocks=blocks)
+    pages = (
+        MarkdownIt("commonmark").enable("table").render(markdown),
+        render("report.html", title=HOSTILE, blocks=blocks),
+    )
+    for page in map(Page, pages):
+        assert not {"img", "script", "a", "em", "strong"} & set(page.tags)
+        assert page.texts["h1"] == page.texts["h2"] == page.texts["td"][:1] == [HOSTILE]
+        assert page.texts["p"] == [f"# {HOSTILE}"]
+        assert page.texts["li"] == [HOSTILE, "1. one", "-0.5"]
+        assert page.texts["th"] == ["name", HOSTILE]
+        assert page.texts["code"][0].rstrip("\n") == f"````\n{HOSTILE}\n</code>"
+
+
+def test_columns_of_numbers_are_flush_right():
+    block = table(["name", "score"], [["a", "0.5"], ["two\nlines", "n/a"]])
+    markdown = render("report.md", title="x", blocks=[block])
+    assert markdown.splitlines()[2:] == [
         "| name | score |",
         "| --- | ---: |",
-        "| a\\|b | 0.5 |",
-        "| &lt;b> c | n/a |",
+        "| a | 0.5 |",
+        "| two lines | n/a |",
     ]
+    assert '<td class="number">n/a</td>' in render("report.html", title="x", blocks=[block])
 
 
-def test_pages_are_the_text_and_one_file_of_html(tmp_path):
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "a.png").write_bytes(PNG)
-    cells = table(["task", "dev"], [["a|b<c", "0.5"]])
-    text = f"# Runs & more\n\n![losses](plots/a.png)\n\n{cells}\n\n```toml\nx = 1\n```"
-    write_pages(tmp_path, text)
-    assert read(tmp_path / "report.md") == text + "\n"
-    html = read(tmp_path / "report.html")
-    page = Page(html)
-    assert page.addresses == ["data:image/png;base64,iVBORw0KGgo="]
-    assert "<title>Runs &amp; more</title>" in html
-    assert re.search(r'<td style="text-align: right;">0.5</td>', html)
-    assert "<td>a|b&lt;c</td>" in html
-    assert page.tags.count("table") == page.tags.count("pre") == 1
-    assert {p.name for p in tmp_path.iterdir()} == {"plots", "report.md", "report.html"}
-
-
-def test_page_needs_its_images(tmp_path):
-    with pytest.raises(OSError, match="none"):
-        write_pages(tmp_path, "![x](none.png)")
+def test_pages_embed_the_pictures_that_were_drawn(tmp_path):
+    (tmp_path / "secret.png").write_bytes(PNG)
+    picture = plot(tmp_path, "losses", 1, lambda *_: None)
+    write_pages(tmp_path, "Runs & more", [picture, None, paragraph("![x](secret.png)")])
+    page = Page(read(tmp_path / "report.html"))
+    (address,) = page.addresses
+    shown = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+    assert shown == (tmp_path / "plots" / "losses.png").read_bytes()
+    assert page.texts["title"] == ["Runs & more"]
+    assert "\n![losses](plots/losses.png)\n" in read(tmp_path / "report.md")
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"plots", "secret.png", "report.md", "report.html"}
 
 
 def test_plot_leaves_no_global_state(tmp_path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    shown = plot(tmp_path / "plots" / "x.png", 4, lambda _, panels: panels[3].set_title("$5 to $9"))
-    assert shown == "![x](plots/x.png)"
+    plot(tmp_path, "x", 4, lambda _, panels: panels[3].set_title("$5 to $9"))
     assert (tmp_path / "plots" / "x.png").read_bytes().startswith(PNG)
     assert dict(matplotlib.rcParams) == before
 
@@ -103,7 +142,7 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     path = tmp_path / "plots" / "x.png"
-    plot(path, 1, lambda *_: None)
+    plot(tmp_path, "x", 1, lambda *_: None)
     before = path.read_bytes()
 
     def disk_is_full(self, file):
@@ -112,7 +151,7 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", disk_is_full)
     with pytest.raises(OSError, match="No space"):
-        plot(path, 1, lambda *_: None)
+        plot(tmp_path, "x", 1, lambda *_: None)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
@@ -156,7 +195,9 @@ def test_report_of_a_shared_adapter(tiny_config, capsys):
         r"^\| layer \| query \| value \|\n.*\n(\| [01] \| [1-4] \| [1-4] \|\n?){2}", text, re.M
     )
     (toml,) = re.findall(r"```toml\n(.*?)```", text, re.S)
-    assert toml == read(folder / "run.toml")
+    settings = read_toml(folder / "run.toml")
+    shared = {key: Path(settings[key]).name for key in ("data", "model")}
+    assert tomlkit.parse(toml).unwrap() == settings | shared
     assert f"| torch | {torch.__version__} |" in text
     plots = {f"plots/{name}.png" for name in ("training", "predictions", "ranks-default")}
     assert {str(p.relative_to(folder)) for p in folder.glob("plots/*")} == plots
@@ -199,9 +240,9 @@ def test_report_of_adapters_by_task(tiny_config):
     ]
     assert (folder / "plots" / "ranks-sst.png").is_file()
     load_trained(folder, "cpu")
-    assert 'from_pretrained(encoder, "adapter/sst")  # or ("adapter/sts")' in read(
-        folder / "adapter" / "README.md"
-    )
+    card = read(folder / "adapter" / "README.md")
+    assert 'from_pretrained(encoder, "adapter/sst")' in card
+    assert "adapters are in adapter/sts." in card
 
 
 @pytest.mark.parametrize("mode", ["frozen", "full"])
@@ -242,15 +283,15 @@ def test_untrained_adapter_and_many_long_labels(tiny_config):
 def test_without_matplotlib_the_report_says_so(tiny_config, without_matplotlib):
     folder = run(tiny_config())
     text = read(folder / "report.md")
-    assert text.count(NO_PLOTS) == 1
+    page = Page(read(folder / "report.html"))
+    assert page.texts["p"].count(NO_PLOTS) == 1 and page.addresses == []
     assert "![" not in text and not (folder / "plots").exists()
     assert "| layer | query | value |" in text
-    assert Page(read(folder / "report.html")).addresses == []
 
 
 def test_training_starts_without_what_only_reports_need():
     code = (
-        "import sys, fastlora.runs.session as _; print({'matplotlib', 'markdown'} & {*sys.modules})"
+        "import sys, fastlora.runs.session as _; print({'matplotlib', 'jinja2'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
@@ -261,19 +302,29 @@ def test_the_card_of_both_kinds_of_adapters_says_that_both_belong(tiny_config):
     assert "both: the shared adapter and the task's own" in read(folder / "adapter" / "README.md")
 
 
-def test_model_card(tiny_config, tiny_model, tmp_path):
-    folder = run(tiny_config())
+def test_model_card(tiny_config, tiny_model, tmp_path, monkeypatch):
+    folder = run(tiny_config(out=tmp_path / "x <b>![y](z)"))
     card = ModelCard.load(folder / "adapter" / "README.md")
-    assert card.data.base_model == str(tiny_model)
+    assert card.data.base_model is None  # a folder here, no model of the hub
     assert card.data.library_name == "peft"
     scores = json.loads(read(folder / "result.json"))["scores"]
     assert f"| sts | pearson | {scores['sts']:.3f} |" in card.text
-    assert str(tiny_config().data) not in card.text
-    encoder = transformers.BertModel.from_pretrained(tiny_model)
+    assert r"# x &lt;b&gt;!\[y\](z)" in card.text
+    for name in ("report.md", "report.html", "adapter/README.md"):
+        for path in (tiny_config().data, tiny_model, tmp_path, Path.home()):
+            assert f"{path}/" not in read(folder / name) and str(path) not in read(folder / name)
+    # The code is the card's own, run where it says.
+    monkeypatch.chdir(folder)
+    (lines,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    names = {}
+    exec(lines, names)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        found = names["adapted"].eval()(ids).last_hidden_state
+        expected = names["trained"].model.encoder(ids).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     # PEFT reads a card that is there, and writes it again with its own facts.
-    adapted = peft.PeftModel.from_pretrained(encoder, folder / "adapter")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "README.md").write_text(str(card))
-    adapted.save_pretrained(tmp_path / "saved")
+    names["adapted"].save_pretrained(tmp_path / "saved")
     assert "Scores on the dev data" in read(tmp_path / "saved" / "README.md")
-    load_trained(folder / "adapter", "cpu")
