@@ -1,7 +1,7 @@
-"""Reports as blocks (headings, tables, pictures, ...), written as Markdown and as one HTML page.
+"""Reports as lists of blocks, written as Markdown and as one HTML page.
 
-Whatever a block holds is plain text: the templates escape it. matplotlib is an extra; without it
-there are no plots.
+A block is a string (a paragraph), a list of strings (bullets), or a heading, code, table or plot of
+the functions below. What it holds is plain text: the templates escape it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NO_PLOTS = 'plots: install the report extra (pip install "fastlora-bert[report]")'
+NO_PLOTS = "There are no plots: matplotlib is not installed."
 # Okabe and Ito's, which colour-blind readers can tell apart.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
 STYLE: dict[Any, Any] = {
@@ -33,22 +33,12 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a class may be named "$5 to $9"
 }
 
-Block = dict[str, Any]
+Block = str | list[str] | dict[str, Any]
 
 
 def heading(text: str, level: int = 2) -> Block:
-    """The heading of a section; the page's title has level 1."""
+    """A section's heading; the page's title has level 1."""
     return {"kind": "heading", "text": text, "level": level}
-
-
-def paragraph(text: str) -> Block:
-    """A paragraph of plain text."""
-    return {"kind": "paragraph", "text": text}
-
-
-def bullets(lines: Iterable[str]) -> Block:
-    """A list of lines."""
-    return {"kind": "bullets", "lines": list(lines)}
 
 
 def code(text: str, language: str = "toml") -> Block:
@@ -96,7 +86,7 @@ def write_pages(folder: str | Path, title: str, blocks: Iterable[Block | None]) 
     """
     shown = [block for block in blocks if block]
     if not find_spec("matplotlib"):
-        shown.append(paragraph(NO_PLOTS))
+        shown.append(NO_PLOTS)
     for name in ("report.md", "report.html"):
         with atomic_open(Path(folder, name)) as file:
             file.write(render(name, title=title, blocks=shown))

@@ -27,7 +27,6 @@ from fastlora.runs.pages import (
     Block,
     code,
     heading,
-    paragraph,
     plot,
     render,
     table,
@@ -83,7 +82,7 @@ def write_report(folder: str | Path) -> None:
     run = _Run(Path(folder))
     environment = ([key, str(value or "none")] for key, value in run.environment.items())
     blocks = [
-        paragraph(_summary(run)),
+        _summary(run),
         heading("Dev scores"),
         table(*run.result["table"]),
         *_training(run),
@@ -208,7 +207,7 @@ def _ranks(run: _Run, adapter: str) -> Iterator[Block | None]:
         figure.colorbar(colours, ax=panels, label="layer", ticks=layers[:: 1 + len(layers) // 13])
 
     yield heading("Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}"))
-    yield paragraph(
+    yield (
         f"Singular values of each update scale B A (r = {settings.r}), and its effective rank: "
         "how many of them hold 90% of their squared sum."
     )

@@ -142,11 +142,12 @@ def _write(
         writer.writerows(records)
     draw = partial(_draw, tasks=table.tasks, records=records)
     blocks = [
-        pages.paragraph(facts),
+        facts,
         pages.table(header, cells),
-        pages.bullets(verdicts),
+        verdicts,
         pages.plot(folder, name, len(table.tasks), draw),
-        *(pages.paragraph(text) for text in (table.note, NOTES) if text),
+        table.note,
+        NOTES,
     ]
     pages.write_pages(folder, f"{name}: {table.title}", blocks)
     log.line(f"report in {folder / 'report.html'}")

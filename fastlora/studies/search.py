@@ -28,7 +28,6 @@ from fastlora.runs.pages import (
     Block,
     code,
     heading,
-    paragraph,
     plot,
     table,
     without_folders,
@@ -130,7 +129,7 @@ def write_search(
     facts = {name: _facts(search, found) for name, (search, found) in done.items()}
     with atomic_open(folder / "search.json") as file:
         json.dump(facts, file, indent=1)
-    blocks: list[Block | None] = [paragraph(f"Tasks: {', '.join(config.tasks or ())}.")]
+    blocks: list[Block | None] = [f"Tasks: {', '.join(config.tasks or ())}."]
     for name, (_, found) in done.items():
         blocks += [heading(name), *_sections(folder, name, found, facts[name])]
         for line in _verdict(found, facts[name]):
@@ -219,8 +218,8 @@ def _against(found: Found) -> str:
 def _sections(
     folder: Path, name: str, found: Found, facts: Mapping[str, Any]
 ) -> Iterator[Block | None]:
-    yield paragraph(f"{_against(found)}.")
-    yield paragraph(COST.format(**facts["cost"]))
+    yield f"{_against(found)}."
+    yield COST.format(**facts["cost"])
     done = [trial for trial in facts["trials"] if trial["rungs"]]
     done.sort(key=lambda trial: (len(trial["rungs"]), trial["rungs"][-1]["score"]), reverse=True)
     yield plot(folder, name, 4, partial(_draw, facts))

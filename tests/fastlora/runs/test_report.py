@@ -21,10 +21,8 @@ from fastlora.multitask import evaluation as evaluate
 from fastlora.runs import report
 from fastlora.runs.pages import (
     NO_PLOTS,
-    bullets,
     code,
     heading,
-    paragraph,
     plot,
     render,
     table,
@@ -84,8 +82,8 @@ def test_text_is_text_in_markdown_and_html():
 
     blocks = [
         heading(HOSTILE),
-        paragraph(f"# {HOSTILE}"),
-        bullets([HOSTILE, "1. one", "-0.5"]),
+        f"# {HOSTILE}",
+        [HOSTILE, "1. one", "-0.5"],
         table(["name", HOSTILE], [[HOSTILE, "0.5"]]),
         code(f"````\n{HOSTILE}\n</code>"),
     ]
@@ -118,7 +116,7 @@ def test_columns_of_numbers_are_flush_right():
 def test_pages_embed_the_pictures_that_were_drawn(tmp_path):
     (tmp_path / "secret.png").write_bytes(PNG)
     picture = plot(tmp_path, "losses", 1, lambda *_: None)
-    write_pages(tmp_path, "Runs & more", [picture, None, paragraph("![x](secret.png)")])
+    write_pages(tmp_path, "Runs & more", [picture, None, "![x](secret.png)"])
     page = Page(read(tmp_path / "report.html"))
     (address,) = page.addresses
     shown = base64.b64decode(address.removeprefix("data:image/png;base64,"))
