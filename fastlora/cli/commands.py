@@ -30,6 +30,10 @@ Data = Annotated[
     Path | None, Parameter(help="Folder of the task files; by default ./data, else the demo.")
 ]
 BadRows = Annotated[Literal["error", "skip"], Parameter(help="What a malformed row does.")]
+Quoting = Annotated[
+    Literal["minimal", "none"],
+    Parameter(help="Quotes in CSV and TSV files: around a field, or none: plain characters."),
+]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda or cuda:N.")]
 Encoder = Annotated[
     str | None, Parameter(help="Folder or name of the encoder, if it moved since training.")
@@ -115,6 +119,7 @@ def evaluate(
     data: Data = None,
     split: Annotated[Literal["train", "dev", "test"], Parameter(help="Which files.")] = "dev",
     bad_rows: BadRows = "error",
+    quoting: Quoting = "minimal",
     device: Device = "auto",
     model: Encoder = None,
 ) -> None:
@@ -130,7 +135,10 @@ def evaluate(
     trained = load_trained(run, device, model)
     tasks, pairs = trained.tasks.values(), trained.extra["pairs"]
     folder, why = find_data(data, tasks)
-    datasets = load_tasks(folder, tasks, split, trained.tokenizer, pairs=pairs, bad_rows=bad_rows)
+    tokenizer = trained.tokenizer
+    datasets = load_tasks(
+        folder, tasks, split, tokenizer, pairs=pairs, quoting=quoting, bad_rows=bad_rows
+    )
     log = Log(quiet=False)
     log.line(f"{run} on {folder} ({why})")
     log.table(*score_table(datasets, predict(trained.model, datasets), split))
@@ -147,6 +155,7 @@ def predict_file(
     out: Annotated[
         Path | None, Parameter(help="File to write; by default NAME.predictions.csv beside it.")
     ] = None,
+    quoting: Quoting = "minimal",
     device: Device = "auto",
     model: Encoder = None,
 ) -> None:
@@ -162,7 +171,7 @@ def predict_file(
         task = next(iter(trained.tasks))
     if task is not None and task not in trained.tasks:
         raise UserError(f"--task is {task!r} (expected one of {', '.join(trained.tasks)})")
-    rows, truncated = predict_rows(trained, input, task)
+    rows, truncated = predict_rows(trained, input, task, quoting)
     out = out or input.with_name(f"{input.stem}.predictions.csv")
     write_rows(out, ["id", "task", "prediction"], rows)
     print(f"{len(rows):,} predictions in {out} ({truncated} texts truncated)")

@@ -17,14 +17,14 @@ from fastlora.errors import UserError
 
 @dataclass(frozen=True)
 class Rows:
-    """The N rows of one file."""
+    """The N rows of one task in a file."""
 
     ids: list[str]
     texts: tuple[list[str], ...]  # one list a text column
     labels: np.ndarray | None  # float32 [N], class index or value
     dropped: int  # bad rows left out
     empty: int  # rows with an empty text
-    numbers: tuple[int, ...] = ()  # the rows' places in the file
+    positions: tuple[int, ...] = ()  # of the rows in the file, from 0
 
 
 @dataclass(frozen=True)
@@ -44,51 +44,58 @@ class TaskData:
         return len(self.ids)
 
 
-def read_content(path: Path) -> bytes:
+def read_content(path: str | Path) -> bytes:
     """Read a whole file; UserError when it cannot be."""
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_rows(
-    path: Path,
+    path: str | Path,
     task: Task,
     *,
     content: bytes | None = None,
     labelled: bool = True,
+    quoting: str = "minimal",
     bad_rows: str = "error",
     limit: int | None = None,
     mixed: Collection[str] = (),
 ) -> Rows:
     """Read a CSV (comma or tab), TSV or JSONL file whose columns are named as the task's.
 
-    With `mixed`, a column "task" says which of these tasks a row is of, and others' are passed by.
+    `content` is what the file holds, where the caller has read it. With `quoting="none"` quotes are
+    characters like others. `limit` keeps that many rows, spread over the file. With `mixed`, a
+    column "task" says which of these tasks a row is of, and rows of other tasks are left out.
 
-    `content` is what the file holds, where the caller has read it. `limit` keeps that many rows,
-    spread over the file. Bad rows (wrong field count, bad label) are a UserError that counts them
-    all, or are left out and counted with `bad_rows="skip"`. A file that is not UTF-8, has no rows
-    or lacks a column is a UserError always.
+    Bad rows (wrong number of fields, unbalanced quotes, bad label) are a UserError that counts
+    them, or are left out and counted with `bad_rows="skip"`. A file that is not UTF-8, has no rows
+    or lacks a column is always a UserError.
     """
+    path = Path(path)
     wanted = [*task.columns, *([task.label] if labelled else [])]
     text = _text(path, read_content(path) if content is None else content)
-    header = ["task"] if mixed else wanted  # columns that only other tasks have may be missing
-    records = _json_records(text) if path.suffix == ".jsonl" else _csv_records(path, text, header)
+    if path.suffix == ".jsonl":
+        records = _json_records(text)
+    else:
+        required = ["task"] if mixed else wanted  # columns of other tasks may be missing
+        records = _csv_records(path, text, required, quoting, task if labelled else None)
     ids: list[str] = []
-    texts, labels, numbers, problems = [], [], [], []
-    for number, (line, record) in enumerate(records):
+    texts, labels, positions, problems = [], [], [], []
+    for position, (line, record) in enumerate(records):
         try:
-            if mixed and (whose := _cells(record, ["task"])[0]) != task.name:
-                if whose not in mixed:
-                    raise ValueError(f"column 'task' is {whose!r} (expected {' or '.join(mixed)})")
+            if mixed and (name := _cells(record, ["task"])[0]) != task.name:
+                if name not in mixed:
+                    raise ValueError(f"column 'task' is {name!r} (expected {' or '.join(mixed)})")
                 continue
             cells = _cells(record, wanted)
             if labelled:
                 labels.append(task.parse_label(cells.pop()))
-            ids.append(str(record.get("id", number)))
+            identity = record.get("id")
+            ids.append(identity if isinstance(identity, str) else str(position))
             texts.append([cell.strip() for cell in cells])
-            numbers.append(number)
+            positions.append(position)
         except ValueError as error:
             problems.append((line, str(error)))
     if problems and bad_rows != "skip":
@@ -103,7 +110,7 @@ def read_rows(
         labels=np.array(labels, np.float32) if labelled else None,
         dropped=len(problems),
         empty=sum(not all(row) for row in texts),
-        numbers=tuple(numbers),
+        positions=tuple(positions),
     )
 
 
@@ -133,40 +140,83 @@ def _text(path: Path, content: bytes) -> str:
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _csv_records(path: Path, text: str, wanted: list[str]) -> Iterator[tuple[int, Any]]:
-    """Give each row's line and cells by column, or the ValueError that it deserves."""
+def _csv_records(
+    path: Path, text: str, required: list[str], quoting: str, task: Task | None
+) -> Iterator[tuple[int, Any]]:
+    """Give each row's line and cells by column, or a ValueError that says what is wrong with it.
+
+    After a row whose quotes are wrong, reading goes on with the next line. `task` is given when
+    the rows have labels.
+    """
     # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
-    lines = io.StringIO(text, newline="")
-    tabbed = "\t" in lines.readline() or path.suffix == ".tsv"
-    lines.seek(0)
-    # strict: an unbalanced quote is an error; otherwise it would swallow the rows that follow.
-    reader = csv.reader(lines, delimiter="\t" if tabbed else ",", strict=True)
-    line = 1
+    lines = io.StringIO(text, newline="").readlines()
+    delimiter = "\t" if path.suffix == ".tsv" or "\t" in "".join(lines[:1]) else ","
+    quotes: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+
+    def reader_from(line: int) -> Any:
+        rest = map(lines.__getitem__, range(line, len(lines)))
+        # strict: an unbalanced quote is an error; otherwise it would swallow the rows that follow.
+        return csv.reader(rest, delimiter=delimiter, quoting=quotes, strict=True)
+
     try:
-        header = next(reader, [])
-        for name in wanted:
-            if header.count(name) != 1:
-                found = f"{header.count(name)} columns named {name!r} in {header}"
-                hint = "; or name the rows' task with --task" if name == "task" else ""
-                raise UserError(f"{path}:1: {found} (expected 1){hint}")
-        line = reader.line_num + 1
-        for row in reader:
-            if not row and len(header) == 1:
-                row = [""]  # in a file of one column, a blank line is an empty text
-            if len(row) == len(header):
-                yield line, dict(zip(header, row, strict=True))
-            elif row:
-                yield line, ValueError(f"{len(row)} fields (the header has {len(header)})")
-            line = reader.line_num + 1
+        reader = reader_from(0)
+        header: list[str] = next(reader, [])
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: {error}; double the quotes in a quoted field") from None
+        raise UserError(f"{path}:1: the header's quotes do not balance: {error}") from None
+    for name in required:
+        if header.count(name) != 1:
+            columns = f"{header.count(name)} columns named {name!r} in {header}"
+            hint = "; or name the rows' task with --task" if name == "task" else ""
+            raise UserError(f"{path}:1: {columns} (expected 1){hint}")
+    line = reader.line_num
+    while line < len(lines):
+        start, reader = line, reader_from(line)
+        try:
+            for row in reader:
+                end = start + reader.line_num
+                if end > line + 1:
+                    _check_span(row, lines[line:end], header, delimiter, task)
+                if not row and len(header) == 1:
+                    row = [""]  # in a file of one column, a blank line is an empty text
+                if len(row) == len(header):
+                    yield line + 1, dict(zip(header, row, strict=True))
+                elif row:
+                    yield line + 1, ValueError(f"{len(row)} fields (the header has {len(header)})")
+                line = end
+        except csv.Error as error:
+            remedy = "double the quotes in a quoted field, or pass --quoting none"
+            yield line + 1, ValueError(f"the quotes do not balance: {error}; {remedy}")
+            line += 1
+
+
+def _check_span(
+    row: list[str], lines: list[str], header: list[str], delimiter: str, task: Task | None
+) -> None:
+    """Raise csv.Error when a row of several lines seems to be several rows with stray quotes."""
+    tabbed = delimiter == "\t"
+    if tabbed and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in row):
+        raise csv.Error("a quoted field spans lines and holds tabs")
+    # Read without quotes, are the first and the last line rows, with labels where there are some?
+    ends = [line.rstrip("\r\n").split(delimiter) for line in (lines[0], lines[-1])]
+    if len(header) == 1 or any(len(cells) != len(header) for cells in ends):
+        return
+    if task is not None:
+        try:
+            for cells in ends:
+                task.parse_label(cells[header.index(task.label)])
+        except ValueError:
+            return
+    if tabbed or task is not None:  # commas alone say little: texts have them, too
+        raise csv.Error("a quoted field spans lines that are rows themselves")
 
 
 def _json_records(text: str) -> Iterator[tuple[int, Any]]:
     for line, content in enumerate(io.StringIO(text, newline=""), 1):
         if content.strip():
             try:
-                yield line, json.loads(content)
+                # Numbers stay as the file spells them; NaN and Infinity, which are not JSON, are
+                # the only floats.
+                yield line, json.loads(content, parse_float=str, parse_int=str)
             except ValueError as error:
                 yield line, ValueError(f"not JSON: {error}")
 
@@ -180,10 +230,12 @@ def _cells(record: Any, wanted: list[str]) -> list[str]:
     cells = []
     for name in wanted:
         value = record.get(name)
-        if value is None or isinstance(value, (dict, list)):
-            found = json.dumps(value)[:40] if name in record else "missing"
-            raise ValueError(f"column {name!r} is {found} (expected text or a number)")
-        cells.append(value if isinstance(value, str) else json.dumps(value))
+        if isinstance(value, bool):
+            value = json.dumps(value)
+        if not isinstance(value, str):
+            given = json.dumps(value)[:40] if name in record else "missing"
+            raise ValueError(f"column {name!r} is {given} (expected text or a number)")
+        cells.append(value)
     return cells
 
 

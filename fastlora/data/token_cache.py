@@ -20,12 +20,13 @@ _FORMAT = 1
 
 
 def load_tasks(
-    folder: Path,
+    folder: str | Path,
     tasks: Iterable[Task],
     split: str,
     tokenizer: Tokenizer,
     *,
     pairs: str = "separate",
+    quoting: str = "minimal",
     bad_rows: str = "error",
     limit: int | None = None,
 ) -> dict[str, TaskData]:
@@ -37,38 +38,38 @@ def load_tasks(
     for task in tasks:
         if split not in task.files:
             raise UserError(f"task {task.name!r} names no {split} file")
-        path = folder / task.files[split]
+        path = Path(folder) / task.files[split]
         content = read_content(path)
-        source = [hashlib.sha256(content).hexdigest(), path.suffix, task.to_table()]
-        words = [tokenizer.fingerprint, tokenizer.definition]
-        rules = [*words, tokenizer.max_length, pairs, bad_rows, limit]
-        key = hashlib.sha256(json.dumps([_FORMAT, source, rules]).encode()).hexdigest()
-        entry = cache_folder() / "tokens" / key
-        found = _read(entry, task)
-        if found is None:
-            rows = read_rows(path, task, content=content, bad_rows=bad_rows, limit=limit)
-            found = encode_rows(rows, task, tokenizer, pairs)
+        file = [hashlib.sha256(content).hexdigest(), path.suffix, task.to_table()]
+        reading: dict[str, Any] = {"quoting": quoting, "bad_rows": bad_rows, "limit": limit}
+        words = [tokenizer.fingerprint, tokenizer.definition, tokenizer.max_length, pairs]
+        key = json.dumps([_FORMAT, file, reading, words])
+        entry = cache_folder() / "tokens" / hashlib.sha256(key.encode()).hexdigest()
+        encoded = _read(entry, task)
+        if encoded is None:
+            rows = read_rows(path, task, content=content, **reading)
+            encoded = encode_rows(rows, task, tokenizer, pairs)
             # No rights, no space, or another process was first: the next run tokenises again.
             with suppress(OSError), atomic_folder(entry) as building:
-                _write(building, found)
-        data[task.name] = found
+                _write(building, encoded)
+        data[task.name] = encoded
     return data
 
 
 def _read(entry: Path, task: Task) -> TaskData | None:
     """The tokens in a folder, or None when it is not there or broken."""
     try:
-        facts = json.loads((entry / "facts.json").read_bytes())
+        index = json.loads((entry / "index.json").read_bytes())
         # By name: another process may be replacing the folder, and no array may go unnoticed.
-        arrays = {n: np.load(entry / f"{n}.npy", mmap_mode="r") for n in facts.pop("arrays")}
+        arrays = {n: np.load(entry / f"{n}.npy", mmap_mode="r") for n in index.pop("arrays")}
     except (OSError, EOFError, ValueError):
         return None
-    cut = facts.pop("truncated")
+    truncated = index.pop("truncated")
     columns = tuple(
         Encoded(arrays[f"ids{i}"], arrays[f"offsets{i}"], arrays.get(f"types{i}"), count)
-        for i, count in enumerate(cut)
+        for i, count in enumerate(truncated)
     )
-    return TaskData(task, columns, arrays["labels"], truncated=sum(cut), **facts)
+    return TaskData(task, columns, arrays["labels"], truncated=sum(truncated), **index)
 
 
 def _write(folder: Path, data: TaskData) -> None:
@@ -78,6 +79,6 @@ def _write(folder: Path, data: TaskData) -> None:
     names = [name for name, array in arrays.items() if array is not None]
     for name in names:
         np.save(folder / f"{name}.npy", arrays[name])
-    cut = [column.truncated for column in data.columns]
-    counts = {"dropped": data.dropped, "empty": data.empty, "truncated": cut}
-    (folder / "facts.json").write_text(json.dumps({"ids": data.ids, "arrays": names, **counts}))
+    truncated = [column.truncated for column in data.columns]
+    counts = {"dropped": data.dropped, "empty": data.empty, "truncated": truncated}
+    (folder / "index.json").write_text(json.dumps({"ids": data.ids, "arrays": names, **counts}))

@@ -74,7 +74,7 @@ def load_trained(path: str | Path, device: str = "auto", model: str | None = Non
 
 
 def predict_rows(
-    trained: Trained, path: Path, task: str | None
+    trained: Trained, path: str | Path, task: str | None, quoting: str = "minimal"
 ) -> tuple[list[tuple[str, str, str]], int]:
     """The id, task and prediction of each row of a file, in its order, and the texts cut.
 
@@ -84,10 +84,11 @@ def predict_rows(
     data, numbers = {}, {}
     for name in names:
         own = trained.tasks[name]
-        rows = read_rows(path, own, labelled=False, mixed=() if task else names)
+        mixed = () if task else names
+        rows = read_rows(path, own, labelled=False, quoting=quoting, mixed=mixed)
         if rows.ids:
             data[name] = encode_rows(rows, own, trained.tokenizer, trained.extra["pairs"])
-            numbers[name] = rows.numbers
+            numbers[name] = rows.positions
     if not data:
         raise UserError(f"{path}: no rows")
     found: list[tuple[int, str, str, str]] = []
@@ -97,13 +98,14 @@ def predict_rows(
     return [row[1:] for row in sorted(found)], sum(own.truncated for own in data.values())
 
 
-def merge_encoder(trained: Trained, task: str | None, out: Path) -> float:
+def merge_encoder(trained: Trained, task: str | None, out: str | Path) -> float:
     """Write the encoder with a task's adapters merged (in fp32) as a Hugging Face folder.
 
     `task` may be None where all tasks share one adapter. Returns the largest absolute
     difference of logits between the merged and the adapted model. Raises UserError when there is
     nothing to merge, no such adapter, or `out` is not empty.
     """
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; name a new folder or remove it")
     extra, net = trained.extra, trained.model

@@ -149,6 +149,10 @@ class TrainConfig:
     bad_rows: Annotated[Literal["error", "skip"], _option(_data, "What a malformed row does.")] = (
         "error"
     )
+    quoting: Annotated[
+        Literal["minimal", "none"],
+        _option(_data, "Quotes in CSV and TSV files: around a field, or none: plain characters."),
+    ] = "minimal"
     limit: Annotated[
         int | None, _option(_data, "Use at most this many examples of each task's files.")
     ] = None
@@ -203,6 +207,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.lora, LoraConfig):
             object.__setattr__(self, "lora", LoraOptions.of(self.lora))
+        for name in ("data", "out", "add_to"):
+            if isinstance(path := getattr(self, name), str):
+                object.__setattr__(self, name, Path(path))
         for name in ("epochs", "max_steps", "accumulate", "limit", "save_every"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "1 or more")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,8 +34,14 @@ def find_inputs(config: TrainConfig) -> Inputs:
         for target in getattr(settings, "targets", None) or ():
             _check_name("target", target, TARGETS)
     known = known_tasks(config.task)
+    names = config.tasks or [n for n in known if n in DEFAULT_TASKS or n in config.task]
+    for name in names:
+        _check_name("task", name, known)
     folder, why_data = find_data(config.data, known.values())
-    tasks = find_tasks(config.tasks, known, folder)
+    # Without --tasks, the paper's three are trained where their files are there; CFIMDB's long
+    # reviews join when asked for.
+    optional = () if config.tasks else DEFAULT_TASKS
+    tasks = find_tasks([known[name] for name in names], optional, folder)
     model, why_model = config.model, "as given"
     if model is None:
         demo = why_data.startswith("demo")
@@ -44,54 +50,50 @@ def find_inputs(config: TrainConfig) -> Inputs:
     return Inputs(folder, why_data, tasks, model, why_model, resolve(model))
 
 
-def adapter_folder(path: Path) -> Path:
+def adapter_folder(path: str | Path) -> Path:
     """The adapter folder of a run folder, or the folder itself; UserError without heads in it."""
-    for folder in (path / "adapter", path):
+    for folder in (Path(path) / "adapter", Path(path)):
         if (folder / "heads.json").is_file():
             return folder
     raise UserError(f"{path}: holds no trained adapter and heads (expected a finished run folder)")
 
 
-def find_data(given: Path | None, tasks: Iterable[Task]) -> tuple[Path, str]:
+def find_data(given: str | Path | None, tasks: Collection[Task]) -> tuple[Path, str]:
     """The folder of the tasks' files and why it is the one."""
     if given is not None:
-        if not given.is_dir():
+        if not Path(given).is_dir():
             raise UserError(f"{given}: no such folder (--data names the task files' folder)")
-        return given.resolve(), "as given"
-    local = Path("data")
+        return Path(given).resolve(), "as given"
+    local = Path("data").resolve()
     if any(has_files(local, task) for task in tasks):
-        return local.resolve(), "./data holds the task files"
+        return local, "./data holds the task files"
+    if any(task.name not in BUILTIN for task in tasks):  # which the demo corpus lacks
+        return local, "the default"
     return DEMO, "demo corpus: no --data and no task files in ./data"
 
 
-def known_tasks(own: Mapping[str, Any]) -> dict[str, Task]:
-    """The built-in tasks and the user's own, given as tables."""
+def known_tasks(tables: Mapping[str, Any]) -> dict[str, Task]:
+    """The built-in tasks and those that the user declares in tables."""
     known = dict(BUILTIN)
-    for name, table in own.items():
+    for name, table in tables.items():
         if name in known:
             raise UserError(f"task {name!r} is built in; give your own another name")
         known[name] = task_from_table(name, {k: v for k, v in table.items() if k != "lora"})
     return known
 
 
-def find_tasks(
-    names: tuple[str, ...] | None, known: Mapping[str, Task], folder: Path
-) -> dict[str, Task]:
-    """The tasks asked for, or those of the defaults and the user's own whose files are there."""
-    if names is not None:
-        for name in names:
-            _check_name("task", name, known)
-            for split in ("train", "dev"):
-                if not (path := folder / known[name].files[split]).is_file():
-                    raise UserError(f"{path}: no such file (task {name!r} needs it)")
-        return {name: known[name] for name in names}
-    # The paper's three tasks; CFIMDB's long reviews join when asked for.
-    defaults = [t for n, t in known.items() if n in DEFAULT_TASKS or n not in BUILTIN]
-    found = {task.name: task for task in defaults if has_files(folder, task)}
-    if not found:
-        files = ", ".join(file for t in defaults for s, file in t.files.items() if s != "test")
+def find_tasks(tasks: Collection[Task], optional: Container[str], folder: Path) -> dict[str, Task]:
+    """The tasks whose files are in a folder; UserError for one missing that is not optional."""
+    present = {task.name: task for task in tasks if has_files(folder, task)}
+    for task in tasks:
+        for split in ("train", "dev"):
+            path = folder / task.files[split]
+            if task.name not in optional and not path.is_file():
+                raise UserError(f"{path}: no such file (task {task.name!r} needs it)")
+    if not present:
+        files = ", ".join(task.files[split] for task in tasks for split in ("train", "dev"))
         raise UserError(f"{folder}: holds no task's files (expected some of {files})")
-    return found
+    return present
 
 
 def has_files(folder: Path, task: Task) -> bool:

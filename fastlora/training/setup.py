@@ -93,6 +93,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
             split,
             tokenizer,
             pairs=config.pairs,
+            quoting=config.quoting,
             bad_rows=config.bad_rows,
             limit=config.limit,
         )

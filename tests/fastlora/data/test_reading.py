@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -68,9 +69,9 @@ def test_a_limit_takes_rows_from_the_whole_file(tmp_path):
 
 
 def test_bom_crlf_and_quotes(tmp_path):
-    text = "\ufeff" + HEADER + '0\ta\t"He said ""no""\tand\nleft"\t1\n1\tb\tdon"t\t2\n'
+    text = "\ufeff" + HEADER + '0\ta\t"He said ""no"",\nand left"\t1\n1\tb\tdon"t\t2\n'
     rows = read_rows(write(tmp_path, text.replace("\n", "\r\n")), SST)
-    assert rows.texts == (['He said "no"\tand\r\nleft', 'don"t'],)
+    assert rows.texts == (['He said "no",\r\nand left', 'don"t'],)
     assert rows.labels.tolist() == [1, 2]
 
 
@@ -113,7 +114,9 @@ def test_jsonl(tmp_path):
         ("[1]", "not a JSON object"),
         ('{"sentence": "x"}', "column 'sentiment' is missing"),
         ('{"sentence": null, "sentiment": 1}', "column 'sentence' is null"),
-        ('{"sentence": "x", "sentiment": NaN}', "column 'sentiment' is 'NaN' (expected 0, 1, 2"),
+        ('{"sentence": "x", "sentiment": NaN}', "column 'sentiment' is NaN (expected text"),
+        ('{"sentence": NaN, "sentiment": 1}', "column 'sentence' is NaN (expected text"),
+        ('{"sentence": "x", "sentiment": -Infinity}', "column 'sentiment' is -Infinity"),
         ('{"sentence": "x", "sentiment": true}', "column 'sentiment' is 'true'"),
     ],
 )
@@ -152,12 +155,82 @@ def test_one_bad_row_and_rows_bad_in_two_ways(tmp_path):
     assert read_rows(two, SST, bad_rows="skip").dropped == 2
 
 
-def test_unbalanced_quote_is_never_skipped(tmp_path):
-    path = write(tmp_path, HEADER + '0\ta\tx\t1\n1\tb\t"open\t1\n2\tc\t"x"\t1\n')
+LINE = re.compile(r"\.(?:csv|tsv):(\d+): ")
+# Files whose quotes are not those of the CSV format: the line to name, and the labels of the rows
+# that are good nevertheless.
+STRAY = {
+    "open, with a quoted row below": ('a\t1\n"b\t1\n"c"\t2\n', 3, [1, 2]),
+    "open on the last line": ('a\t1\nb\t2\n"c\t3\n', 4, [1, 2]),
+    "open on the last line, without its end": ('a\t1\n"b\t2', 3, [1]),
+    "closed before its field ends": ('"good" film\t1\nb\t2\n', 2, [2]),
+    "two, rows apart": ('"a\t1\nb\t2\nc"\t3\nd\t4\n', 2, [2, 3, 4]),
+    "two, in lines that follow": ('"a\t1\nb"\t2\nc\t3\n', 2, [2, 3]),
+    "three": ('"a\t1\nb"\t2\n"c\t3\nd\t4\n', 2, [2, 4]),
+    "two, with CRLF": ('"a\t1\r\nb"\t2\r\nc\t3\r\n', 2, [2, 3]),
+    "two, with commas": ('"a,1\nb,2\nc",3\nd,4\n', 2, [2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("case", STRAY)
+def test_stray_quotes_lose_no_row(tmp_path, case):
+    body, line, rest = STRAY[case]
+    header = "sentence\tsentiment\n" if "\t" in body else "sentence,sentiment\n"
+    path = write(tmp_path, header + body)
+    message = complaint(path)
+    assert LINE.search(message)[1] == str(line)
+    assert "--quoting none" in message
+    rows = read_rows(path, SST, bad_rows="skip")
+    assert rows.labels.tolist() == rest
+    assert rows.dropped == len(body.splitlines()) - len(rest)
+    plain = read_rows(path, SST, quoting="none")
+    cells = [re.split("[\t,]", row) for row in body.splitlines()]
+    assert plain.texts[0] == [text for text, _ in cells]
+    assert plain.labels.tolist() == [int(label) for _, label in cells]
+
+
+def test_stray_quotes_between_the_last_and_the_first_column(tmp_path):
+    body = 'x\t1\t"a\ny"\t0\tb\nz\t1\tc\n'
+    path = write(tmp_path, "sentence1\tis_duplicate\tsentence2\n" + body)
+    assert complaint(path, QUORA).startswith("ids-sst-train.csv:2: the quotes do not balance")
+    rows = read_rows(path, QUORA, bad_rows="skip")
+    assert (rows.texts, rows.dropped) == ((['y"', "z"], ["b", "c"]), 1)
+    message = complaint(path, QUORA, labelled=False)  # as for a file to predict
+    assert message.startswith("ids-sst-train.csv:2: ") and "--bad-rows" not in message
+
+
+@pytest.mark.parametrize("text", ["Dear sir,\nbye", "Dear sir, 3rd\nyes, 4 times\nbye", "1,\n2"])
+def test_quoted_texts_of_several_lines_are_read_whole(tmp_path, text):
+    for header, row in (("sentence,sentiment", '"{}",1'), ("sentiment\tsentence", '1\t"{}"')):
+        body = "".join(f"{row.format(text)}\n" for _ in range(3))
+        rows = read_rows(write(tmp_path, f"{header}\n{body}"), SST)
+        assert rows.texts == ([text] * 3,)
+        rows = read_rows(write(tmp_path, f"{header}\n{body}"), SST, labelled=False)
+        assert rows.texts == ([text] * 3,)
+
+
+def test_a_header_with_stray_quotes_is_refused(tmp_path):
+    path = write(tmp_path, 'sentence\t"sentiment\nx\t1\n')
     for policy in ("error", "skip"):
-        message = complaint(path, bad_rows=policy)
-        assert message.startswith("ids-sst-train.csv:3: ")
-        assert "double the quotes in a quoted field" in message
+        assert ":1: the header's quotes do not balance" in complaint(path, bad_rows=policy)
+
+
+def test_many_stray_quotes_do_not_slow_reading_down(tmp_path):
+    body = "".join(f'"{i}\t{i % 5}\n' for i in range(50_000))
+    path = write(tmp_path, "sentence\tsentiment\nx\t1\n" + body)
+    start = time.process_time()
+    rows = read_rows(path, SST, bad_rows="skip")
+    assert (rows.dropped, len(rows.ids)) == (50_000, 1)
+    assert time.process_time() - start < 5
+
+
+def test_json_numbers_and_booleans_are_the_text_that_the_file_has(tmp_path):
+    lines = [
+        '{"id": 1e3, "sentence": 1.50, "sentiment": 3.0}',
+        '{"sentence": true, "sentiment": 1}',
+    ]
+    rows = read_rows(write(tmp_path, "\n".join(lines), "x.jsonl"), SST)
+    assert (rows.ids, rows.texts) == (["1e3", "1"], (["1.50", "true"],))
+    assert rows.labels.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize(

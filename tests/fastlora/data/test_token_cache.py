@@ -129,6 +129,7 @@ def test_an_edited_file_is_read_again(folder, tokenizer, entries):
     [
         {"pairs": "joint"},
         {"bad_rows": "skip"},
+        {"quoting": "none"},
         {"limit": 2},
         {"task": replace(QUORA, labels=("1", "0"))},
         {"task": replace(QUORA, columns=("sentence2", "sentence1"))},
@@ -187,7 +188,7 @@ def test_nothing_is_kept_of_a_file_with_errors(folder, tokenizer, entries):
         load(folder, tokenizer, task_from_table("own", table), "test")
 
 
-@pytest.mark.parametrize("name", ["facts.json", "labels.npy", "ids0.npy", "types0.npy"])
+@pytest.mark.parametrize("name", ["index.json", "labels.npy", "ids0.npy", "types0.npy"])
 @pytest.mark.parametrize("harm", ["removed", "emptied", "cut"])
 def test_a_damaged_entry_is_written_anew(folder, tokenizer, entries, encoded, name, harm):
     first = load(folder, tokenizer, pairs="joint")

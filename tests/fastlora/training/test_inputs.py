@@ -1,0 +1,83 @@
+"""Which folder, tasks and model a configuration means."""
+
+from pathlib import Path
+
+import pytest
+
+from fastlora.data import DEMO
+from fastlora.errors import UserError
+from fastlora.training.config import TrainConfig
+from fastlora.training.inputs import find_inputs
+
+TICKETS = {
+    "kind": "classification",
+    "columns": ["text"],
+    "label": "queue",
+    "labels": ["billing", "bug"],
+    "files": {"train": "tickets-train.csv", "dev": "tickets-dev.csv"},
+}
+SST = ("ids-sst-train.csv", "ids-sst-dev.csv")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text("")
+
+
+def find(minilm, **settings):
+    return find_inputs(TrainConfig(model=str(minilm), **settings))
+
+
+def refusal(minilm, **settings):
+    with pytest.raises(UserError) as error:
+        find(minilm, **settings)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["train", "dev"])
+def test_a_declared_task_without_a_file_is_an_error(here, minilm, missing):
+    files(here / "data", *SST, *(set(TICKETS["files"].values()) - {f"tickets-{missing}.csv"}))
+    for data in (None, here / "data"):
+        assert refusal(minilm, task={"tickets": TICKETS}, data=data) == (
+            f"{here / 'data' / f'tickets-{missing}.csv'}: no such file (task 'tickets' needs it)"
+        )
+    # Built-in tasks are those that are there, and what --tasks names is all that is needed.
+    assert list(find(minilm).tasks) == ["sst"]
+    assert list(find(minilm, task={"tickets": TICKETS}, tasks=("sst",)).tasks) == ["sst"]
+    files(here / "data", f"tickets-{missing}.csv")
+    assert list(find(minilm, task={"tickets": TICKETS}).tasks) == ["sst", "tickets"]
+
+
+def test_a_declared_task_is_never_looked_for_in_the_demo_corpus(here, minilm):
+    path = here / "data" / "tickets-train.csv"
+    assert refusal(minilm, task={"tickets": TICKETS}).startswith(f"{path}: no such file")
+    assert find(minilm).folder == DEMO
+
+
+def test_without_task_files_the_error_names_those_expected(here, minilm):
+    files(here / "data", "ids-cfimdb-train.csv")
+    assert find(minilm).folder == DEMO
+    files(here / "data", "ids-cfimdb-dev.csv")
+    message = refusal(minilm)
+    assert message.startswith(f"{here / 'data'}: holds no task's files (expected some of ids-sst-")
+    assert "quora-dev.csv" in message
+    assert list(find(minilm, tasks=("cfimdb",)).tasks) == ["cfimdb"]
+    assert "quora-train.csv: no such file (task 'quora'" in refusal(minilm, tasks=("quora",))
+
+
+def test_paths_may_be_strings(here, minilm):
+    files(here / "own", *SST)
+    config = TrainConfig(data="own/", out="run", model=str(minilm))
+    assert config == TrainConfig(data=Path("own"), out=Path("run"), model=str(minilm))
+    assert find_inputs(config).folder == here / "own"
+    added = TrainConfig(add_to="old", adapters="per-task")
+    assert added.add_to == Path("old")
+    assert "no such folder" in refusal(minilm, data="nowhere")
