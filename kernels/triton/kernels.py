@@ -53,11 +53,12 @@ def store_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_
 
 
 @triton.jit
-def keep_mask(seed, stream, row, column, threshold, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """Ones and zeros of rows `row` [BLOCK_M], columns [column, column + BLOCK_K), multiples of 8.
+def keep_bits(seed, stream, row, column, threshold, BLOCK_K: tl.constexpr):
+    """The mask of rows `row` [BLOCK_M], columns [column, column + BLOCK_K), multiples of 8, as bits.
 
-    One Philox call gives eight 16-bit lanes, so a mask costs about 9 instructions an element
-    where one call an element (`tl.rand`) costs 57. Its bits depend on no tile size.
+    int32 [BLOCK_M, BLOCK_K // 8]: bit j is set where column j of eight is kept. One Philox call
+    gives eight 16-bit lanes, so a mask costs about 9 instructions an element where one call an
+    element (`tl.rand`) costs 57. The mask depends on no tile size.
     """
     group = column // 8 + tl.arange(0, BLOCK_K // 8)
     c0 = (group[None, :] + row[:, None] * 0).to(tl.uint32)
@@ -65,19 +66,21 @@ def keep_mask(seed, stream, row, column, threshold, BLOCK_K: tl.constexpr, DTYPE
     zero = c0 * 0
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + stream.to(tl.uint32), zero, n_rounds=7)
     low, high = threshold.to(tl.uint32), threshold.to(tl.uint32) << 16
-    # A word is its high half's lane, as far as comparing goes: no shift. As numbers: booleans
-    # move between layouts a byte at a time.
-    first = tl.join(
-        tl.join(((w0 & 0xFFFF) >= low).to(DTYPE), (w0 >= high).to(DTYPE)),
-        tl.join(((w1 & 0xFFFF) >= low).to(DTYPE), (w1 >= high).to(DTYPE)),
-    )
-    second = tl.join(
-        tl.join(((w2 & 0xFFFF) >= low).to(DTYPE), (w2 >= high).to(DTYPE)),
-        tl.join(((w3 & 0xFFFF) >= low).to(DTYPE), (w3 >= high).to(DTYPE)),
-    )
-    # Dimensions [row, group, half, word % 2, word // 2] -> lanes in the order of columns.
-    lanes = tl.join(tl.permute(first, (0, 1, 3, 2)), tl.permute(second, (0, 1, 3, 2)))
-    return tl.reshape(tl.permute(lanes, (0, 1, 4, 2, 3)), (row.shape[0], BLOCK_K))
+    # A word is its high half's lane, as far as comparing goes: no shift.
+    first = ((w0 & 0xFFFF) >= low).to(tl.int32) | ((w0 >= high).to(tl.int32) << 1)
+    first |= (((w1 & 0xFFFF) >= low).to(tl.int32) << 2) | ((w1 >= high).to(tl.int32) << 3)
+    second = (((w2 & 0xFFFF) >= low).to(tl.int32) << 4) | ((w2 >= high).to(tl.int32) << 5)
+    second |= (((w3 & 0xFFFF) >= low).to(tl.int32) << 6) | ((w3 >= high).to(tl.int32) << 7)
+    # The compiler looks through everything but a sum over a first axis: without it, Philox runs
+    # again for each layout in which the mask is used. With it, the bits move between layouts.
+    return tl.sum(tl.permute(tl.join(first, second), (2, 0, 1)), 0)
+
+
+@triton.jit
+def drop_tile(values, bits):
+    """The values [BLOCK_M, BLOCK_K] whose bit of `keep_bits` is set, zeros elsewhere."""
+    lanes = bits[:, :, None] & (1 << tl.arange(0, 8))[None, None, :]
+    return tl.where(tl.reshape(lanes, values.shape) != 0, values, 0.0)
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def lora_down(
             place, known = offset + rank, rank < ranks
             a = load_tile(a_ptr, first + k, stride_a1, place, stride_a0, k < depth, known)
             if HAS_DROPOUT:
-                x = x * keep_mask(seed, stream, mask_row, k0, threshold, BLOCK_K, x.dtype)
+                x = drop_tile(x, keep_bits(seed, stream, mask_row, k0, threshold, BLOCK_K))
             acc = tl.dot(x, a, acc, input_precision="ieee")
         if not IN_BLOCK:
             acc *= tl.load(scales_ptr + piece)
@@ -218,13 +221,13 @@ def lora_outer(
                 v = load_tile(v_ptr, row64, stride_v0, offset + rank, stride_v1, live, rank < ranks)
                 if HAS_DROPOUT:
                     # One draw serves dA and dx.
-                    keep = keep_mask(seed, stream, row - origin, k0, threshold, BLOCK_K, x.dtype)
-                    x = x * keep
+                    bits = keep_bits(seed, stream, row - origin, k0, threshold, BLOCK_K)
+                    x = drop_tile(x, bits)
                 acc = tl.dot(tl.trans(v), x, acc, input_precision="ieee")
                 if HAS_DX:
                     branch = tl.dot(v, a, input_precision="ieee") * scale
                     if HAS_DROPOUT:
-                        branch *= keep.to(tl.float32)
+                        branch = drop_tile(branch, bits)
                     if slot == 0:
                         part = load_tile(b_ptr, row64, stride_b0, k, stride_b1, live, k < K)
                     else:

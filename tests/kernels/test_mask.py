@@ -9,7 +9,7 @@ from fastlora.kernels.dropout import philox_keep, threshold
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 import triton.language as tl  # noqa: E402
 
-from fastlora.kernels.triton.kernels import keep_mask  # noqa: E402
+from fastlora.kernels.triton.kernels import drop_tile, keep_bits  # noqa: E402
 
 
 @triton.jit
@@ -22,7 +22,8 @@ def store_mask(
     seed = tl.load(seed_ptr)
     stream = stream + tl.zeros((), tl.int32)
     cut = cut + tl.zeros((), tl.int32)
-    keep = keep_mask(seed, stream, row, column, cut, BLOCK_K, tl.float32)
+    bits = keep_bits(seed, stream, row, column, cut, BLOCK_K)
+    keep = drop_tile(tl.full((BLOCK_M, BLOCK_K), 1.0, tl.float32), bits)
     tl.store(out_ptr + row[:, None] * K + k[None, :], keep, mask=(row < M)[:, None] & (k < K))
 
 
