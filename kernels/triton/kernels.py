@@ -235,11 +235,7 @@ def lora_outer(
                     branch += part.to(tl.float32)
                     store_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K, branch)
             partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
-            tl.store(
-                partial_ptr + partial_row[:, None] * K + k[None, :],
-                acc * scale,
-                mask=(k < K)[None, :],
-            )
+            store_tile(partial_ptr, partial_row, K, k, 1, rank < ranks, k < K, acc * scale)
         # The next slot reads the dx that other threads of this program wrote.
         tl.debug_barrier()
 
