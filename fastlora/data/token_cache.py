@@ -42,7 +42,7 @@ def load_tasks(
         content = read_content(path)
         file = [hashlib.sha256(content).hexdigest(), path.suffix, task.to_table()]
         reading: dict[str, Any] = {"quoting": quoting, "bad_rows": bad_rows, "limit": limit}
-        words = [tokenizer.fingerprint, tokenizer.definition, tokenizer.max_length, pairs]
+        words = [tokenizer.fingerprint, tokenizer.definition, pairs]
         key = json.dumps([_FORMAT, file, reading, words])
         entry = cache_folder() / "tokens" / hashlib.sha256(key.encode()).hexdigest()
         encoded = _read(entry, task)

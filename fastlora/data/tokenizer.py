@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers.implementations import BertWordPieceTokenizer
 
+from fastlora.data.tokenizer_files import read_tokenizer
 from fastlora.errors import UserError
 from fastlora.files import read_json
 
@@ -33,38 +33,48 @@ class Encoded:
 class Tokenizer:
     """A BERT tokenizer; raises ValueError for a ``tokenizers.Tokenizer`` that is none.
 
-    ``max_length`` is the most tokens of a sequence.
+    A sequence has at most ``max_length`` tokens; what is cut is on the ``truncation_side``.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, max_length: int = 512) -> None:
-        self.max_length = max_length
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        max_length: int = 512,
+        truncation_side: str = "right",
+    ) -> None:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self._probe = backend.encode(_PROBE).ids
-        if backend.encode("").ids != [backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")]:
-            raise ValueError("it does not build '[CLS] text [SEP]'")
+        one, two = backend.encode(""), backend.encode("", "")
+        if not len(set(one.ids)) == len(one.ids) == 2 or two.ids != [*one.ids, one.ids[1]]:
+            raise ValueError("it does not build '[CLS] a [SEP]' and '[CLS] a [SEP] b [SEP]'")
+        if two.type_ids != [0, 0, 1]:
+            types = f"the types of a pair's tokens are {two.type_ids}"
+            raise ValueError(f"{types} (expected [0, 0, 1])")
+        backend.enable_truncation(max_length, strategy="longest_first", direction=truncation_side)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read ``tokenizer.json``, or ``vocab.txt`` with the rules of ``tokenizer_config.json``.
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Read the tokenizer of a model's folder; its tokens are those of transformers.
 
         How long a sequence may be is in the model's ``config.json`` beside it, else 512. Raises
-        UserError when the folder has neither, or for a broken file.
+        UserError when the folder has no tokenizer, another class's, or a broken file.
         """
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            path = folder / "vocab.txt"
-        if not path.exists():
-            raise UserError(f"{folder}: found neither tokenizer.json nor vocab.txt")
+        folder = Path(folder)
         config = folder / "config.json"
         longest = read_json(config).get("max_position_embeddings", 512) if config.exists() else 512
-        read = _from_vocabulary if path.suffix == ".txt" else tokenizers.Tokenizer.from_file
+        if type(longest) is not int or not 3 <= longest < 2**31:
+            expected = "expected a whole number, 3 or more"
+            raise UserError(f"{config}: max_position_embeddings is {longest!r} ({expected})")
         try:
-            return cls(read(str(path)), longest)
-        # The Rust side raises a bare Exception for any malformed file.
-        except Exception as error:
-            raise UserError(f"{path}: not a BERT tokenizer: {error}") from error
+            backend, truncation_side = read_tokenizer(folder)
+            return cls(backend, longest, truncation_side)
+        except (UserError, KeyboardInterrupt):
+            raise
+        # For a malformed file the Rust side raises a bare Exception, or panics.
+        except BaseException as error:
+            raise UserError(f"{folder}: not a BERT tokenizer: {error}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -73,24 +83,23 @@ class Tokenizer:
 
     @property
     def definition(self) -> str:
-        """The vocabulary and every rule, as JSON; the fingerprint's probe misses the rarest."""
+        """The vocabulary, every rule and the length, as JSON; the fingerprint misses the rarest."""
         return self._backend.to_str()
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of what the tokenizer does (vocabulary, ids of a probe), however it is stored."""
-        facts = [sorted(self._backend.get_vocab().items()), self._probe]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        content = [sorted(self._backend.get_vocab().items()), self._probe]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, a: Sequence[str], b: Sequence[str] | None = None) -> Encoded:
         """Encode each text as ``[CLS] a [SEP]``, or each pair ``[CLS] a [SEP] b [SEP]`` with types.
 
-        The longer text is cut first, to ``max_length`` tokens in all.
+        The longer text is cut first, to the maximum length in all.
         """
         inputs: Sequence = a if b is None else list(zip(a, b, strict=True))
         ids, types = array("i"), array("b")
         lengths, truncated = [0], 0
-        self._backend.enable_truncation(self.max_length, strategy="longest_first")
         # In chunks: one Encoding object is some kilobytes, and Quora has 140,000 pairs.
         for start in range(0, len(inputs), _CHUNK):
             for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):
@@ -99,22 +108,9 @@ class Tokenizer:
                     types.extend(encoding.type_ids)
                 lengths.append(len(encoding))
                 truncated += bool(encoding.overflowing)
-        self._backend.no_truncation()
         return Encoded(
             ids=np.array(ids, np.int32),
             offsets=np.cumsum(lengths, dtype=np.int64),
             types=None if b is None else np.array(types, np.int8),
             truncated=truncated,
         )
-
-
-def _from_vocabulary(path: str) -> tokenizers.Tokenizer:
-    config = Path(path).with_name("tokenizer_config.json")
-    rules = read_json(config) if config.exists() else {}
-    built = BertWordPieceTokenizer.from_file(
-        path,
-        lowercase=rules.get("do_lower_case", True),
-        strip_accents=rules.get("strip_accents"),
-        handle_chinese_chars=rules.get("tokenize_chinese_chars", True),
-    )
-    return tokenizers.Tokenizer.from_str(built.to_str())

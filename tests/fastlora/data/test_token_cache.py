@@ -165,6 +165,7 @@ def test_an_edited_tokenizer_tokenises_again(folder, model, entries):
     rules = json.loads(tokenizer.definition)
     rules["model"]["max_input_chars_per_word"] = 3
     (model / "tokenizer.json").write_text(json.dumps(rules))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     assert Tokenizer.from_folder(model).fingerprint == tokenizer.fingerprint
     known = ids()
     assert len(entries()) == 3 and known != before
