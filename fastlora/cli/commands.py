@@ -129,7 +129,7 @@ def evaluate(
     adapter_folder(run)
     from fastlora.console import Log
     from fastlora.data.token_cache import load_tasks
-    from fastlora.multitask.evaluation import predict, score_table
+    from fastlora.multitask.predictor import predict, score_table
     from fastlora.runs.trained import load_trained
 
     trained = load_trained(run, device, model)
@@ -163,7 +163,7 @@ def predict_file(
     if not input.is_file():
         raise UserError(f"{input}: no such file")
     adapter_folder(run)
-    from fastlora.multitask.evaluation import write_rows
+    from fastlora.multitask.predictor import write_rows
     from fastlora.runs.trained import load_trained, predict_rows
 
     trained = load_trained(run, device, model)

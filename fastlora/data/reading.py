@@ -45,9 +45,12 @@ class TaskData:
 
 
 def read_content(path: str | Path) -> bytes:
-    """Read a whole file; UserError when it cannot be."""
+    """Read a whole file; UserError when it cannot be, as a device or a pipe may never end."""
+    path = Path(path)
     try:
-        return Path(path).read_bytes()
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be read: not a regular file")
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 

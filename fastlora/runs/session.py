@@ -18,7 +18,6 @@ from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_folder, atomic_open
 from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
-from fastlora.multitask.evaluation import predict, score_table, write_predictions
 from fastlora.multitask.files import (
     BaseInfo,
     adapter_place,
@@ -29,6 +28,7 @@ from fastlora.multitask.files import (
     save_heads,
 )
 from fastlora.multitask.model import MultitaskBert
+from fastlora.multitask.predictor import predict, score_table, write_predictions
 from fastlora.runs.folder import default_folder, describe_gpu, open_run, write_config
 from fastlora.runs.report import write_report
 from fastlora.training.batch_size import find_tokens

@@ -21,8 +21,8 @@ from fastlora.lora.files import read_config
 from fastlora.lora.merging import merge, unmerge
 from fastlora.lora.model import pack
 from fastlora.multitask import files as adapters
-from fastlora.multitask.evaluation import answers, predict
 from fastlora.multitask.model import MultitaskBert
+from fastlora.multitask.predictor import predict, predicted_labels
 from fastlora.runs.session import ENCODER
 from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import PARTS, use_measured_blocks
@@ -93,7 +93,7 @@ def predict_rows(
         raise UserError(f"{path}: no rows")
     found: list[tuple[int, str, str, str]] = []
     for name, outputs in predict(trained.model, data).items():
-        predictions = answers(trained.tasks[name], outputs)
+        predictions = predicted_labels(data[name], outputs)
         found += zip(numbers[name], data[name].ids, repeat(name), predictions)
     return [row[1:] for row in sorted(found)], sum(own.truncated for own in data.values())
 

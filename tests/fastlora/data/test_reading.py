@@ -255,6 +255,8 @@ def test_wrong_encodings_and_missing_files(tmp_path):
     assert complaint(tmp_path / "no.csv") == "no.csv: cannot be read: No such file or directory"
     (tmp_path / "folder.csv").mkdir()
     assert "folder.csv: cannot be read" in complaint(tmp_path / "folder.csv")
+    os.mkfifo(tmp_path / "pipe.csv")  # reading it would wait for ever
+    assert "pipe.csv: cannot be read: not a regular file" in complaint(tmp_path / "pipe.csv")
 
 
 def test_reading_the_size_of_quora_takes_about_a_second(tmp_path):
