@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,10 @@ from fastlora.errors import UserError
 from fastlora.files import read_json, write_json
 from fastlora.lora import files as lora
 from fastlora.lora.layer import DEFAULT
-from fastlora.multitask.heads import ValueHead, head_class
 from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
 HEADS, HEADS_INFO = "heads.safetensors", "heads.json"
-# To be raised where stored heads get another meaning. Files of format 1 do not name it; there, a
-# regression on one text or on joint pairs had its output in the labels' unit.
-FORMAT = 2
+FORMAT = 2  # of `heads.json`: raised where stored heads get another meaning
 # The settings that a model is built of, with their values.
 SETTINGS = {
     "mode": ("lora", "frozen", "full"),
@@ -84,16 +81,6 @@ def save_adapter(folder: Path, encoder: nn.Module, adapter: str, base: BaseInfo)
     )
 
 
-def load_adapter(folder: Path, encoder: nn.Module, adapter: str, base: BaseInfo) -> None:
-    """Load one adapter into an encoder that has its place, all of it or, on UserError, nothing.
-
-    Refuses what `fastlora.load_adapter` does and, where the file says so, another base model or
-    tokenizer.
-    """
-    _check_base(folder / lora.WEIGHTS, base)
-    lora.load_adapter(encoder, folder, adapter)
-
-
 def save_heads(
     folder: Path,
     heads: nn.ModuleDict,
@@ -121,104 +108,64 @@ def save_heads(
 def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     """The tasks and settings in `heads.json`, as `save_heads` was given them.
 
-    Raises UserError, which names the file and the key, for a value that is missing or wrong, and
-    for heads of an older version whose outputs had another meaning.
+    Raises UserError, naming the file and the key, for a value that is missing or wrong.
     """
-    path = folder / HEADS_INFO
+    path, tasks = folder / HEADS_INFO, {}
     info = read_json(path)
 
     def check(key: str, value: Any, ok: bool, expected: str) -> None:
         if not ok:
             raise UserError(f"{path}: {key} is {value!r:.80} (expected {expected})")
 
-    def table(key: str) -> dict[str, Any]:
-        value: Any = info.get(key)
-        check(key, value, isinstance(value, dict), "a table")
-        return value
-
-    stored_format, base = info.get("format", 1), info.get("base_model")
-    check("format", stored_format, stored_format in (1, FORMAT), f"{FORMAT}, or an older one")
-    if stored_format == FORMAT:
-        table("sha256")
-    check("base_model", base, isinstance(base, str), "a name")
-    settings, tasks = table("settings"), {}
+    same = f"{FORMAT}, that of this fastlora: train again, or use the version it was saved by"
+    check("format", info.get("format"), info.get("format") == FORMAT, same)
+    for key in ("tasks", "settings", "sha256"):
+        check(key, info.get(key), isinstance(info.get(key), dict), "a table")
+    settings = info["settings"]
     for key, known in SETTINGS.items():
         check(f"settings.{key}", settings.get(key), settings.get(key) in known, " or ".join(known))
-    model = settings.get("model")
-    check("settings.model", model, isinstance(model, str), "the encoder's name or folder")
-    for name, task in table("tasks").items():
-        check(f"tasks.{name}", task, isinstance(task, dict), "a table")
+    for key, value in (("base_model", info.get("base_model")), ("model", settings.get("model"))):
+        check(key, value, isinstance(value, str), "the encoder's name or folder")
+    for name, table in info["tasks"].items():
+        check(f"tasks.{name}", table, isinstance(table, dict), "a table")
         try:
-            tasks[name] = task_from_table(name, task)
+            tasks[name] = task_from_table(name, table)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        if stored_format == 1 and head_class(tasks[name], settings["pairs"]) is ValueHead:
-            raise UserError(
-                f"{path}: the head of task {name!r} is a regression that an older fastlora trained "
-                "in the labels' unit, not relative to their range; train it again"
-            )
-    check("tasks", tasks, bool(tasks), "a task or more")
+    check("tasks", tasks, bool(tasks), "one task or more")
     return tasks, settings
 
 
-def load_heads(
-    folder: Path, heads: nn.ModuleDict, tasks: Mapping[str, Task], base: BaseInfo
-) -> None:
-    """Copy saved heads into `heads`, all of them or, on UserError, nothing.
-
-    Refuses other tasks or labels than `tasks` (their files may differ), another base model or
-    tokenizer, and missing, unexpected, misshapen or non-finite tensors.
-    """
-    for name, stored in read_heads(folder)[0].items():
-        if name in tasks and replace(tasks[name], files=stored.files) != stored:
-            raise UserError(
-                f"{folder / HEADS_INFO}: the head of {name!r} was trained for {stored}, "
-                f"but the task is defined here as {tasks[name]}"
-            )
-    path = folder / HEADS
-    copy_tensors(path, _check_base(path, base), heads.state_dict())
-
-
 def load_all(
-    folder: Path,
-    encoder: nn.Module,
-    names: Iterable[str],
-    heads: nn.ModuleDict,
-    tasks: Mapping[str, Task],
-    base: BaseInfo,
+    folder: Path, encoder: nn.Module, adapters: Iterable[str], heads: nn.ModuleDict, base: BaseInfo
 ) -> None:
-    """Load a run's adapters of these names and its heads, as `load_adapter` and `load_heads`.
+    """Load a run's adapters and heads into an encoder and heads made for them.
 
-    Refuses tensors that are not those saved, before anything is loaded.
+    Raises UserError, before anything is loaded, for files of another base model or tokenizer, for
+    other files than `heads.json` lists, and for tensors that are not those saved; also for what
+    `fastlora.load_adapter` refuses, and for heads of other names or shapes.
     """
-    folders = {name: adapter_place(folder, name) for name in names}
-    _check_sha256(folder, [*(own / lora.WEIGHTS for own in folders.values()), folder / HEADS])
-    for name, own in folders.items():
-        load_adapter(own, encoder, name, base)
-    load_heads(folder, heads, tasks, base)
-
-
-def _check_sha256(folder: Path, files: Iterable[Path]) -> None:
-    """Raise UserError unless `heads.json` names these files, with the sha256 of their tensors."""
-    info = folder / HEADS_INFO
-    stored = read_json(info).get("sha256")
-    if stored is None:  # format 1
-        return
-    found = {str(file.relative_to(folder)): _sha256(read_tensors(file)[0]) for file in files}
+    info, places = folder / HEADS_INFO, {name: adapter_place(folder, name) for name in adapters}
+    files = [*(place / lora.WEIGHTS for place in places.values()), folder / HEADS]
+    found = {str(file.relative_to(folder)): read_tensors(file) for file in files}
+    stored = read_json(info)["sha256"]
     if found.keys() != stored.keys():
         listed, needed = ", ".join(sorted(stored)), ", ".join(sorted(found))
         raise UserError(f"{info}: sha256 names {listed} (expected, by its settings, {needed})")
-    for name, sha256 in found.items():
-        if sha256 != stored[name]:
+    for name, (tensors, facts) in found.items():
+        _check_base(folder / name, facts, base)
+        if (sha256 := _sha256(tensors)) != stored[name]:
             raise UserError(
                 f"{folder / name}: its tensors have sha256 {sha256:.12} (expected "
                 f"{stored[name]!r:.14}, as {info} says): damaged or replaced; copy the run again"
             )
+    for name, place in places.items():
+        lora.load_adapter(encoder, place, name)
+    copy_tensors(folder / HEADS, found[HEADS][0], heads.state_dict())
 
 
-def _check_base(path: Path, base: BaseInfo) -> dict[str, Tensor]:
-    """The tensors of a file that was trained on this base."""
-    tensors, facts = read_tensors(path)
+def _check_base(path: Path, facts: Mapping[str, str], base: BaseInfo) -> None:
+    """Raise UserError where a file's metadata names another base than this."""
     for key, what in (("encoder_sha256", "base model"), ("tokenizer_sha256", "tokenizer")):
         expected = base.facts[key]
         # A file without our metadata, such as PEFT's, belongs to any base.
@@ -228,4 +175,3 @@ def _check_base(path: Path, base: BaseInfo) -> dict[str, Tensor]:
                 f"{facts[key][:12]}; here {base.base_model!r}, {expected[:12]}); "
                 "give the one it was trained on as --model"
             )
-    return tensors

@@ -132,7 +132,7 @@ def _finished(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig
 def _keep(model: MultitaskBert, folder: Path, old: dict[str, Task], base: BaseInfo) -> None:
     """Load a finished run's adapters and heads into the model, and freeze them."""
     heads = nn.ModuleDict({name: model.heads[name] for name in old})
-    load_all(folder, model.encoder, old, heads, old, base)
+    load_all(folder, model.encoder, old, heads, base)
     for name, parameter in model.named_parameters():
         if owner(name) in old:
             parameter.requires_grad_(False)

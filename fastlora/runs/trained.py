@@ -67,7 +67,7 @@ def load_trained(path: str | Path, device: str = "auto", model: str | None = Non
         names = adapters.adapter_names(extra["adapters"], tasks)
         places = {name: adapters.adapter_place(folder, name) for name in names}
         net.adapt({name: read_config(place) for name, place in places.items()})
-    adapters.load_all(folder, net.encoder, names, net.heads, tasks, base)
+    adapters.load_all(folder, net.encoder, names, net.heads, base)
     net = net.to(local_device(device)).eval()
     pack(net.encoder)  # nobody else changes its frozen weights
     return Trained(net, tokenizer, source, tasks, extra)
