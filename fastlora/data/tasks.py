@@ -59,12 +59,12 @@ class Task:
     def parse_label(self, text: str) -> float:
         """Turn a label cell into a class index or a value in [low, high], else ValueError."""
         value = _value(text)
-        found = self._classes.get(value)
+        label = self._classes.get(value)
         if self.kind == "regression" and isinstance(value, float):
-            found = value if self.low <= value <= self.high else None
-        if found is None:
+            label = value if self.low <= value <= self.high else None
+        if label is None:
             raise ValueError(f"column {self.label!r} is {text!r} (expected {self.expected})")
-        return found
+        return label
 
     def to_table(self) -> dict[str, Any]:
         """Give the task as the plain table that `task_from_table` reads back."""

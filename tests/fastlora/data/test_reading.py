@@ -12,6 +12,7 @@ import pytest
 from fastlora.data.reading import encode_rows, read_rows
 from fastlora.data.source import resolve
 from fastlora.data.tasks import BUILTIN
+from fastlora.data.token_cache import load_tasks
 from fastlora.data.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
 from fastlora.training.inputs import has_files
@@ -57,6 +58,15 @@ def test_plain_rows(tmp_path):
     assert (rows.ids, rows.texts) == (["ab", "cd"], (["Fine .", "NA"],))
     assert rows.labels.dtype == np.float32
     assert (rows.labels.tolist(), rows.dropped, rows.empty) == ([3, 0], 0, 0)
+
+
+def test_paths_may_be_strings(tmp_path, tiny_model, minilm):
+    path = write(tmp_path, HEADER + "0\tab\tgood\t3\n")
+    assert read_rows(str(path), SST).ids == ["ab"]
+    tokenizer = Tokenizer.from_folder(str(tiny_model))
+    data = load_tasks(str(tmp_path), [SST], "train", tokenizer)
+    assert data["sst"].ids == ["ab"]
+    assert resolve(minilm) == resolve(str(minilm))
 
 
 def test_a_limit_takes_rows_from_the_whole_file(tmp_path):
