@@ -122,6 +122,8 @@ def test_jsonl(tmp_path):
     [
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        (r'{"sentence": "\uD83d", "sentiment": 1}', "not JSON: 'utf-8' codec can't encode"),
         ('{"sentence": "x"}', "column 'sentiment' is missing"),
         ('{"sentence": null, "sentiment": 1}', "column 'sentence' is null"),
         ('{"sentence": "x", "sentiment": NaN}', "column 'sentiment' is NaN (expected text"),
@@ -233,14 +235,15 @@ def test_many_stray_quotes_do_not_slow_reading_down(tmp_path):
     assert time.process_time() - start < 5
 
 
-def test_json_numbers_and_booleans_are_the_text_that_the_file_has(tmp_path):
+def test_json_values_are_the_text_that_the_file_has(tmp_path):
     lines = [
         '{"id": 1e3, "sentence": 1.50, "sentiment": 3.0}',
         '{"sentence": true, "sentiment": 1}',
+        r'{"sentence": "\uD83d\ude00", "sentiment": 0}',
     ]
     rows = read_rows(write(tmp_path, "\n".join(lines), "x.jsonl"), SST)
-    assert (rows.ids, rows.texts) == (["1e3", "1"], (["1.50", "true"],))
-    assert rows.labels.tolist() == [3, 1]
+    assert (rows.ids, rows.texts) == (["1e3", "1", "2"], (["1.50", "true", "😀"],))
+    assert rows.labels.tolist() == [3, 1, 0]
 
 
 @pytest.mark.parametrize(
