@@ -17,7 +17,6 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fastlora.console import Log
-from fastlora.lora.config import LoraConfig
 from fastlora.studies.truncation import RANKS, sweep
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import find_inputs
@@ -47,7 +46,7 @@ def main() -> int:
     setup = replace(prepare(config, inputs), loaded=read_encoder(inputs.source))
     cut, retrained = [], []
     for seed in range(options.seeds):
-        configs = [replace(setup.config, seed=seed, lora=LoraConfig(r=rank)) for rank in RANKS]
+        configs = [replace(setup.config, seed=seed, r=rank) for rank in RANKS]
         trainer = side_by_side(setup, configs, Log(quiet=True))
         trainer.total = round(options.share * trainer.total)
         retrained.append([score or 0.0 for score in trainer.run().scores.values()])

@@ -22,7 +22,6 @@ from fastlora.cli.process import keep_freed_memory
 from fastlora.console import Log
 from fastlora.data.batches import Batch, collate
 from fastlora.data.reading import TaskData
-from fastlora.lora.config import LoraConfig
 from fastlora.multitask.model import MultitaskBert
 from fastlora.training.config import TrainConfig
 from fastlora.training.distributed import Ranks
@@ -48,7 +47,7 @@ class Job:
     def setup(self, full: bool, graphs: bool = False) -> Setup:
         """SST, Quora and STS, query and value adapted; a constant rate, so any number of steps."""
         config = TrainConfig(
-            lora=LoraConfig(r=RANK),
+            r=RANK,
             mode="full" if full else "lora",
             tasks=("sst", "quora", "sts"),
             data=self.data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,13 @@ def out_of_memory(error: Exception) -> bool:
     """Whether an error says that a GPU's or the machine's memory ran out."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "allocate memory" in str(error)  # a RuntimeError of PyTorch's on a CPU
+
+
+def finished_time(device: torch.device) -> float:
+    """The seconds on a clock that is read once the device has done all work that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager

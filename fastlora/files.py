@@ -87,8 +87,8 @@ def read_toml(file: Path) -> dict[str, Any]:
     import tomlkit  # which the LoRA library does without
 
     try:
-        return tomlkit.parse(file.read_text(encoding="utf-8")).unwrap()
+        return tomlkit.parse(file.read_text(encoding="utf-8-sig")).unwrap()
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomlkit.exceptions.ParseError) as error:
+    except (OSError, UnicodeDecodeError, tomlkit.exceptions.TOMLKitError) as error:
         raise UserError(f"{file}: not a readable TOML file: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,6 @@ from fastlora.kernels import Linear, Packed, Term, is_small, lora_together
 from fastlora.lora.layer import PLAIN, LoRALinear
 
 OURS = (LoRALinear.forward,)
-_hooks = itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
 
 
 class Product(NamedTuple):
@@ -69,16 +65,21 @@ def _product(layer: Any, x: Tensor, column: int) -> Product | None:
 
 def is_bare(layer: nn.Linear) -> bool:
     """Whether a call of the layer is x W^T + b, with adapters or without, and nothing else."""
-    ours, parameters = isinstance(layer, LoRALinear) and layer.is_plain, layer._parameters
+    ours = isinstance(layer, LoRALinear) and layer.is_plain
     return bool(
         type(layer).forward in (OURS if ours else PLAIN)
-        and type(parameters.get("weight")) is nn.Parameter
-        and "bias" in parameters
+        and type(layer._parameters.get("weight")) is nn.Parameter
         and not has_hooks(layer)
     )
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call does something that others have put there."""
-    own = vars(module)
-    return any(_hooks(own)) or "forward" in own or _has_any_global_hook()
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,29 +24,26 @@ FREE_KEYS = ("device", "save_every", "grad_checkpoint")
 
 def default_folder(config: TrainConfig) -> Path:
     """runs/DATE_TIME_rR, or the mode in place of the rank."""
-    name = f"r{config.lora.r}" if config.mode == "lora" else config.mode
+    name = f"r{config.r}" if config.mode == "lora" else config.mode
     return Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
 
 
-def open_run(folder: Path, config: TrainConfig, name: str = "run.toml") -> TrainConfig:
+def open_run(folder: Path, config: TrainConfig, name: str = "run.toml") -> None:
     """Create a run folder, or check that it is this run's (else UserError).
 
-    `name` is the file of its settings. Returns the configuration; an existing run's
-    --tokens-per-batch is what "auto" means.
+    `name` is the file of its settings.
     """
     file = folder / name
     if file.exists():
         # A file of an earlier version lacks options that came later.
         found = {**TrainConfig().to_table(), **read_toml(file)}
-        if config.tokens_per_batch == "auto":
-            config = replace(config, tokens_per_batch=found.get("tokens_per_batch", "auto"))
         wanted = config.to_table()
         keys = [k for k in {**found, **wanted} if k not in FREE_KEYS]
         differing = [k for k in keys if found.get(k) != wanted.get(k)]
         if differing:
             what = ", ".join(f"{k} {found.get(k)!r} -> {wanted.get(k)!r}" for k in differing)
             raise UserError(f"{folder}: holds a run with other settings ({what}); use a new --out")
-        return config
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and holds other things (no {name}); use a new --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +51,6 @@ def open_run(folder: Path, config: TrainConfig, name: str = "run.toml") -> Train
         started = f"{datetime.now():%Y-%m-%d %H:%M}"
         json.dump({"started": started, **environment()}, out, indent=1)
     write_config(file, config)
-    return config
 
 
 def write_config(file: Path, config: TrainConfig) -> None:

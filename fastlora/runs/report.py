@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tomlkit
@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlora.console import number
 from fastlora.data.tasks import Task
 from fastlora.files import atomic_open, read_json, read_toml
-from fastlora.lora.config import is_target
+from fastlora.lora.config import LoraConfig, is_target
 from fastlora.lora.files import read_config
 from fastlora.lora.layer import DEFAULT
 from fastlora.multitask.files import adapter_names, adapter_place, read_heads
@@ -34,7 +34,6 @@ from fastlora.runs.pages import (
     write_pages,
 )
 from fastlora.tensors import read_tensors
-from fastlora.training.config import LoraOptions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +63,7 @@ class _Run:
         self.tasks = {name: task for name, task in tasks.items() if name in self.result["scores"]}
         names = adapter_names(settings["adapters"], tasks) if settings["mode"] == "lora" else ()
         places = {name: adapter_place(self.adapter, name) for name in names}
-        self.adapters = {n: LoraOptions.of(read_config(place)) for n, place in places.items()}
+        self.adapters: dict[str, Any] = {n: read_config(place) for n, place in places.items()}
         self.dev_rows = {}
         for name in self.tasks:
             path = folder / "predictions" / f"{name}-dev.csv"
@@ -216,7 +215,7 @@ def _ranks(run: _Run, adapter: str) -> Iterator[Block | None]:
     yield plot(run.folder, f"ranks-{adapter}", len(settings.targets), draw)
 
 
-def _spectra(folder: Path, settings: LoraOptions) -> dict[tuple[int, str], Tensor]:
+def _spectra(folder: Path, settings: LoraConfig) -> dict[tuple[int, str], Tensor]:
     """The singular values [min(r, in, out)] of scale B A, largest first, by layer and target.
 
     With B = P R and A^T = Q S (QR), they are those of the small scale R S^T: B A is never formed.
@@ -227,8 +226,8 @@ def _spectra(folder: Path, settings: LoraOptions) -> dict[tuple[int, str], Tenso
         if match := A_KEY.fullmatch(key):
             B = tensors[key.replace(".lora_A.", ".lora_B.")]
             R, S = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.T))
-            target = next(t for t in settings.targets if is_target(match[2], t))
-            spectra[int(match[1]), target] = settings.config().scale * torch.linalg.svdvals(R @ S.T)
+            target = next(t for t in settings.targets or () if is_target(match[2], t))
+            spectra[int(match[1]), target] = settings.scale * torch.linalg.svdvals(R @ S.T)
     return spectra
 
 

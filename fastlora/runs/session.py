@@ -18,6 +18,7 @@ from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_folder, atomic_open
 from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
+from fastlora.multitask.evaluation import predict, score_table, write_predictions
 from fastlora.multitask.files import (
     BaseInfo,
     adapter_place,
@@ -28,14 +29,13 @@ from fastlora.multitask.files import (
     save_heads,
 )
 from fastlora.multitask.model import MultitaskBert
-from fastlora.multitask.predictor import predict, score_table, write_predictions
-from fastlora.runs.folder import default_folder, describe_gpu, open_run, write_config
+from fastlora.runs.folder import default_folder, describe_gpu, open_run
 from fastlora.runs.report import write_report
-from fastlora.training.batch_size import find_tokens
-from fastlora.training.config import LoraOptions, TaskLoraConfig, TrainConfig
+from fastlora.training.config import TaskLoraConfig, TrainConfig
 from fastlora.training.distributed import Ranks
 from fastlora.training.inputs import Inputs, adapter_folder, find_inputs
-from fastlora.training.loop import Result, Trainer, owner
+from fastlora.training.loop import Result, Trainer
+from fastlora.training.optimizer import owner
 from fastlora.training.setup import Setup, build_model, find_route, prepare, to_compute, training
 from fastlora.training.stopping import Stop
 
@@ -85,14 +85,14 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
     if config.add_to:
         _keep(model, adapter_folder(config.add_to), old, base)
     if ranks.first and not dry_run:
-        setup = replace(setup, config=open_run(folder, setup.config))
+        open_run(folder, setup.config)
         log.file = folder / "train.log"
     ranks.barrier()
     _banner(setup, model, folder, notes, ranks, log)
     if dry_run:
         return None
     to_compute(model, setup.config, setup.device)
-    trainer = Trainer(_with_tokens(setup, model, folder, ranks, log), model, folder, ranks, log)
+    trainer = Trainer(setup, model, folder, ranks, log)
     if trainer.resume():
         log.line(f"continuing after step {trainer.progress.step}")
     try:
@@ -125,29 +125,17 @@ def _finished(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig
         raise UserError(f"{config.add_to}: has task {min(again)!r}; name new ones with --tasks")
     for name in old:
         settings = read_config(adapter_place(folder, name))
-        config = config.with_own(name, TaskLoraConfig(**vars(LoraOptions.of(settings))))
+        config = config.with_task_settings(name, TaskLoraConfig.of(settings))
     return config, old
 
 
 def _keep(model: MultitaskBert, folder: Path, old: dict[str, Task], base: BaseInfo) -> None:
     """Load a finished run's adapters and heads into the model, and freeze them."""
     heads = nn.ModuleDict({name: model.heads[name] for name in old})
-    load_all(folder, model.encoder, old, heads, base)
+    load_all(folder, model.encoder, old, heads, old, base)
     for name, parameter in model.named_parameters():
         if owner(name) in old:
             parameter.requires_grad_(False)
-
-
-def _with_tokens(setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks, log: Log) -> Setup:
-    """The setup with the first rank's tokens per batch, measured now if that is still "auto"."""
-    tokens = setup.config.tokens_per_batch if ranks.first else 0
-    if measure := tokens == "auto":
-        tokens = find_tokens(setup, model, ranks, log)
-    tokens = int(ranks.sum(torch.tensor(tokens, device=setup.device)))
-    config = replace(setup.config, tokens_per_batch=tokens)
-    if measure:
-        write_config(folder / "run.toml", config)
-    return replace(setup, config=config)
 
 
 def _banner(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlora.training.config import DEFAULT_TASKS, LoraOptions
+from fastlora.training.config import DEFAULT_TASKS
 
 RANKS, ALPHAS, DROPOUTS = (2, 4, 8, 16, 32, 64), (16, 32), (0.0, 0.05, 0.1, 0.2)
 COURSE = "lr 1e-5"
@@ -61,8 +61,8 @@ SHARED = {
 
 def _shared_row(r: int, alpha: int) -> Row:
     paper = SHARED[r] if alpha == (32 if r == 64 else 16) else {}
-    lora = LoraOptions(r=r, alpha=alpha)
-    return Row(f"r{r}-alpha{alpha}", f"r={r}", f"alpha {alpha}", {"lora": lora}, paper)
+    changes = {"r": r, "alpha": alpha}
+    return Row(f"r{r}-alpha{alpha}", f"r={r}", f"alpha {alpha}", changes, paper)
 
 
 def _task_table(task: str, best: float | None = None, at_dropout: float | None = None) -> Table:
@@ -72,7 +72,7 @@ def _task_table(task: str, best: float | None = None, at_dropout: float | None =
             f"r{r}-{'-'.join(targets)}-dropout{dropout:g}",
             f"r={r}",
             f"{' and '.join(targets)}, dropout {dropout:g}",
-            {"adapters": "per-task", "lora": LoraOptions(r=r, targets=targets, dropout=dropout)},
+            {"adapters": "per-task", "r": r, "targets": targets, "dropout": dropout},
             {task: best} if best and len(targets) == 2 and dropout == at_dropout else {},
         )
         for targets in (("value",), ("query", "value"))

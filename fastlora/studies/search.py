@@ -69,14 +69,13 @@ def run_search(
         raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
     if config.cuda_graphs:
         raise UserError("cuda_graphs is given (a search trains several adapters in one pass)")
-    if config.tokens_per_batch == "auto":
-        raise UserError("tokens_per_batch is 'auto' (a search expects a number)")
     log, setup = Log(quiet), prepare(config, inputs)
     setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop or Stop())
     folder = config.out or default_folder(config)
     if how.join and not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
-    base = open_run(folder, setup.config, SETTINGS)
+    base = setup.config
+    open_run(folder, base, SETTINGS)
     log.facts([*facts_of(setup, Ranks(setup.device)), ("search", str(folder))])
     shared = base.adapters == "shared"
     done, best, limits = {}, base, how
@@ -95,8 +94,8 @@ def run_search(
             raise
         done[part] = search, found
         new = found.config
-        tuned = TaskLoraConfig(**vars(new.lora), lr=new.lr, warmup=new.warmup)
-        best = new if shared else best.with_own(part, tuned)
+        tuned = replace(TaskLoraConfig.of(new.lora), lr=new.lr, warmup=new.warmup)
+        best = new if shared else best.with_task_settings(part, tuned)
     if not how.join:
         write_search(folder, best, done, log)
 
@@ -105,15 +104,8 @@ def _alone(config: TrainConfig, task: str) -> TrainConfig:
     """The configuration of a task's adapter as the only one of a run."""
     own = config.task_settings(task)
     for name in (*BUILTIN, *config.task):
-        config = config.with_own(name, TaskLoraConfig())
-    return replace(
-        config,
-        adapters="shared",
-        tasks=(task,),
-        lora=own.over(config.lora),
-        lr=own.lr or config.lr,
-        warmup=config.warmup if own.warmup is None else own.warmup,
-    )
+        config = config.with_task_settings(name, TaskLoraConfig())
+    return replace(config, adapters="shared", tasks=(task,), **own.changes())
 
 
 def write_search(
@@ -191,7 +183,7 @@ def _ranks(search: Search) -> list[tuple[int, tuple[float, float]]]:
 
 
 def _verdict(found: Found, facts: Mapping[str, Any]) -> Iterator[str]:
-    lora = found.config.lora
+    lora = found.config
     yield (
         f"best       r {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets "
         f"{','.join(lora.targets)}, lr {found.config.peak_lr:g}, warmup {found.config.warmup:g}"

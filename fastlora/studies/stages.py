@@ -95,9 +95,9 @@ class Search:
         defaults: Params = {
             "lr": config.peak_lr,
             "warmup": config.warmup,
-            "r": config.lora.r,
-            "dropout": config.lora.dropout,
-            "targets": ",".join(target for target in TARGETS if target in config.lora.targets),
+            "r": config.r,
+            "dropout": config.dropout,
+            "targets": ",".join(target for target in TARGETS if target in config.targets),
             "seed": config.seed,
         }
         full = best_of(self.stage("defaults", [defaults])).user_attrs["seconds"]
@@ -180,16 +180,8 @@ class Search:
 
     def configure(self, params: Params) -> TrainConfig:
         """The configuration of a trial; alpha stays, so that a learning rate suits any rank."""
-        base = self.setup.config
-        lora = replace(
-            base.lora,
-            r=params["r"],
-            dropout=params["dropout"],
-            targets=tuple(params["targets"].split(",")),
-        )
-        return replace(
-            base, lora=lora, lr=params["lr"], warmup=params["warmup"], seed=params["seed"]
-        )
+        targets = tuple(params["targets"].split(","))
+        return replace(self.setup.config, **{**params, "targets": targets})
 
     def study(self, name: str) -> optuna.Study:
         """A stage's study."""
@@ -285,7 +277,7 @@ class Search:
             trial.set_user_attr("parameters", variant_parameters(trainer, i))
         if study.study_name == RANK_STAGE and values and (most := max(values.values())) >= 0:
             first = next(i for i, trial in enumerate(group) if values.get(trial.number) == most)
-            cut = sweep(trainer, first, {*RANKS, self.setup.config.lora.r})
+            cut = sweep(trainer, first, {*RANKS, self.setup.config.r})
             group[first].set_user_attr("sweep", list(cut.items()))
         seconds = time.perf_counter() - start
         for trial in group:

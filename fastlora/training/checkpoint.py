@@ -25,13 +25,18 @@ KEEP = 2
 
 @dataclass
 class Progress:
-    """Where a run is: `position` batches of epoch `epoch` are done, `step` in all."""
+    """Where a run is: `position` batches of epoch `epoch` are done, `step` in all.
+
+    `seconds` were spent in steps on `examples`. `sums` are each task's [summed loss, examples]
+    since the last log line, and `scores` those of the epochs.
+    """
 
     step: int = 0
     epoch: int = 0
     position: int = 0
     seconds: float = 0.0
     examples: int = 0
+    sums: list[list[float]] = field(default_factory=list)
     scores: list[dict] = field(default_factory=list)
 
 
@@ -69,12 +74,18 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are as its manifest says, or None."""
-    for path in reversed(_checkpoints(folder)):
+    """The newest checkpoint whose files are as its manifest says, or None where there are none.
+
+    Raises RunError when all are damaged.
+    """
+    paths = _checkpoints(folder)
+    for path in reversed(paths):
         with suppress(OSError, ValueError):
             manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
             if all(_digest(path / name) == digest for name, digest in manifest.items()):
                 return path
+    if paths:
+        raise RunError(f"{folder}: every checkpoint is damaged; remove them to begin anew")
     return None
 
 

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph a shape of batch: forward, backward and the optimiser's step.
+"""A training step as one CUDA graph a shape of batch: forward, backward and the optimizer's step.
 
 A small batch's time on a GPU is that of launching kernels; a graph launches all of them at once.
 """
@@ -18,9 +18,9 @@ WARM_UPS = 3  # steps before a capture, which may neither compile nor wait
 
 
 class GraphedStep:
-    """`step(batch, facts)` for batches of `collate`'s common shapes, captured when one comes first.
+    """`step(batch, shares)` for batches of `collate`'s common shapes, each captured when it is new.
 
-    `step` changes the optimiser's parameters and state, and `others`, in place, and leaves no
+    `step` changes the optimizer's parameters and state, and `others`, in place, and leaves no
     gradient. Seeds are drawn in the graph, from PyTorch's generator, so masks change with each
     replay; learning rates are tensors.
     """
@@ -40,28 +40,28 @@ class GraphedStep:
             group["lr"] = self.parameters[0].new_tensor(group["lr"])
             group["capturable"] = True
 
-    def __call__(self, batch: Batch, facts: Tensor) -> None:
-        """One step on a batch; `facts` are as `step` takes them."""
-        tensors = [facts, *batch.tensors()]
+    def __call__(self, batch: Batch, shares: Tensor) -> None:
+        """One step on a batch; `shares` are as `step` takes them."""
+        tensors = [shares, *batch.tensors()]
         key = (*batch.labels, *(t.shape for t in tensors))
         if key not in self.graphs:
-            self.graphs[key] = self._capture(batch, facts), tensors
+            self.graphs[key] = self._capture(batch, shares), tensors
         graph, places = self.graphs[key]
         for place, tensor in zip(places, tensors, strict=True):
             place.copy_(tensor)
         graph.replay()
 
-    def _capture(self, batch: Batch, facts: Tensor) -> torch.cuda.CUDAGraph:
+    def _capture(self, batch: Batch, shares: Tensor) -> torch.cuda.CUDAGraph:
         """The graph of a step; what warming up changes is put back."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         scale = self.scaler.state_dict()
         old = {id(t): t.detach().clone() for t in self._state()}
-        with torch.random.fork_rng([facts.device]):
+        with torch.random.fork_rng([shares.device]):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self._run(batch, facts)
+                    self._run(batch, shares)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.no_grad():
                 for tensor in self._state():  # moments that are new start at zero
@@ -70,12 +70,12 @@ class GraphedStep:
                 self.scaler.load_state_dict(scale)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                self._run(batch, facts)
+                self._run(batch, shares)
         return graph
 
-    def _run(self, batch: Batch, facts: Tensor) -> None:
+    def _run(self, batch: Batch, shares: Tensor) -> None:
         # What layers derive from a layout must be derived again in each replay.
-        self.step(replace(batch, layout=replace(batch.layout, derived={})), facts)
+        self.step(replace(batch, layout=replace(batch.layout, derived={})), shares)
 
     def _state(self) -> list[Tensor]:
         moments = (self.optimizer.state.get(p, {}).values() for p in self.parameters)

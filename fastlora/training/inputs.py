@@ -30,7 +30,7 @@ class Inputs:
 
 def find_inputs(config: TrainConfig) -> Inputs:
     """Resolve --data, --tasks and --model and check --targets; UserError when one is not there."""
-    for settings in vars(config).values():
+    for settings in (config, *vars(config).values()):
         for target in getattr(settings, "targets", None) or ():
             _check_name("target", target, TARGETS)
     known = known_tasks(config.task)
@@ -47,7 +47,10 @@ def find_inputs(config: TrainConfig) -> Inputs:
         demo = why_data.startswith("demo")
         model = "minilm" if demo else "bert-base-uncased"
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
-    return Inputs(folder, why_data, tasks, model, why_model, resolve(model))
+    source = resolve(model)
+    if (local := Path(model).expanduser()).is_dir():
+        model = str(local.resolve())  # so that the run can go on from another folder
+    return Inputs(folder, why_data, tasks, model, why_model, source)
 
 
 def adapter_folder(path: str | Path) -> Path:

@@ -1,23 +1,24 @@
-"""The training loop: file -> batch -> loss -> step -> checkpoint, once for all modes."""
+"""The training loop: a planned batch -> loss -> step -> checkpoint, once for all modes."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastlora.console import Bar, Log, losses_text, number
 from fastlora.data.batches import Batch, collate, plan_epoch
+from fastlora.devices import finished_time
 from fastlora.errors import Interrupted, RunError
-from fastlora.multitask.model import VARIANT, MultitaskBert, task_losses
-from fastlora.multitask.predictor import Features, predict, scores_of
+from fastlora.multitask.evaluation import Features, predict, scores_of
+from fastlora.multitask.model import MultitaskBert, task_losses
 from fastlora.training.checkpoint import (
     Progress,
     latest_checkpoint,
@@ -25,13 +26,13 @@ from fastlora.training.checkpoint import (
     save_checkpoint,
     trainable,
 )
-from fastlora.training.config import TaskLoraConfig, TrainConfig
 from fastlora.training.cuda_graphs import GraphedStep
 from fastlora.training.distributed import Ranks
 from fastlora.training.metrics_log import Metrics
+from fastlora.training.optimizer import make_optimizer, owner, set_rates
 from fastlora.training.setup import Setup, seed_random
 
-LOG_EVERY = 10
+LOG_EVERY = 10  # steps
 _STEP_SEED = 0x9E3779B97F4A7C15
 
 
@@ -45,80 +46,42 @@ class Result:
     seconds: float
 
 
-def owner(parameter: str) -> str:
-    """The task or adapter that a parameter's name names; for an encoder's own, something else."""
-    parts = parameter.split(".")
-    return parts[1] if parts[0] == "heads" else parts[-1]
-
-
-def make_optimizer(model: MultitaskBert, configs: Sequence[TrainConfig]) -> torch.optim.AdamW:
-    """AdamW over what trains: heads at their own rate, decay on matrices only.
-
-    `configs` are those of the model's variants, or the only one.
-    """
-    groups: dict[tuple[int, float, float, float], list[nn.Parameter]] = {}
-    for name, parameter in trainable(model).items():
-        whose, _, variant = owner(name).partition(VARIANT)
-        config = configs[int(variant or 0)]
-        own = config.task_settings(whose) if whose in (config.tasks or ()) else TaskLoraConfig()
-        lr = config.peak_head_lr if name.startswith("heads.") else own.lr or config.peak_lr
-        warmup = config.warmup if own.warmup is None else own.warmup
-        decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((int(variant or 0), warmup, lr, decay), []).append(parameter)
-    settings = [
-        {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
-        | {"config": replace(configs[variant], warmup=warmup)}
-        for (variant, warmup, lr, decay), params in groups.items()
-    ]
-    # BERT's own eps; a smaller one turns rounding of tiny gradients into steps.
-    return torch.optim.AdamW(settings, eps=1e-6, fused=True)
-
-
-def schedule(config: TrainConfig, step: int, total: int) -> float:
-    """The factor of the peak learning rate at `step` (from 0) of `total`."""
-    warmup = round(config.warmup * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    left = (total - step) / max(1, total - warmup)
-    if config.schedule == "linear":
-        return left
-    if config.schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
-    return 1.0
-
-
 class Trainer:
-    """One run: its model, optimiser and progress through the plan of batches."""
+    """One run: its model, optimizer and progress through the planned batches.
+
+    Nothing is written without a `folder`.
+    """
 
     def __init__(
         self, setup: Setup, model: MultitaskBert, folder: Path | None, ranks: Ranks, log: Log
     ) -> None:
         self.setup, self.config, self.model = setup, setup.config, model.train()
-        self.folder, self.ranks, self.log = folder, ranks, log  # no folder: nothing is written
-        self.device = setup.device
+        self.folder, self.ranks, self.log = folder, ranks, log
+        self.device, self.stop = setup.device, setup.stop
         self.optimizer = make_optimizer(model, setup.variants or (self.config,))
         self.parameters = list(trainable(model).values())
         # What trains together is averaged and clipped together, and apart from the rest.
         unit = {n: model.unit(t) for t in model.tasks for n in (t, *model.adapters(t))}
-        self.units: dict[str, list[nn.Parameter]] = {name: [] for name in unit.values()}
+        self.groups: dict[str, list[nn.Parameter]] = {name: [] for name in unit.values()}
         for name, parameter in trainable(model).items():
-            self.units[unit.get(owner(name), "")].append(parameter)
-        self.dead: list[nn.Parameter] = []  # of variants that diverged
-        self.unit_of = np.array([list(self.units).index(unit[task]) for task in setup.train])
+            self.groups[unit.get(owner(name), "")].append(parameter)
+        self.group_of = np.array([list(self.groups).index(unit[task]) for task in setup.train])
+        self.diverged: list[nn.Parameter] = []  # of variants that are given up
         fp16 = self.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         # It starts at its first use, and a rank may have no examples in the first step.
         self.scaler.scale(torch.zeros((), device=self.device))
         self.progress = Progress()
-        self.stop = setup.stop
+        self.started: float | None = None  # the time from which steps are not yet in `progress`
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
-        self.train_features: Features | None = None
         self.graphed: GraphedStep | None = None
         self.positions: int | None = None  # the encoder's, where batches come in few shapes
         if self.config.cuda_graphs:
-            self.graphed = GraphedStep(self.whole, self.optimizer, self.scaler, [self.sums])
+            step = self.forward_backward_update
+            self.graphed = GraphedStep(step, self.optimizer, self.scaler, [self.sums])
             self.positions = model.encoder.config.max_position_embeddings
+        self.train_features: Features | None = None  # of a frozen encoder
         self.dev_features: Features | None = None
         self.outputs: dict[str, np.ndarray] = {}  # of the dev data, after the last epoch
         lengths = [len(self.plan(epoch)) for epoch in range(self.config.epochs)]
@@ -130,14 +93,15 @@ class Trainer:
         if path is None:
             return False
         self.progress = load_checkpoint(path, self.model, self.optimizer, self.scaler)
+        if self.progress.sums and self.ranks.first:  # they are those of all ranks
+            self.sums.copy_(torch.tensor(self.progress.sums))
         return True
 
     def run(self) -> Result:
         """Train to the end.
 
-        Raises:
-            Interrupted: when `stop` asked for it, with the state saved.
-            RunError: when the loss is no longer finite.
+        Raises Interrupted when `stop` asked for it, with the state saved, and RunError when the
+        loss or a weight is no longer finite.
         """
         config, progress = self.config, self.progress
         if config.mode == "frozen":
@@ -160,9 +124,8 @@ class Trainer:
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The batches of an epoch."""
-        config = self.config
-        tokens = int(config.tokens_per_batch)  # "auto" has become a number by now
-        copies = len(self.setup.variants) or 1
+        config, copies = self.config, len(self.setup.variants) or 1
+        tokens = config.tokens_per_batch
         return plan_epoch(self.setup.train, tokens, config.seed, epoch, config.sampling, copies)
 
     def epoch(self) -> None:
@@ -171,31 +134,28 @@ class Trainer:
         for batch_plan in self.plan(progress.epoch)[progress.position :]:
             if progress.step >= self.total:
                 break
-            start = time.perf_counter()
+            if self.started is None:
+                self.started = finished_time(self.device)
             stop = self.step(batch_plan)
-            progress.seconds += time.perf_counter() - start
             progress.step += 1
             progress.position += 1
             progress.examples += len(batch_plan)
             if progress.step % LOG_EVERY == 0 or progress.step == self.total:
                 self.log_losses()
+            if stop or progress.step % self.config.save_every == 0:
+                self.save()
             if stop:
-                self.save()
                 raise Interrupted
-            if progress.step % self.config.save_every == 0:
-                self.save()
         self.evaluate()
         done = progress.step >= self.total
         progress.epoch, progress.position = self.config.epochs if done else progress.epoch + 1, 0
         self.save()
 
     def step(self, batch_plan: np.ndarray) -> bool:
-        """One optimiser step on one planned batch; returns whether the run should stop."""
+        """One optimizer step on one planned batch; returns whether the run should stop."""
         if not self.model.training:  # as evaluating leaves it
             self.model.train()
-        for group in self.optimizer.param_groups:
-            lr = group["peak"] * schedule(group["config"], self.progress.step, self.total)
-            group["lr"] = group["lr"].fill_(lr) if self.graphed else lr
+        set_rates(self.optimizer, self.progress.step, self.total)
         if self.graphed:
             self.seed_part(0, 1)
             self.graphed(*self.inputs(batch_plan))
@@ -206,21 +166,21 @@ class Trainer:
             if part < len(batch_plan):
                 self.seed_part(part, parts)
                 self.scaler.scale(self.loss(*self.inputs(batch_plan, part, parts))).backward()
-        for parameter in self.dead:
+        for parameter in self.diverged:
             parameter.grad = None
         stop = self.ranks.sum_gradients(self.parameters, self.stop.asked)
         self.update()
         return stop
 
-    def whole(self, batch: Batch, facts: Tensor) -> None:
-        """A step's work on the device."""
-        self.scaler.scale(self.loss(batch, facts)).backward()
+    def forward_backward_update(self, batch: Batch, shares: Tensor) -> None:
+        """All that a step computes on the device; `shares` are those of `inputs`."""
+        self.scaler.scale(self.loss(batch, shares)).backward()
         self.update()
 
     def update(self) -> None:
-        """Clip the gradients, step, and forget them."""
+        """Clip the gradients, take the optimizer's step, and drop them."""
         self.scaler.unscale_(self.optimizer)
-        for parameters in self.units.values():
+        for parameters in self.groups.values():
             nn.utils.clip_grad_norm_(parameters, self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -236,27 +196,32 @@ class Trainer:
         seed_random((self.config.seed + index * _STEP_SEED) % 2**63, self.device)
 
     def inputs(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> tuple[Batch, Tensor]:
-        """A part of a batch, and [tasks, 2]: its examples of a task, 1 / all of the task's unit."""
+        """A part of a planned batch, and its tasks' shares in the loss, fp32 [tasks, 2].
+
+        Of each task: its examples in this part, and 1 / the examples in the whole batch of all
+        tasks that are averaged with it.
+        """
         planned = batch_plan[part::parts]
-        units = self.unit_of[batch_plan[:, 0]]
-        counts = [np.sum(units == unit) for unit in self.unit_of]
-        own = np.bincount(planned[:, 0], minlength=len(counts))
-        facts = np.stack([own, 1 / np.maximum(counts, 1)], 1).astype(np.float32)
+        groups = self.group_of[batch_plan[:, 0]]
+        averaged = [np.sum(groups == group) for group in self.group_of]
+        examples = np.bincount(planned[:, 0], minlength=len(averaged))
+        shares = np.stack([examples, 1 / np.maximum(averaged, 1)], 1).astype(np.float32)
         batch = collate(self.setup.train, planned, self.positions).to(self.device)
-        return batch, torch.from_numpy(facts).to(self.device, non_blocking=True)
+        return batch, torch.from_numpy(shares).to(self.device, non_blocking=True)
 
-    def loss(self, batch: Batch, facts: Tensor) -> Tensor:
-        """A part's share of a batch's loss [], each unit's averaged over its examples in the batch.
+    def loss(self, batch: Batch, shares: Tensor) -> Tensor:
+        """A part's share of the batch's loss []; each task's summed loss goes to the running sums.
 
-        Each task's summed loss is added to the running sums.
+        The loss of the batch is the mean over its examples, of each group of tasks by itself.
         """
         features = self.train_features
         with self.autocast():
             outputs = self.model(batch, features and features(batch))
-        found = task_losses(self.model.tasks, outputs, batch)
-        losses = torch.stack([found.get(name, facts.new_zeros(())) for name in self.setup.train])
-        self.sums += torch.stack((losses.detach(), facts[:, 0]), 1)
-        return losses @ facts[:, 1]
+        by_task = task_losses(self.model.tasks, outputs, batch)
+        zero = shares.new_zeros(())
+        losses = torch.stack([by_task.get(name, zero) for name in self.setup.train])
+        self.sums += torch.stack((losses.detach(), shares[:, 0]), 1)
+        return losses @ shares[:, 1]
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision for full fine-tuning, whose weights stay fp32 masters."""
@@ -264,12 +229,15 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, self.setup.dtype)
 
-    def log_losses(self) -> None:
-        """Report the mean losses since the last report.
+    def stop_clock(self) -> None:
+        """Add the seconds of the steps since the clock was started, once they are computed."""
+        if self.started is not None:
+            self.progress.seconds += finished_time(self.device) - self.started
+            self.started = None
 
-        Raises:
-            RunError: when one is not finite.
-        """
+    def log_losses(self) -> None:
+        """Report the mean losses since the last report; RunError when one is not finite."""
+        self.stop_clock()
         sums = self.ranks.sum(self.sums).tolist()
         self.sums.zero_()
         pairs = zip(self.setup.train, sums, strict=True)
@@ -278,12 +246,9 @@ class Trainer:
         diverged = [name for name, value in losses.items() if not math.isfinite(value)]
         if self.setup.variants:  # the end of one is not the others'
             for name in diverged:
-                self.dead += self.units.pop(self.model.unit(name), [])
+                self.diverged += self.groups.pop(self.model.unit(name), [])
         elif diverged:
-            raise RunError(
-                f"the loss diverged by step {progress.step} ({losses_text(losses)}); lower --lr "
-                f"(it is {self.config.lr:g}) or raise --warmup"
-            )
+            self.end_diverged(losses_text(losses))
         rate = progress.examples / progress.seconds
         lr = float(self.optimizer.param_groups[0]["lr"])
         if self.metrics:
@@ -291,8 +256,16 @@ class Trainer:
             self.metrics.write(progress.step, values)
         self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {losses_text(losses)}")
 
+    def end_diverged(self, what: str) -> NoReturn:
+        """End the run with a RunError that says what is not finite, and what to do."""
+        raise RunError(
+            f"the loss diverged by step {self.progress.step} ({what}); lower --lr (it is "
+            f"{self.config.lr:g}) or raise --warmup"
+        )
+
     def evaluate(self) -> None:
         """Score the dev data; every rank computes it, so that none waits."""
+        self.stop_clock()
         self.outputs = predict(self.model, self.setup.dev, self.dev_features)
         scores = scores_of(self.setup.dev, self.outputs)
         progress = self.progress
@@ -303,8 +276,17 @@ class Trainer:
         self.log.line(f"epoch {progress.epoch + 1}/{self.config.epochs}  dev {text}")
 
     def save(self) -> None:
-        """Write a checkpoint (the first rank only) and wait for it."""
-        if self.folder is not None and self.ranks.first:
+        """Write a checkpoint on the first rank; RunError when a weight is not finite."""
+        if self.folder is None:
+            return
+        self.stop_clock()
+        if not torch.stack([p.detach().isfinite().all() for p in self.parameters]).all():
+            self.end_diverged("a weight is not finite")
+        self.progress.sums = self.ranks.sum(self.sums.clone()).tolist()
+        if self.ranks.first:
             folder = self.folder / "checkpoints"
-            save_checkpoint(folder, self.model, self.optimizer, self.scaler, self.progress)
+            try:
+                save_checkpoint(folder, self.model, self.optimizer, self.scaler, self.progress)
+            except (OSError, SafetensorError) as error:
+                raise RunError(f"{folder}: cannot be written to: {error}") from error
         self.ranks.barrier()

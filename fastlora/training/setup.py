@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from threading import RLock
 
 import torch
 
@@ -19,20 +19,21 @@ from fastlora.data.token_cache import load_tasks
 from fastlora.data.tokenizer import Tokenizer
 from fastlora.devices import local_device, memory_errors
 from fastlora.errors import UserError, user_errors
-from fastlora.files import cache_folder
 from fastlora.kernels import Dropout, Linear, Route, route
 from fastlora.lora.config import LoraConfig
 from fastlora.lora.layer import DEFAULT
 from fastlora.lora.model import pack
 from fastlora.multitask.files import adapter_names, fingerprint
 from fastlora.multitask.model import MultitaskBert
-from fastlora.training import tuner
 from fastlora.training.config import Precision, TaskLoraConfig, TrainConfig
 from fastlora.training.distributed import world_size
 from fastlora.training.inputs import Inputs
 from fastlora.training.stopping import Stop
+from fastlora.training.tuner import use_measured_blocks
 
 PARTS = Parts(Linear, Dropout)
+# Runs take turns: each seeds PyTorch's generators, and a process has one of them a device.
+_TURNS = RLock()
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,7 +57,7 @@ class Setup:
     dev: dict[str, TaskData]
     device: torch.device
     loaded: Loaded | None = None  # an encoder that several runs copy; else the run loads its own
-    variants: tuple[TrainConfig, ...] = ()  # trained side by side, see variants.py
+    variants: tuple[TrainConfig, ...] = ()  # trained side by side, see side_by_side.py
     stop: Stop = field(default_factory=Stop)  # what may end it early
 
     @property
@@ -74,11 +75,7 @@ class Setup:
 
 
 def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
-    """Resolve what is left to resolve, read and tokenise the data.
-
-    Raises:
-        UserError: for anything wrong with the device, the precision, the tokenizer or the data.
-    """
+    """Find device and precision, read and tokenise the data; UserError where one is wrong."""
     if config.cuda_graphs and world_size() > 1:
         raise UserError("cuda_graphs is given (expected one process, not torchrun's)")
     device = local_device(config.device)
@@ -86,22 +83,14 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         raise UserError(f"cuda_graphs is given but the device is {device}")
     use_measured_blocks()
     tokenizer = Tokenizer.from_folder(inputs.source.folder)
-    splits = {
-        split: load_tasks(
-            inputs.folder,
-            inputs.tasks.values(),
-            split,
-            tokenizer,
-            pairs=config.pairs,
-            quoting=config.quoting,
-            bad_rows=config.bad_rows,
-            limit=config.limit,
-        )
+    rules = {key: getattr(config, key) for key in ("pairs", "quoting", "bad_rows", "limit")}
+    train, dev = (
+        load_tasks(inputs.folder, inputs.tasks.values(), split, tokenizer, **rules)
         for split in ("train", "dev")
-    }
+    )
     resolved = resolve(config, inputs, device)
     find_route(device, DTYPES[resolved.precision])  # what is wrong there is said before it starts
-    return Setup(resolved, inputs, tokenizer, splits["train"], splits["dev"], device)
+    return Setup(resolved, inputs, tokenizer, train, dev, device)
 
 
 def resolve(config: TrainConfig, inputs: Inputs, device: torch.device) -> TrainConfig:
@@ -141,20 +130,21 @@ def build_model(
 ) -> tuple[MultitaskBert, str, list[str]]:
     """The model in fp32 with its trainable parts chosen by `config.mode`.
 
-    It gets a copy of `setup.loaded`, which is left as it is, or loads the encoder. `settings` are
-    those of the adapters, by default the configuration's.
-
-    Returns:
-        The model, the fingerprint of the encoder as loaded, and notes on the checkpoint.
-
-    Raises:
-        UserError: when the encoder does not fit the tokenizer, the targets or the tasks' names.
+    The encoder is a copy of `setup.loaded`, or loaded now; `settings` are those of the adapters,
+    by default the configuration's. Returns the model, the fingerprint of the encoder as loaded,
+    and notes on the checkpoint. Raises UserError when the encoder does not fit the tokenizer, the
+    targets, the pairs or the tasks' names.
     """
     base = deepcopy(setup.loaded) if setup.loaded else read_encoder(setup.inputs.source)
     encoder = base.encoder
     if (size := encoder.config.vocab_size) < setup.tokenizer.vocab_size:
-        found = setup.tokenizer.vocab_size
-        raise UserError(f"the tokenizer has {found} tokens but the model {size}")
+        tokens = setup.tokenizer.vocab_size
+        raise UserError(f"the tokenizer has {tokens} tokens but the model {size}")
+    if config.pairs == "joint" and encoder.config.type_vocab_size < 2:
+        raise UserError(
+            f"--pairs is 'joint' but {setup.inputs.model} knows one segment (expected a model with "
+            "type_vocab_size 2 or more); use --pairs separate"
+        )
     # After loading, so that a run draws the same heads and adapters with a copied encoder.
     seed_random(config.seed, setup.device)
     encoder.encoder.recompute = config.grad_checkpoint
@@ -172,9 +162,9 @@ def build_model(
 def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, LoraConfig]:
     """The settings of the run's adapters by name."""
     return {
-        name: (TaskLoraConfig() if name == DEFAULT else config.task_settings(name))
-        .over(config.lora)
-        .config()
+        name: (TaskLoraConfig() if name == DEFAULT else config.task_settings(name)).over(
+            config.lora
+        )
         for name in adapter_names(config.adapters, tasks)
     }
 
@@ -194,13 +184,17 @@ def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) 
 
 @contextmanager
 def training(setup: Setup) -> Iterator[None]:
-    """Leave PyTorch's generators as they were; RunError where memory ends, with what to lower."""
+    """A block in which one run of the process computes, while those of other threads wait.
+
+    Leaves PyTorch's generators as they were. Raises RunError, with what to lower, where memory
+    runs out.
+    """
     config, device = setup.config, setup.device
     ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
     lower = f"lower --tokens-per-batch (it is {config.tokens_per_batch})"
     advice = f"{ask}{lower} or raise --accumulate (it is {config.accumulate})"
     devices = [device] if device.type == "cuda" else []
-    with memory_errors(device, advice), torch.random.fork_rng(devices):
+    with _TURNS, memory_errors(device, advice), torch.random.fork_rng(devices):
         yield
 
 
@@ -214,18 +208,6 @@ def find_route(device: torch.device, dtype: torch.dtype) -> Route:
     """The kernels that run there, and why; UserError for a wrong FASTLORA_ROUTE."""
     with user_errors():
         return route(device, dtype)
-
-
-def tuned_file() -> Path:
-    """Where `fastlora tune` keeps what it measured."""
-    return cache_folder() / "blocks.json"
-
-
-def use_measured_blocks() -> None:
-    """Take what `fastlora tune` measured here, if it ran; UserError for a broken file."""
-    if tuned_file().is_file():
-        with user_errors():
-            tuner.load(tuned_file())
 
 
 def find_precision(name: Precision, device: torch.device) -> Precision:

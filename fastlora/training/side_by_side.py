@@ -17,7 +17,8 @@ from fastlora.multitask.model import VARIANT
 from fastlora.training.checkpoint import trainable
 from fastlora.training.config import TrainConfig
 from fastlora.training.distributed import Ranks
-from fastlora.training.loop import Trainer, owner
+from fastlora.training.loop import Trainer
+from fastlora.training.optimizer import owner
 from fastlora.training.setup import Setup, adapter_settings, build_model, to_compute
 
 T = TypeVar("T")

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from types import FrameType
-
-ECHO = 1.0  # seconds in which a signal is the first one again: torchrun and `timeout` pass it on
 
 
 class Stop:
     """A request to a run to end after the step at hand: `asked`, which any thread may set.
 
-    While the run is in its steps, `signals` ask, too; one that comes later than `ECHO` after the
-    first does what it did before.
+    While a run is in its steps, `signals` ask, too, if it is in the main thread: Python lets no
+    other set handlers. A second signal does what it did before, Ctrl-C that is KeyboardInterrupt.
+    One that comes within `echo` seconds of the first is still the first: torchrun passes on what
+    the terminal has sent to each process already, and `timeout` sends twice.
     """
 
     def __init__(self, *signals: int) -> None:
         self.signals, self.asked, self.first = signals, False, 0.0
+        self.echo = 1.0 if "WORLD_SIZE" in os.environ else 0.02
 
     def __enter__(self) -> None:
-        self.previous = {number: signal.signal(number, self._hear) for number in self.signals}
+        heard = self.signals if threading.current_thread() is threading.main_thread() else ()
+        self.previous = {number: signal.signal(number, self._hear) for number in heard}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
@@ -29,6 +33,6 @@ class Stop:
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.asked, now = True, time.monotonic()
         self.first = self.first or now
-        if now - self.first > ECHO:
+        if now - self.first > self.echo:
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)

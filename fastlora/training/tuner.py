@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fastlora.errors import user_errors
+from fastlora.files import atomic_open, cache_folder
 from fastlora.kernels.ops import lora_qkv
 from fastlora.kernels.routes import forced_route
 from fastlora.kernels.triton import tuning
@@ -18,14 +20,26 @@ WIDTH, RANK = 768, 32
 TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
 
 
-def tune(
-    device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
-) -> dict[str, tuning.Config]:
-    """The fastest blocks of each kernel and the fastest route on a CUDA device, used from now on.
+def tuned_file() -> Path:
+    """Where `fastlora tune` keeps what it measured."""
+    return cache_folder() / "blocks.json"
 
-    Measured is forward and backward of BERT's query, key and value; `report` gets a line a choice.
+
+def use_measured_blocks() -> None:
+    """Take what `fastlora tune` measured here, if it ran; UserError for a broken file."""
+    if tuned_file().is_file():
+        with user_errors():
+            load(tuned_file())
+
+
+def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Path:
+    """Measure the fastest blocks of each kernel and the fastest route on a CUDA device.
+
+    What is measured is forward and backward of BERT's query, key and value; `report` gets a line
+    for each choice. Returns the file that the choices are kept in, beside those of before.
     """
-    capability, found = tuning.capability(device), {}
+    use_measured_blocks()
+    capability = tuning.capability(device)
     for rows in ROWS:
         key = tuning.key_of(capability, dtype, rows)
         best, run = tuning.config(capability, dtype, rows), _problem(rows, device, dtype)
@@ -41,9 +55,11 @@ def tune(
             report(f"{key} {kernel}: {choice} {times[choice]:.3f} ms (was {times[given]:.3f})")
         routes = {route: _time(run, key, best, route) for route in ("gemm", "triton")}
         best = replace(best, route=min(routes, key=routes.__getitem__))
-        found[key] = tuning.MEASURED[key] = best
+        tuning.MEASURED[key] = best
         report(f"{key} routes: " + ", ".join(f"{r} {ms:.3f} ms" for r, ms in routes.items()))
-    return found
+    with atomic_open(tuned_file()) as file:
+        file.write(dumps(tuning.MEASURED))
+    return tuned_file()
 
 
 def load(file: Path) -> None:

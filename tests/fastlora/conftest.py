@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from fastlora.data.source import resolve
-from fastlora.lora.config import LoraConfig
 from fastlora.training.config import TrainConfig
 
 NOUNS = ["film", "dog", "cat", "boat", "runs", "sings", "sleeps", "sees", "red", "blue"]
@@ -142,7 +141,8 @@ def tiny_config(tiny_model, tiny_data, tmp_path):
 
     def make(r: int = 4, dropout: float = 0.1, **changes) -> TrainConfig:
         settings = {
-            "lora": LoraConfig(r=r, dropout=dropout),
+            "r": r,
+            "dropout": dropout,
             "data": tiny_data,
             "model": str(tiny_model),
             "tokens_per_batch": 256,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastlora.cli import main
+from fastlora.cli.options import TrainFlags, settings_from
 from fastlora.files import read_toml
 
 TRAIN = [sys.executable, "-m", "fastlora.cli", "train"]
@@ -61,8 +62,12 @@ def test_quiet_prints_nothing(tiny_model, tiny_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rr", "3"], "Did you mean --r?"),
-        (["--r", "many"], "many"),
+        (["--rr", "3"], "Unknown option: --rr. Did you mean --r?"),
+        (["--r", "many"], "--r"),
+        (["--lr", "nan"], "lr is nan (expected a number)"),
+        (["--weight-decay", "nan"], "weight_decay is nan (expected a number)"),
+        (["--clip", "inf"], "clip is inf (expected a number)"),
+        (["--resume", "run"], "leave out --config and --out"),
         (["--r", "0"], "r is 0 (expected 1 or more)"),
         (["--dropout", "1"], "dropout is 1.0 (expected 0 <= p < 1)"),
         (["--targets", "quary"], "did you mean 'query'?"),
@@ -71,7 +76,6 @@ def test_quiet_prints_nothing(tiny_model, tiny_data, tmp_path, capsys):
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--model", "./nowhere"], "give --model a local directory"),
         (["--config", "nowhere.toml"], "nowhere.toml: no such file"),
-        (["--resume", "nowhere"], "nowhere/run.toml: no such file"),
         (["--precision", "fp8"], "fp8"),
         (["--device", "tpu"], "device is 'tpu'"),
         (["--device", "mps"], "device is 'mps' (expected auto, cpu, cuda or cuda:N)"),
@@ -86,7 +90,8 @@ def test_usage_errors_exit_2_and_write_nothing(
     monkeypatch.chdir(tmp_path)
     code, out, err = call(train_flags(tiny_model, tiny_data, "run", flags), capsys)
     assert code == 2
-    assert message in re.sub(r"\s*│?\s*\n\s*│?\s*", " ", out + err)
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and message in line and not out
     assert not list(tmp_path.iterdir())
 
 
@@ -133,21 +138,43 @@ def test_config_file_and_flags(tiny_model, tiny_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rank = 3\n", "rank"),
-        ("r = [\n", "not a readable TOML"),
+        ("rank = 3\n", "{file}: rank is no setting"),
+        ("epoch = 3\n", "{file}: epoch is no setting (did you mean 'epochs'?)"),
+        ("epochs = 1.5\n", "{file}: epochs is 1.5 (expected a whole number)"),
+        ("epochs = '1'\n", "{file}: epochs is '1' (expected a whole number)"),
+        ("epochs = true\n", "{file}: epochs is True (expected a whole number)"),
+        ("lr = nan\n", "{file}: lr is nan (expected a number)"),
+        ("lr = '1e-3'\n", "{file}: lr is '1e-3' (expected a number)"),
+        ("rslora = 1\n", "{file}: rslora is 1 (expected true or false)"),
+        ("data = 3\n", "{file}: data is 3 (expected a path)"),
+        ("tasks = 'sst'\n", "{file}: tasks is 'sst' (expected a list of names)"),
+        ("mode = 'qlora'\n", "{file}: mode is 'qlora' (expected one of lora, frozen, full)"),
+        ("[sst]\nrank = 3\n", "{file}: sst.rank is no setting (expected r, alpha"),
+        ("[sts]\nr = 2.5\n", "{file}: sts.r is 2.5 (expected a whole number)"),
+        ("[sts]\nlr = -1\n", "{file}: sts.lr is -1.0 (expected a positive number)"),
+        ("seed = 1\nseed = 2\n", '{file}: not a readable TOML file: Key "seed" already exists'),
+        ("r = [\n", "{file}: not a readable TOML file"),
         ("[task.x]\nkind = 1\n", "task"),
-        ("task = 'sst'\n", "task is 'sst' (expected tables [task.NAME])"),
-        ("adapters = 'per-task'\n[task.x]\nlora = {rank = 2}\n", "'rank'"),
-        ("adapters = 'per-task'\n[task.x]\nlora = {r = '2'}\n", "task 'x': lora is {'r': '2'}"),
-        ("adapters = 'per-task'\n[task.x]\nlora = {targets = 'query'}\n", "targets is 'query'"),
-        ("[task.x]\nlora = {r = 2}\n", "x has settings of its own, which need"),
+        ("task = 'sst'\n", "{file}: task is 'sst' (expected tables [task.NAME])"),
+        ("task.sst = 1\n", "task is {{'sst': 1}} (expected tables [task.NAME])"),
+        ("[task.x]\nlora = {{rank = 2}}\n", "task.x.lora.rank is no setting"),
+        ("[task.x]\nlora = {{r = '2'}}\n", "task.x.lora.r is '2' (expected a whole number)"),
+        ("[task.x]\nlora = {{targets = 'query'}}\n", "task.x.lora.targets is 'query'"),
+        ("[task.x]\nlora = {{r = 2}}\n", "x has settings of its own, which need"),
     ],
 )
 def test_wrong_config_file(text, message, tmp_path, capsys):
     file = tmp_path / "c.toml"
-    file.write_text(text)
+    file.write_text(text.replace("{{", "{").replace("}}", "}"))
     code, out, err = call(["train", "--config", file], capsys)
-    assert code == 2 and message in out + err
+    (line,) = err.splitlines()
+    assert code == 2 and not out and message.format(file=file) in line
+
+
+def test_a_settings_file_may_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_bytes(b"\xef\xbb\xbfepochs = 2\n")
+    assert settings_from(TrainFlags(), file).epochs == 2
 
 
 def test_data_here_may_be_of_ones_own_tasks(tiny_model, tiny_data, tmp_path, capsys, monkeypatch):
@@ -184,6 +211,14 @@ def test_eval(finished, tiny_data, capsys):
         assert re.search(rf"^{task}\s+\w+\s+{re.escape(number)}\s", trained, re.M)
 
 
+def test_eval_reads_what_the_run_was_trained_on(finished, tiny_data, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(["eval", finished], capsys)
+    assert code == 0 and f"on {tiny_data}\n" in out
+    code, _, err = call(["eval", finished, "--data", "nowhere"], capsys)
+    assert code == 2 and "nowhere: no such folder" in err
+
+
 def test_eval_can_leave_bad_rows_out(finished, tiny_data, tmp_path, capsys):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     with (data / "quora-dev.csv").open("a") as file:
@@ -214,6 +249,18 @@ def test_predict_writes_a_row_for_each_row(finished, tmp_path, capsys):
     assert lines[0] == "id,task,prediction" and len(lines) == 4
 
 
+@pytest.mark.parametrize(("out", "what"), [("new.csv", "the input itself"), ("", "a folder")])
+def test_predict_writes_neither_over_its_input_nor_to_a_folder(
+    finished, tmp_path, capsys, out, what
+):
+    file = tmp_path / "new.csv"
+    file.write_text("sentence\ngood\n")
+    flags = ["predict", finished, file, "--task", "sst", "--out", tmp_path / out]
+    code, _, err = call(flags, capsys)
+    assert code == 2 and f", {what} (expected the name of a file" in err
+    assert file.read_text() == "sentence\ngood\n" and list(tmp_path.iterdir()) == [file]
+
+
 def test_predict_names_the_tasks(finished, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("sentence\na\n")
     code, _, err = call(["predict", finished, tmp_path / "new.csv"], capsys)
@@ -232,6 +279,8 @@ def test_merge(finished, tmp_path, capsys):
 
 
 def test_unfinished_folder_is_named(tmp_path, capsys):
+    code, _, err = call(["train", "--resume", tmp_path / "nowhere"], capsys)
+    assert code == 2 and "nowhere/run.toml: no such file" in err
     code, _, err = call(["eval", tmp_path], capsys)
     assert code == 2 and "expected a finished run folder" in err
 

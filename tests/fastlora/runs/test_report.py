@@ -16,8 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from fastlora.files import read_toml
-from fastlora.lora.config import LoraConfig
-from fastlora.multitask import predictor as evaluate
+from fastlora.multitask import evaluation as evaluate
 from fastlora.runs import report
 from fastlora.runs.pages import (
     NO_PLOTS,
@@ -155,9 +154,7 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def test_spectra_are_those_of_the_whole_update(tmp_path, tiny_config):
-    folder = run(
-        tiny_config(lora=LoraConfig(r=4, alpha=6.0, rslora=True, targets=("key", "output")))
-    )
+    folder = run(tiny_config(r=4, alpha=6.0, rslora=True, targets=("key", "output")))
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     spectra = report._spectra(folder / "adapter", report._Run(folder).adapters["default"])
     names = {"key": "attention.self.key", "output": "attention.output.dense"}

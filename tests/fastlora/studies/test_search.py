@@ -19,7 +19,6 @@ from fastlora.cli import main
 from fastlora.console import Log
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.files import read_toml
-from fastlora.lora.config import LoraConfig
 from fastlora.runs.session import run_training
 from fastlora.studies import stages
 from fastlora.studies.search import run_search
@@ -80,7 +79,7 @@ def test_sweep_at_the_trained_rank_is_the_trained_model(tiny_config):
 def searched(small, tiny_model, tiny_data, tmp_path_factory):
     """The configuration of a finished search, which tests leave as it is."""
     config = TrainConfig(
-        lora=LoraConfig(r=4),
+        r=4,
         tasks=("sts",),
         data=tiny_data,
         model=str(tiny_model),
@@ -137,7 +136,7 @@ def test_best_toml_trains(searched, tmp_path):
 
 
 def test_other_settings_need_another_folder(searched):
-    other = replace(searched, lora=LoraConfig(r=2))
+    other = replace(searched, r=2)
     with pytest.raises(UserError, match="other settings"):
         run_search(other, find_inputs(other), HOW, quiet=True)
 
@@ -317,7 +316,6 @@ def test_two_processes_share_a_search(tiny_config):
         (["--trials", "0"], "trials is 0"),
         (["--mode", "full"], "search finds LoRA settings"),
         (["--join"], "holds no search to help with"),
-        (["--tokens-per-batch", "auto"], "tokens_per_batch is 'auto'"),
         (["--adapters", "per-task", "--add-to", "runs/old"], "adapters of a new run"),
     ],
 )

@@ -16,16 +16,15 @@ from safetensors.torch import load_file
 from fastlora.data.token_cache import load_tasks
 from fastlora.devices import local_device
 from fastlora.errors import RunError, UserError
-from fastlora.lora.config import LoraConfig
-from fastlora.multitask.predictor import predict, scores_of
+from fastlora.multitask.evaluation import predict, scores_of
 from fastlora.runs import session
 from fastlora.runs.folder import open_run
 from fastlora.runs.trained import load_trained, merge_encoder
 from fastlora.training import loop as train
 from fastlora.training.checkpoint import Progress, latest_checkpoint, save_checkpoint
 from fastlora.training.config import TrainConfig
-from fastlora.training.loop import schedule
 from fastlora.training.metrics_log import Metrics
+from fastlora.training.optimizer import schedule
 from fastlora.training.stopping import Stop
 
 
@@ -145,7 +144,7 @@ def test_interrupted_run_continues_bit_for_bit(tiny_config, tmp_path, monkeypatc
 
 def _commanded(config: TrainConfig) -> TrainConfig:
     """The settings of `_command`."""
-    return replace(config, lora=LoraConfig(), save_every=3, tokens_per_batch=128)
+    return replace(config, r=8, save_every=3, tokens_per_batch=128)
 
 
 def _command(config: TrainConfig) -> list[str]:
@@ -324,7 +323,7 @@ def test_merge_asks_which_adapter(tiny_config, tmp_path, adapters):
 
 
 def test_schedules():
-    config = TrainConfig(lora=LoraConfig(), warmup=0.1)
+    config = TrainConfig(warmup=0.1)
     factors = [schedule(config, step, 100) for step in range(100)]
     assert factors[0] == 0.1 and factors[9] == 1.0
     assert factors[10] == 1.0 and factors[99] == pytest.approx(1 / 90)

@@ -1,11 +1,9 @@
-"""What decides a run's memory: recomputed layers, the tokens per batch, and running out."""
+"""What decides a run's memory: recomputed layers, and what happens when it runs out."""
 
-import math
 import platform
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,10 +12,8 @@ from safetensors.torch import load_file
 
 from fastlora.cli import main
 from fastlora.console import Log
-from fastlora.files import read_toml
 from fastlora.multitask.model import MultitaskBert
 from fastlora.runs import session
-from fastlora.training import batch_size as tokens
 from fastlora.training import loop as train
 from fastlora.training.distributed import Ranks
 from fastlora.training.inputs import find_inputs
@@ -31,10 +27,6 @@ def run(config):
 def trained(config):
     files = sorted((config.out / "adapter").rglob("*.safetensors"))
     return {f"{file.name} {name}": t for file in files for name, t in load_file(file).items()}
-
-
-def tokens_of(config):
-    return read_toml(config.out / "run.toml")["tokens_per_batch"]
 
 
 def forward_and_backward(config):
@@ -95,85 +87,6 @@ def test_a_run_may_go_on_with_recomputed_layers(tiny_config, tmp_path):
         assert torch.equal(trained(parts)[name], tensor)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_auto_measures_and_changes_nothing(tiny_config, tmp_path, mode, precision):
-    """So small an epoch keeps 512; the run is then bit for bit that of --tokens-per-batch 512."""
-    tiny_config = partial(tiny_config, mode=mode, precision=precision)
-    auto = tiny_config(tokens_per_batch="auto", out=tmp_path / "auto")
-    run(auto)
-    assert tokens_of(auto) == 512
-    assert "auto       512 tokens per batch (tokens/s: " in (auto.out / "train.log").read_text()
-    given = tiny_config(tokens_per_batch=512, out=tmp_path / "given")
-    run(given)
-    for name, tensor in trained(given).items():
-        assert torch.equal(trained(auto)[name], tensor)
-
-
-@pytest.mark.parametrize(
-    ("rates", "steps", "expected"),
-    [
-        ([100, 150, 155], 1, 1024),
-        ([100, 106, 112, 117], 1, 2048),
-        ([100, 90], 1, 512),
-        ([100, 150, 0], 1, 1024),
-        ([0], 1, 512),
-        ([100, 200], 4, 1024),
-    ],
-)
-def test_auto_stops_where_speed_memory_or_steps_do(
-    tiny_config, monkeypatch, rates, steps, expected
-):
-    left = iter(rates)
-    monkeypatch.setattr(tokens, "trial_rate", lambda trainer, plan: next(left))
-    monkeypatch.setattr(tokens, "LEAST_STEPS", steps)
-    config = tiny_config(tokens_per_batch="auto")
-    run(config)
-    assert tokens_of(config) == expected
-    assert not list(left)
-
-
-def test_auto_continues_with_the_number_it_chose(tiny_config, monkeypatch):
-    """The same command, and --resume."""
-    monkeypatch.setattr(tokens, "trial_rate", lambda trainer, plan: 1 / len(plan))
-    monkeypatch.setattr(tokens, "LEAST_STEPS", 4)
-    config = tiny_config(tokens_per_batch="auto", max_steps=2)
-    first = run(config)
-    chosen = tokens_of(config)
-    assert chosen > 512
-    monkeypatch.delattr(tokens, "trial_rate")
-    assert run(config) == first
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--resume", str(config.out), "--quiet"])
-    assert stop.value.code == 0
-    assert tokens_of(config) == chosen
-
-
-def test_auto_is_what_the_first_rank_says(tiny_config):
-    class Second(Ranks):
-        first = False
-
-        def sum(self, values):
-            return values + 768
-
-    config = tiny_config(tokens_per_batch="auto")
-    setup = prepare(config, find_inputs(config))
-    found = session._with_tokens(setup, None, config.out, Second(setup.device), Log(quiet=True))
-    assert found.config.tokens_per_batch == 768
-    assert not config.out.exists()
-
-
-@pytest.mark.slow
-def test_auto_is_one_number_for_all_ranks(tiny_config, two_ranks):
-    config = tiny_config()
-    flags = ["--data", config.data, "--model", config.model, "--out", config.out, "--device", "cpu"]
-    command = ["-m", "fastlora.cli", "train", "--tokens-per-batch", "auto", *flags]
-    for _ in range(2):
-        two_ranks([sys.executable, *command], "29513")
-        assert tokens_of(config) == 512
-    assert (config.out / "train.log").read_text().count("auto ") == 1
-
-
 def no_memory_on_a_gpu():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
@@ -217,17 +130,6 @@ def test_another_runtime_error_is_not_taken_for_memory(tiny_config, monkeypatch)
     monkeypatch.setattr(train.Trainer, "loss", lambda self, *share: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         run(tiny_config())
-
-
-def test_a_batch_that_does_not_fit_has_no_rate(tiny_config, monkeypatch):
-    config = tiny_config()
-    setup = prepare(config, find_inputs(config))
-    model, _, _ = build_model(setup, setup.inputs.tasks, setup.config)
-    trainer = train.Trainer(setup, model, config.out, Ranks(setup.device), Log(quiet=True))
-    assert 0 < tokens.trial_rate(trainer, trainer.plan(0)) < math.inf
-    assert all(p.grad is None for p in model.parameters())
-    monkeypatch.setattr(train.Trainer, "loss", lambda self, *share: torch.empty(2**55))
-    assert tokens.trial_rate(trainer, trainer.plan(0)) == 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep it or not")

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlora.console import Log
 from fastlora.data.batches import collate
 from fastlora.errors import UserError
-from fastlora.lora.config import LoraConfig
 from fastlora.studies.truncation import sweep
 from fastlora.training import loop as train
 from fastlora.training.checkpoint import trainable
@@ -24,10 +23,10 @@ from fastlora.training.setup import build_model, prepare
 from fastlora.training.side_by_side import side_by_side
 
 VARIANTS = [
-    {"lora": LoraConfig(r=4, dropout=0.1), "lr": 2e-3},
-    {"lora": LoraConfig(r=2, dropout=0.4, targets=("value",)), "lr": 8e-3, "warmup": 0.3},
-    {"lora": LoraConfig(r=8, alpha=32, dropout=0.0, targets=("query", "ffn_output")), "lr": 5e-4},
-    {"lora": LoraConfig(r=4, dropout=0.1), "lr": 2e-3, "head_lr": 1e-2, "schedule": "constant"},
+    {"r": 4, "dropout": 0.1, "lr": 2e-3},
+    {"r": 2, "dropout": 0.4, "targets": ("value",), "lr": 8e-3, "warmup": 0.3},
+    {"r": 8, "alpha": 32, "dropout": 0.0, "targets": ("query", "ffn_output"), "lr": 5e-4},
+    {"r": 4, "dropout": 0.1, "lr": 2e-3, "head_lr": 1e-2, "schedule": "constant"},
 ]
 
 

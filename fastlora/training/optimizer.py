@@ -1,0 +1,63 @@
+"""The optimizer of a run, and the schedule of its learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fastlora.multitask.model import VARIANT, MultitaskBert
+from fastlora.training.checkpoint import trainable
+from fastlora.training.config import TaskLoraConfig, TrainConfig
+
+
+def owner(parameter: str) -> str:
+    """The task or adapter that a parameter's name ends or begins with; else another word."""
+    parts = parameter.split(".")
+    return parts[1] if parts[0] == "heads" else parts[-1]
+
+
+def make_optimizer(model: MultitaskBert, configs: Sequence[TrainConfig]) -> torch.optim.AdamW:
+    """AdamW over what trains: heads at their own rate, weight decay of matrices only.
+
+    `configs` are those of the model's variants, or the only one.
+    """
+    groups: dict[tuple[int, float, float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        task, _, variant = owner(name).partition(VARIANT)
+        config = configs[int(variant or 0)]
+        special = config.task_settings(task) if task in (config.tasks or ()) else TaskLoraConfig()
+        lr = config.peak_head_lr if name.startswith("heads.") else special.lr or config.peak_lr
+        warmup = config.warmup if special.warmup is None else special.warmup
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((int(variant or 0), warmup, lr, decay), []).append(parameter)
+    settings = [
+        {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
+        | {"config": replace(configs[variant], warmup=warmup)}
+        for (variant, warmup, lr, decay), params in groups.items()
+    ]
+    # BERT's own eps; a smaller one turns rounding of tiny gradients into steps.
+    return torch.optim.AdamW(settings, eps=1e-6, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
+    """Put the learning rates of `step` (from 0) of `total` in place; in a tensor that is one."""
+    for group in optimizer.param_groups:
+        lr = group["peak"] * schedule(group["config"], step, total)
+        group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+
+
+def schedule(config: TrainConfig, step: int, total: int) -> float:
+    """The factor of the peak learning rate at `step` (from 0) of `total`."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (total - step) / max(1, total - warmup)
+    if config.schedule == "linear":
+        return left
+    if config.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * left))
+    return 1.0

@@ -1,0 +1,78 @@
+"""Values of settings in the types that their dataclass gives; nothing is rounded or guessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastlora.errors import UserError
+from fastlora.lora.config import check
+
+# By a setting's type: what is taken for it, and what a message calls that.
+_ACCEPTED: dict[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "text"),
+    tuple: ((list, tuple), "a list of names"),
+    Path: ((str, Path), "a path"),
+    Mapping: (Mapping, "tables [task.NAME]"),
+}
+
+
+@cache
+def types_of(settings: Any) -> dict[str, Any]:
+    """The type of each field of a dataclass."""
+    return get_type_hints(settings)
+
+
+def check_types(settings: Any) -> None:
+    """Put each field of a frozen dataclass in its type, or raise UserError for another type."""
+    for name, kind in types_of(settings.__class__).items():
+        object.__setattr__(settings, name, as_type(name, getattr(settings, name), kind))
+
+
+def check_keys(table: Mapping[str, Any], known: Mapping[str, Any], where: str = "") -> dict:
+    """The values of a table, each in the type that `known` has for its key.
+
+    Raises UserError, which begins with `where`, for another key or type.
+    """
+    for key in table:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected {', '.join(known)}"
+            raise UserError(f"{where}{key} is no setting ({hint})")
+    return {key: as_type(f"{where}{key}", value, known[key]) for key, value in table.items()}
+
+
+def as_type(name: str, value: Any, kind: Any) -> Any:
+    """The value of the setting `name` in its type `kind`; UserError for a value of another.
+
+    Text becomes a path, a list a tuple, a table the dataclass that it describes.
+    """
+    options, origin = get_args(kind), get_origin(kind) or kind
+    if NoneType in options:
+        return None if value is None else as_type(name, value, options[0])
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
+        try:
+            return origin(**check_keys(value, types_of(kind)))
+        except UserError as error:
+            raise UserError(f"{name}.{error}") from None
+    if origin is Literal:
+        check(value in options, name, value, f"one of {', '.join(options)}")
+        return value
+    accepted, expected = _ACCEPTED.get(origin, (origin, f"a {origin.__name__}"))
+    ok = isinstance(value, accepted) and (origin is bool or not isinstance(value, bool))
+    if origin is float:
+        ok = ok and math.isfinite(value)
+    if origin is tuple:
+        ok = ok and all(isinstance(item, str) for item in value)
+    check(ok, name, value, expected)
+    return origin(value) if origin in (int, float, tuple, Path) else value
