@@ -125,7 +125,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(ops, "FEW", 0)  # a GPU's products are fused however small
     monkeypatch.setattr(cpu_route, "keep_mask", philox)
     monkeypatch.setattr(dropout, "keep_mask", philox)
-    for name in ("down", "fused", "outer"):
+    for name in ("down", "add", "outer"):
         monkeypatch.setattr(triton_route, name, recorded(getattr(triton_route, name)))
 
 
