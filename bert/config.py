@@ -1,6 +1,6 @@
 """The encoder's configuration, under the names of Hugging Face's ``config.json``."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastlora.errors import UserError
@@ -44,12 +44,12 @@ class BertConfig:
             )
 
     @classmethod
-    def from_json(cls, path: Path) -> "BertConfig":
+    def from_json(cls, path: str | Path) -> "BertConfig":
         """Read a Hugging Face ``config.json``, ignoring the keys that minBERT does not use.
 
         Raises UserError naming the file and the key for what minBERT cannot do.
         """
-        values = read_json(path)
+        values = read_json(Path(path))
         for key, supported in _SUPPORTED.items():
             if values.get(key, supported[0]) not in supported:
                 expected = " or ".join(map(repr, supported))
@@ -59,6 +59,6 @@ class BertConfig:
         except (ValueError, TypeError, ArithmeticError) as error:
             raise UserError(f"{path}: {error}") from error
 
-    def to_json(self, path: Path) -> None:
+    def to_json(self, path: str | Path) -> None:
         """Write a ``config.json`` that ``transformers.BertConfig`` reads."""
-        write_json(path, {"architectures": ["BertModel"], "model_type": "bert", **asdict(self)})
+        write_json(Path(path), {"architectures": ["BertModel"], "model_type": "bert"} | vars(self))

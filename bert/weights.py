@@ -14,15 +14,15 @@ from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
-def load_encoder(folder: Path, parts: Parts | None = None) -> tuple[BertModel, list[str]]:
+def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertModel, list[str]]:
     """Build the encoder of a folder with its weights in fp32, in evaluation mode.
 
     Accepts "bert." prefixes, LayerNorm.gamma/beta, pre-training heads (cls.*, ignored) and a
     missing pooler, which is drawn from normal(0, 0.02), always the same. Returns the model and a
     note for each such liberty. Raises UserError as ``copy_tensors`` does.
     """
-    path = folder / "model.safetensors"
-    model = BertModel(BertConfig.from_json(folder / "config.json"), parts or Parts())
+    path = Path(folder) / "model.safetensors"
+    model = BertModel(BertConfig.from_json(path.with_name("config.json")), parts or Parts())
     raw, _ = read_tensors(path)
     tensors: dict[str, Tensor] = {}
     for raw_name, tensor in raw.items():
@@ -44,11 +44,11 @@ def load_encoder(folder: Path, parts: Parts | None = None) -> tuple[BertModel, l
     return model.eval(), notes
 
 
-def save_encoder(model: BertModel, folder: Path) -> None:
+def save_encoder(model: BertModel, folder: str | Path) -> None:
     """Write what ``transformers.BertModel.from_pretrained`` loads into a folder.
 
     LoRA parameters are left out: adapters must be merged first.
     """
     weights = {n: p.float() for n, p in model.named_parameters() if "lora_" not in n}
-    write_tensors(folder / "model.safetensors", weights)
-    model.config.to_json(folder / "config.json")
+    write_tensors(Path(folder) / "model.safetensors", weights)
+    model.config.to_json(Path(folder) / "config.json")

@@ -135,7 +135,7 @@ def evaluate(
         find_data(how.data, ())  # a mistake is answered at once
     from fastlora.console import Log
     from fastlora.data.token_cache import load_tasks
-    from fastlora.multitask.evaluation import predict, score_table
+    from fastlora.multitask.predictor import predict, score_table
     from fastlora.runs.trained import load_trained
 
     trained = load_trained(run, how.device, model)
@@ -170,7 +170,7 @@ def predict_file(
         what = "a folder" if out.is_dir() else "the input itself"
         raise UserError(f"--out is {out}, {what} (expected the name of a file to write)")
     adapter_folder(run)
-    from fastlora.multitask.evaluation import write_rows
+    from fastlora.multitask.predictor import write_rows
     from fastlora.runs.trained import load_trained, predict_rows
 
     how = settings_from(settings, None)

@@ -60,11 +60,10 @@ class Batch:
     real: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
-        """All that are on the device."""
-        layout = self.layout
-        single = (self.input_ids, self.attention_mask, self.token_type_ids, self.rows)
-        found = (*single, layout.index, layout.mask)
-        return [t for t in (*found, *self.labels.values(), *self.real.values()) if t is not None]
+        """The tensors that `to` copies."""
+        block = (self.input_ids, self.attention_mask, self.token_type_ids, self.rows)
+        tensors = (*block, self.layout.index, self.layout.mask)
+        return [t for t in (*tensors, *self.labels.values(), *self.real.values()) if t is not None]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device, without waiting for the copy where that is possible."""
@@ -139,11 +138,11 @@ def collate(
         examples = plan_batch[plan_batch[:, 0] == index, 1]
         if not len(examples):
             continue
-        own = [_gather(column, examples) for column in data.columns]
+        gathered = [_gather(column, examples) for column in data.columns]
         start, first = (spans[-1].stop, spans[-1].tokens[1]) if spans else (0, 0)
-        last = first + sum(len(ids) for _, ids, _ in own)
-        spans.append(Span(name, start, len(examples), len(own), (first, last)))
-        sequences += own
+        last = first + sum(len(ids) for _, ids, _ in gathered)
+        spans.append(Span(name, start, len(examples), len(gathered), (first, last)))
+        sequences += gathered
         indices[name] = examples
         if data.labels is not None:
             kind = np.int64 if data.task.kind == "classification" else np.float32
@@ -174,9 +173,9 @@ def _with_room(batch: Batch) -> Batch:
     for span in batch.spans:
         most = len(batch.input_ids) // span.width
         spans.append(replace(span, start=spans[-1].stop if spans else 0, count=most))
-        own = torch.arange(span.start, span.stop).view(span.width, span.count)
+        block_rows = torch.arange(span.start, span.stop).view(span.width, span.count)
         missing = 0, most - span.count
-        rows.append(F.pad(own, missing).flatten())
+        rows.append(F.pad(block_rows, missing).flatten())
         real[span.task] = F.pad(torch.ones(span.count), missing)
         labels[span.task] = F.pad(batch.labels[span.task], missing)
     return replace(batch, spans=tuple(spans), rows=torch.cat(rows), labels=labels, real=real)
@@ -219,9 +218,9 @@ def _gather(column: Encoded, examples: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Take n sequences: their lengths [n], and the ids and types of all their tokens."""
     ends = column.offsets[examples + 1]
     lengths = ends - column.offsets[examples]
-    places = np.arange(lengths.sum()) + np.repeat(ends - np.cumsum(lengths), lengths)
-    types = np.zeros(len(places), np.int8) if column.types is None else column.types[places]
-    return lengths, column.ids[places], types
+    positions = np.arange(lengths.sum()) + np.repeat(ends - np.cumsum(lengths), lengths)
+    types = np.zeros(len(positions), np.int8) if column.types is None else column.types[positions]
+    return lengths, column.ids[positions], types
 
 
 def _shares(sizes: np.ndarray, sampling: str) -> np.ndarray:

@@ -45,9 +45,12 @@ class TaskData:
 
 
 def read_content(path: str | Path) -> bytes:
-    """Read a whole file; UserError when it cannot be."""
+    """Read a whole file; UserError when it cannot be, as a device or a pipe may never end."""
+    path = Path(path)
     try:
-        return Path(path).read_bytes()
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be read: not a regular file")
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -216,8 +219,11 @@ def _json_records(text: str) -> Iterator[tuple[int, Any]]:
             try:
                 # Numbers stay as the file spells them; NaN and Infinity, which are not JSON, are
                 # the only floats.
-                yield line, json.loads(content, parse_float=str, parse_int=str)
-            except ValueError as error:
+                record = json.loads(content, parse_float=str, parse_int=str)
+                if "\\ud" in content.lower():  # half a surrogate pair is not a character
+                    json.dumps(record, ensure_ascii=False).encode()
+                yield line, record
+            except (ValueError, RecursionError) as error:
                 yield line, ValueError(f"not JSON: {error}")
 
 

@@ -1,10 +1,10 @@
 """Tasks: the columns of a file, what its labels mean, and the four built-in ones."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any
 
 from fastlora.errors import UserError
@@ -59,12 +59,12 @@ class Task:
     def parse_label(self, text: str) -> float:
         """Turn a label cell into a class index or a value in [low, high], else ValueError."""
         value = _value(text)
-        found = self._classes.get(value)
+        label = self._classes.get(value)
         if self.kind == "regression" and isinstance(value, float):
-            found = value if self.low <= value <= self.high else None
-        if found is None:
+            label = value if self.low <= value <= self.high else None
+        if label is None:
             raise ValueError(f"column {self.label!r} is {text!r} (expected {self.expected})")
-        return found
+        return label
 
     def to_table(self) -> dict[str, Any]:
         """Give the task as the plain table that `task_from_table` reads back."""
@@ -91,15 +91,21 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
     check("label", isinstance(label, str) and label not in columns, "another column's name")
     splits = set(files) if isinstance(files, Mapping) else set()
     check("files", {"train", "dev"} <= splits <= set(SPLITS), "files for train, dev, maybe test")
+    inside = all(isinstance(f, str) and _is_inside(PurePath(f)) for f in files.values())
+    check("files", inside, "paths inside the data folder, not absolute and without '..'")
     if kind == "classification":
         check("labels", _distinct(labels) and len(labels) > 1, "two or more different classes")
         own: dict[str, Any] = {"labels": tuple(map(str, labels))}
     else:
-        check("low", isinstance(low, (int, float)) and math.isfinite(low), "a number")
-        check("high", isinstance(high, (int, float)) and low < high < math.inf, "more than low")
+        # As fp32: JSON and TOML also hold integers that are too large for any float.
+        check("low", type(low) in (int, float) and abs(low) < 1e38, "a number")
+        check("high", type(high) in (int, float) and low < high < 1e38, "more than low")
         own = {"low": float(low), "high": float(high)}
-    paths = {split: str(file) for split, file in files.items()}
-    return Task(name, kind, tuple(map(str, columns)), label, paths, **own)
+    return Task(name, kind, tuple(map(str, columns)), label, dict(files), **own)
+
+
+def _is_inside(path: PurePath) -> bool:
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _distinct(names: Any) -> bool:

@@ -133,10 +133,10 @@ def is_encoder(module: nn.Module) -> bool:
 def _parts(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]]:
     """The modules of an encoder, and what each becomes."""
     yield encoder, ENCODERS[kind_of(type(encoder))]
-    for module in encoder.modules():
+    for name, module in encoder.named_modules():
         if kind_of(type(module)) in ATTENTIONS:
             yield module, ATTENTIONS[kind_of(type(module))]
-        elif type(module) is nn.Linear:
+        elif type(module) is nn.Linear and "lora_" not in name:
             yield module, SwappedLinear
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,6 @@ class PeftLinear(Swapped):
     Where a call is more than plain LoRA, PEFT's own forward runs.
     """
 
-    base_layer: Any
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
     scaling: dict[str, float]
     active_adapters: list[str]
 
@@ -65,7 +61,9 @@ class PeftLinear(Swapped):
 
         Or, where it computes more than plain LoRA, why. Without x, types are not looked at.
         """
-        base, disabled, merged = self.base_layer, self.disable_adapters, self.merged
+        # Parts are read where PyTorch keeps them: its look-ups by name cost more than all the rest.
+        parts: Any = self._modules
+        base, disabled, merged = parts["base_layer"], self.disable_adapters, self.merged
         if self.fan_in_fan_out:
             return "fan_in_fan_out"
         if disabled and merged:
@@ -73,7 +71,7 @@ class PeftLinear(Swapped):
         if not isinstance(base, nn.Linear) or isinstance(base, LoRALinear) or not is_bare(base):
             kind = type(base).__name__
             return f"its base layer, a {kind}, is not a linear layer and nothing else"
-        weight, lora_A, lora_B = base.weight, self.lora_A, self.lora_B
+        weight, lora_A = cast(Tensor, base._parameters["weight"]), parts["lora_A"]._modules
         terms: list[Term] = []
         types = {weight.dtype}
         for name in () if disabled or merged else self.active_adapters:
@@ -85,23 +83,24 @@ class PeftLinear(Swapped):
                 return f"adapter {name!r} is no plain LoRA, but {kind}"
             if not isinstance(scale := self.scaling[name], (int, float)):
                 return f"adapter {name!r} has a scale that is no number"
-            A, B, p = lora_A[name], lora_B[name], _rate(self.lora_dropout[name])
-            if A.bias is not None or B.bias is not None:
-                return f"adapter {name!r} has biases"
+            A, B = lora_A[name], parts["lora_B"]._modules[name]
             if not (is_bare(A) and is_bare(B)):
                 return f"adapter {name!r} has hooks on its factors, or they are sharded"
-            if p < 0:
+            A, B = A._parameters, B._parameters
+            if A["bias"] is not None or B["bias"] is not None:
+                return f"adapter {name!r} has biases"
+            if (p := _rate(parts["lora_dropout"]._modules[name])) < 0:
                 return f"adapter {name!r} has a dropout of its own kind, or near 1"
             # One seed serves all terms of a product: their masks differ by adapter and column.
             stream = column * 64 + len(terms)
-            terms.append(Term(A.weight, B.weight, scale, p, stream, column=column))
-            types.add(A.weight.dtype)
+            terms.append(Term(A["weight"], B["weight"], scale, p, stream, column=column))
+            types.add(A["weight"].dtype)
         if x is not None and types != {x.dtype}:
             autocast = torch.is_autocast_enabled(x.device.type)
             if x.dtype == torch.float64 or not autocast:
                 return "mixed types without autocast"
         packed = base.packed_for(x) if x is not None and isinstance(base, Linear) else None
-        return Product(weight, base.bias, terms, packed=packed)
+        return Product(weight, base._parameters["bias"], terms, packed=packed)
 
 
 def _rate(dropout: nn.Module) -> float:

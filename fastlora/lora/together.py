@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from fastlora.kernels import Linear, Packed, Term, is_small, lora_together
 from fastlora.lora.layer import PLAIN, LoRALinear
 
 OURS = (LoRALinear.forward,)
+_hooks = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
 
 
 class Product(NamedTuple):
@@ -65,21 +69,16 @@ def _product(layer: Any, x: Tensor, column: int) -> Product | None:
 
 def is_bare(layer: nn.Linear) -> bool:
     """Whether a call of the layer is x W^T + b, with adapters or without, and nothing else."""
-    ours = isinstance(layer, LoRALinear) and layer.is_plain
+    ours, parameters = isinstance(layer, LoRALinear) and layer.is_plain, layer._parameters
     return bool(
         type(layer).forward in (OURS if ours else PLAIN)
-        and type(layer._parameters.get("weight")) is nn.Parameter
+        and type(parameters.get("weight")) is nn.Parameter
+        and "bias" in parameters
         and not has_hooks(layer)
     )
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call does something that others have put there."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or _has_any_global_hook()
-    )
+    own = vars(module)
+    return any(_hooks(own)) or "forward" in own or _has_any_global_hook()

@@ -1,14 +1,14 @@
-"""LoRA adapters in PEFT's format and task heads on disk; loading is all or nothing.
+"""LoRA adapters in PEFT's format and task heads on disk.
 
 Files are written into a folder that the caller makes atomic. They carry the fingerprints of the
-encoder and tokenizer that their weights belong to.
+encoder and tokenizer that their weights belong to, and `heads.json` has those of all tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ from fastlora.lora import files as lora
 from fastlora.lora.layer import DEFAULT
 from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
-_HEADS, _HEADS_INFO = "heads.safetensors", "heads.json"
+HEADS, HEADS_INFO = "heads.safetensors", "heads.json"
+FORMAT = 2  # of `heads.json`: raised where stored heads get another meaning
+# The settings that a model is built of, with their values.
+SETTINGS = {
+    "mode": ("lora", "frozen", "full"),
+    "adapters": ("shared", "per-task", "shared+per-task"),
+    "pairs": ("separate", "joint"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,15 @@ def fingerprint(encoder: nn.Module) -> str:
 
     Take it of the fp32 weights as loaded: a cast or merged encoder has another fingerprint.
     """
+    return _sha256({n: p.detach() for n, p in encoder.named_parameters() if "lora_" not in n})
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, types and bytes, whatever the order of the names."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(encoder.named_parameters()):
-        if "lora_" not in name:
-            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-            values = parameter.detach().cpu().contiguous().view(-1)
-            digest.update(values.view(torch.uint8).numpy().data)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -71,74 +81,91 @@ def save_adapter(folder: Path, encoder: nn.Module, adapter: str, base: BaseInfo)
     )
 
 
-def load_adapter(folder: Path, encoder: nn.Module, adapter: str, base: BaseInfo) -> None:
-    """Load one adapter into an encoder that has its place, all of it or, on UserError, nothing.
-
-    Refuses what `fastlora.load_adapter` does and, where the file says so, another base model or
-    tokenizer.
-    """
-    _check_base(folder / lora.WEIGHTS, base)
-    lora.load_adapter(encoder, folder, adapter)
-
-
 def save_heads(
     folder: Path,
     heads: nn.ModuleDict,
     tasks: Mapping[str, Task],
     base: BaseInfo,
-    extra: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> None:
-    """Write ``heads.safetensors`` and ``heads.json`` (tasks, base model, ``extra`` settings)."""
-    tables = {name: task.to_table() for name, task in tasks.items()}
-    write_tensors(folder / _HEADS, heads.state_dict(), **base.facts)
-    write_json(folder / _HEADS_INFO, {**base.facts, "tasks": tables, "settings": extra})
+    """Write `heads.safetensors` and `heads.json`, last: it has the sha256 of the adapters, too.
+
+    `heads.json` says what a model to load them into is built of: the tasks and the `settings`
+    "mode", "adapters", "pairs" and "model".
+    """
+    write_tensors(folder / HEADS, heads.state_dict(), **base.facts)
+    files = sorted([folder / HEADS, *folder.rglob(lora.WEIGHTS)])
+    info = {
+        "format": FORMAT,
+        **base.facts,
+        "tasks": {name: task.to_table() for name, task in tasks.items()},
+        "settings": settings,
+        "sha256": {str(f.relative_to(folder)): _sha256(read_tensors(f)[0]) for f in files},
+    }
+    write_json(folder / HEADS_INFO, info)
 
 
 def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
-    """The tasks and extra settings of saved heads: what a model to load them into is built of."""
-    path = folder / _HEADS_INFO
-    info = read_json(path)
-    tables, extra = info.get("tasks"), info.get("settings")
-    if not isinstance(tables, dict) or not isinstance(extra, dict):
-        raise UserError(f"{path}: has no 'tasks' and 'settings' (expected a file of fastlora)")
-    return {name: task_from_table(name, table) for name, table in tables.items()}, extra
+    """The tasks and settings in `heads.json`, as `save_heads` was given them.
 
-
-def load_heads(
-    folder: Path, heads: nn.ModuleDict, tasks: Mapping[str, Task], base: BaseInfo
-) -> None:
-    """Copy saved heads into ``heads``, all of them or, on UserError, nothing.
-
-    Refuses other tasks or labels than ``tasks`` (their files may differ), another base model or
-    tokenizer, and missing, unexpected, misshapen or non-finite tensors.
+    Raises UserError, naming the file and the key, for a value that is missing or wrong.
     """
-    for name, stored in read_heads(folder)[0].items():
-        if name in tasks and replace(tasks[name], files=stored.files) != stored:
-            raise UserError(
-                f"{folder / _HEADS_INFO}: the head of {name!r} was trained for {stored}, "
-                f"but the task is defined here as {tasks[name]}"
-            )
-    path = folder / _HEADS
-    copy_tensors(path, _check_base(path, base), heads.state_dict())
+    path, tasks = folder / HEADS_INFO, {}
+    info = read_json(path)
+
+    def check(key: str, value: Any, ok: bool, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{path}: {key} is {value!r:.80} (expected {expected})")
+
+    same = f"{FORMAT}, that of this fastlora: train again, or use the version it was saved by"
+    check("format", info.get("format"), info.get("format") == FORMAT, same)
+    for key in ("tasks", "settings", "sha256"):
+        check(key, info.get(key), isinstance(info.get(key), dict), "a table")
+    settings = info["settings"]
+    for key, known in SETTINGS.items():
+        check(f"settings.{key}", settings.get(key), settings.get(key) in known, " or ".join(known))
+    for key, value in (("base_model", info.get("base_model")), ("model", settings.get("model"))):
+        check(key, value, isinstance(value, str), "the encoder's name or folder")
+    for name, table in info["tasks"].items():
+        check(f"tasks.{name}", table, isinstance(table, dict), "a table")
+        try:
+            tasks[name] = task_from_table(name, table)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    check("tasks", tasks, bool(tasks), "one task or more")
+    return tasks, settings
 
 
 def load_all(
-    folder: Path,
-    encoder: nn.Module,
-    names: Iterable[str],
-    heads: nn.ModuleDict,
-    tasks: Mapping[str, Task],
-    base: BaseInfo,
+    folder: Path, encoder: nn.Module, adapters: Iterable[str], heads: nn.ModuleDict, base: BaseInfo
 ) -> None:
-    """`load_adapter` and `load_heads` of a run's adapter folder."""
-    for name in names:
-        load_adapter(adapter_place(folder, name), encoder, name, base)
-    load_heads(folder, heads, tasks, base)
+    """Load a run's adapters and heads into an encoder and heads made for them.
+
+    Raises UserError, before anything is loaded, for files of another base model or tokenizer, for
+    other files than `heads.json` lists, and for tensors that are not those saved; also for what
+    `fastlora.load_adapter` refuses, and for heads of other names or shapes.
+    """
+    info, places = folder / HEADS_INFO, {name: adapter_place(folder, name) for name in adapters}
+    files = [*(place / lora.WEIGHTS for place in places.values()), folder / HEADS]
+    found = {str(file.relative_to(folder)): read_tensors(file) for file in files}
+    stored = read_json(info)["sha256"]
+    if found.keys() != stored.keys():
+        listed, needed = ", ".join(sorted(stored)), ", ".join(sorted(found))
+        raise UserError(f"{info}: sha256 names {listed} (expected, by its settings, {needed})")
+    for name, (tensors, facts) in found.items():
+        _check_base(folder / name, facts, base)
+        if (sha256 := _sha256(tensors)) != stored[name]:
+            raise UserError(
+                f"{folder / name}: its tensors have sha256 {sha256:.12} (expected "
+                f"{stored[name]!r:.14}, as {info} says): damaged or replaced; copy the run again"
+            )
+    for name, place in places.items():
+        lora.load_adapter(encoder, place, name)
+    copy_tensors(folder / HEADS, found[HEADS][0], heads.state_dict())
 
 
-def _check_base(path: Path, base: BaseInfo) -> dict[str, Tensor]:
-    """The tensors of a file that was trained on this base."""
-    tensors, facts = read_tensors(path)
+def _check_base(path: Path, facts: Mapping[str, str], base: BaseInfo) -> None:
+    """Raise UserError where a file's metadata names another base than this."""
     for key, what in (("encoder_sha256", "base model"), ("tokenizer_sha256", "tokenizer")):
         expected = base.facts[key]
         # A file without our metadata, such as PEFT's, belongs to any base.
@@ -148,4 +175,3 @@ def _check_base(path: Path, base: BaseInfo) -> dict[str, Tensor]:
                 f"{facts[key][:12]}; here {base.base_model!r}, {expected[:12]}); "
                 "give the one it was trained on as --model"
             )
-    return tensors

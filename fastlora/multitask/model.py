@@ -18,12 +18,13 @@ from fastlora.bert.model import BertModel, SelfAttention
 from fastlora.data.batches import Batch
 from fastlora.data.tasks import Task
 from fastlora.errors import UserError
-from fastlora.kernels import Dropout, draw_seed
+from fastlora.kernels import draw_seed
 from fastlora.lora.config import LoraConfig
 from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number
 from fastlora.lora.model import inject, use_adapter
 from fastlora.lora.routing import Segment
 from fastlora.lora.together import project_together
+from fastlora.multitask.heads import head_class
 
 VARIANT = "@"
 
@@ -31,66 +32,6 @@ VARIANT = "@"
 def plain(name: str) -> str:
     """The adapter or task that `name` is a variant of: "sts@2" has the random numbers of "sts"."""
     return name.partition(VARIANT)[0]
-
-
-class SentenceHead(nn.Module):
-    """Linear scores of one sentence's (or one joint pair's) mean-pooled state."""
-
-    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
-        super().__init__()
-        self.dropout = Dropout(dropout)
-        self.linear = nn.Linear(hidden, task.outputs)
-
-    def forward(self, u: Tensor) -> Tensor:
-        """[n, H] -> [n, outputs]."""
-        return self.linear(self.dropout(unit_size(u)))
-
-
-class PairHead(nn.Module):
-    """Scores of two sentences from |u - v|, u * v and their cosine (Reimers & Gurevych 2019)."""
-
-    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
-        super().__init__()
-        self.dropout = Dropout(dropout)
-        self.linear = nn.Linear(2 * hidden + 1, task.outputs)
-
-    def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """Two [n, H] -> [n, outputs]."""
-        features, cosine = pair_features(u, v)
-        return self.linear(torch.cat((self.dropout(features), cosine), -1))
-
-
-class SimilarityHead(nn.Module):
-    """A regression that starts as the cosine of u and v, stretched over the task's range."""
-
-    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
-        super().__init__()
-        self.dropout = Dropout(dropout)
-        self.slope = nn.Parameter(torch.tensor(1.0))
-        self.linear = nn.Linear(2 * hidden, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.low, self.high = task.low, task.high
-
-    def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """Two [n, H] -> [n, 1] in the labels' unit."""
-        features, cosine = pair_features(u, v)
-        # Of unit norm: at unit size, 2H features would let one step of AdamW swing the score.
-        features = features / features.shape[-1] ** 0.5
-        score = self.slope * cosine + self.linear(self.dropout(features))
-        return self.low + (self.high - self.low) * score
-
-
-def unit_size(u: Tensor) -> Tensor:
-    """[n, H] scaled to a mean square of 1, so that a head learns as fast on any encoder."""
-    return F.normalize(u, dim=-1) * u.shape[-1] ** 0.5
-
-
-def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """[|u - v|, u * v] of the states at unit size [n, 2H], and their cosine [n, 1]."""
-    u, v = unit_size(u), unit_size(v)
-    product = u * v
-    return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)
 
 
 def project(attention: SelfAttention, x: Tensor) -> Tensor:
@@ -131,14 +72,11 @@ class MultitaskBert(nn.Module):
         for name, task in tasks.items():
             if hasattr(self.heads, name):
                 raise UserError(f"task {name!r}: PyTorch's modules use this name; choose another")
-            kind: type[nn.Module] = SimilarityHead if task.kind == "regression" else PairHead
-            if not task.is_pair or pairs == "joint":
-                kind = SentenceHead
-            # A head drops as the encoder does, and starts alike in any company.
-            config = encoder.config
+            config, new_head = encoder.config, head_class(task, pairs)
+            # A head's initial weights depend only on the seed and the task's name.
             with torch.random.fork_rng(devices=()):
                 torch.default_generator.manual_seed(seed ^ crc32(plain(name).encode()))
-                self.heads[name] = kind(config.hidden_size, task, config.hidden_dropout_prob)
+                self.heads[name] = new_head(config.hidden_size, task, config.hidden_dropout_prob)
 
     def adapt(self, settings: Mapping[str, LoraConfig]) -> None:
         """Freeze the encoder and put LoRA on it: "default" for all tasks, others for theirs."""
@@ -196,18 +134,21 @@ class MultitaskBert(nn.Module):
 def task_losses(
     tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Batch
 ) -> dict[str, Tensor]:
-    """Each task's summed loss [] over its examples: cross-entropy, or squared error.
+    """Each task's loss [], summed over its examples, from the heads' outputs [n, outputs].
 
-    The squared error is counted in the variance of labels spread evenly over the task's range, so
-    that always answering the middle costs about 1, as always answering the majority class does.
+    A classification has the cross-entropy. A regression has the squared error, divided by the
+    variance of labels spread evenly over the task's range: then always predicting the middle
+    costs about 1, as always predicting the most frequent class does.
     """
-    found = {}
+    losses = {}
     for name, output in outputs.items():
-        task, labels = tasks[name], batch.labels[name]
+        task, labels = tasks[name], batch.labels[name]  # [n]
         if task.kind == "classification":
-            losses = F.cross_entropy(output.float(), labels, reduction="none")
+            each = F.cross_entropy(output.float(), labels, reduction="none")
         else:
-            error = (output.float().squeeze(-1) - labels) / (task.high - task.low)
-            losses = 12 * error.square()
-        found[name] = losses @ batch.real[name] if name in batch.real else losses.sum()
-    return found
+            # Subtracting `low` from the labels, not adding it to the output, keeps all digits.
+            width = task.high - task.low
+            error = (width * output.float().squeeze(-1) - (labels - task.low)) / width
+            each = 12 * error.square()
+        losses[name] = each @ batch.real[name] if name in batch.real else each.sum()
+    return losses

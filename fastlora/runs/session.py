@@ -18,7 +18,6 @@ from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_folder, atomic_open
 from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
-from fastlora.multitask.evaluation import predict, score_table, write_predictions
 from fastlora.multitask.files import (
     BaseInfo,
     adapter_place,
@@ -29,6 +28,7 @@ from fastlora.multitask.files import (
     save_heads,
 )
 from fastlora.multitask.model import MultitaskBert
+from fastlora.multitask.predictor import predict, score_table, write_predictions
 from fastlora.runs.folder import default_folder, describe_gpu, open_run
 from fastlora.runs.report import write_report
 from fastlora.training.config import TaskLoraConfig, TrainConfig
@@ -132,7 +132,7 @@ def _finished(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig
 def _keep(model: MultitaskBert, folder: Path, old: dict[str, Task], base: BaseInfo) -> None:
     """Load a finished run's adapters and heads into the model, and freeze them."""
     heads = nn.ModuleDict({name: model.heads[name] for name in old})
-    load_all(folder, model.encoder, old, heads, old, base)
+    load_all(folder, model.encoder, old, heads, base)
     for name, parameter in model.named_parameters():
         if owner(name) in old:
             parameter.requires_grad_(False)

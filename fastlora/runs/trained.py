@@ -21,8 +21,8 @@ from fastlora.lora.files import read_config
 from fastlora.lora.merging import merge, unmerge
 from fastlora.lora.model import pack
 from fastlora.multitask import files as adapters
-from fastlora.multitask.evaluation import answers, predict
 from fastlora.multitask.model import MultitaskBert
+from fastlora.multitask.predictor import predict, predicted_labels
 from fastlora.runs.session import ENCODER
 from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import PARTS
@@ -68,7 +68,7 @@ def load_trained(path: str | Path, device: str = "auto", model: str | None = Non
         names = adapters.adapter_names(extra["adapters"], tasks)
         places = {name: adapters.adapter_place(folder, name) for name in names}
         net.adapt({name: read_config(place) for name, place in places.items()})
-    adapters.load_all(folder, net.encoder, names, net.heads, tasks, base)
+    adapters.load_all(folder, net.encoder, names, net.heads, base)
     net = net.to(local_device(device)).eval()
     pack(net.encoder)  # nobody else changes its frozen weights
     return Trained(net, tokenizer, source, tasks, extra)
@@ -94,7 +94,7 @@ def predict_rows(
         raise UserError(f"{path}: no rows")
     found: list[tuple[int, str, str, str]] = []
     for name, outputs in predict(trained.model, data).items():
-        predictions = answers(trained.tasks[name], outputs)
+        predictions = predicted_labels(data[name], outputs)
         found += zip(numbers[name], data[name].ids, repeat(name), predictions)
     return [row[1:] for row in sorted(found)], sum(own.truncated for own in data.values())
 

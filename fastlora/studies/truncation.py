@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastlora.data.reading import TaskData
 from fastlora.lora.layer import lora_layers
-from fastlora.multitask.evaluation import predict, score
+from fastlora.multitask.metrics import score
 from fastlora.multitask.model import MultitaskBert
+from fastlora.multitask.predictor import predict
 from fastlora.training.loop import Trainer
 from fastlora.training.side_by_side import is_variant
 

@@ -17,8 +17,8 @@ from fastlora.console import Bar, Log, losses_text, number
 from fastlora.data.batches import Batch, collate, plan_epoch
 from fastlora.devices import finished_time
 from fastlora.errors import Interrupted, RunError
-from fastlora.multitask.evaluation import Features, predict, scores_of
 from fastlora.multitask.model import MultitaskBert, task_losses
+from fastlora.multitask.predictor import Features, predict, scores_of
 from fastlora.training.checkpoint import (
     Progress,
     latest_checkpoint,

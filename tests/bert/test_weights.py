@@ -107,7 +107,7 @@ def test_save_encoder_is_a_hugging_face_folder(folder, tmp_path):
     query.register_parameter("lora_A", torch.nn.Parameter(torch.ones(2, 32)))
     ids = torch.arange(10)[None]
     before = model(ids).last_hidden_state
-    save_encoder(model, tmp_path / "out")
+    save_encoder(model, str(tmp_path / "out"))  # strings and Paths alike
 
     theirs, report = transformers.BertModel.from_pretrained(
         tmp_path / "out", output_loading_info=True
@@ -117,7 +117,7 @@ def test_save_encoder_is_a_hugging_face_folder(folder, tmp_path):
     assert (theirs(ids).last_hidden_state - before).abs().max() <= 1e-5
 
     del query.lora_A
-    again, notes = load(tmp_path / "out")
+    again, notes = load(str(tmp_path / "out"))
     assert notes == []
     found, expected = again.state_dict(), model.state_dict()
     assert found.keys() == expected.keys()

@@ -1,7 +1,11 @@
 """Kernel tests run on memory poisoned with NaN: a tile that is not written cannot pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+
+from fastlora.kernels.triton import tuning
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +14,14 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch):
+    """Tiles that hold all columns of a test's layer: the interpreter's time is by the tile.
+
+    For tests of what surrounds a kernel; those of the kernels keep the tiles that users get.
+    """
+    tile = tuning.Blocks()
+    blocks = tuning.Config(down=tile, add=tile, outer=replace(tile, chunk=64))
+    monkeypatch.setitem(tuning.MEASURED, tuning.key_of(0, torch.float32, 1), blocks)

@@ -12,6 +12,8 @@ from fastlora.kernels.triton import tuning
 
 M, K, N, R = 20, 16, 24, 4
 
+pytestmark = pytest.mark.usefixtures("wide_tiles")
+
 
 @pytest.fixture
 def weight():
@@ -42,8 +44,11 @@ def assert_same(found, expected):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("ranged", [False, True], ids=["uniform", "ranged"])
-@pytest.mark.parametrize("route", NAMES)
+# Route "triton" packs alike, whatever rows a term has.
+@pytest.mark.parametrize(
+    ("route", "ranged"),
+    [*((route, False) for route in NAMES), ("reference", True), ("gemm", True)],
+)
 def test_two_adapters_interleaved(weight, route, ranged):
     packed = Packed()
     pairs = [(draw(R, K), draw(N, R)) for _ in range(2)]
@@ -91,7 +96,7 @@ def test_two_threads_with_an_adapter_each(weight, route, monkeypatch):
         try:
             start.wait(60)
             with forced_route(route):
-                for _ in range(6):
+                for _ in range(4):
                     forward, backward = passes(weight, *pair, packed)
                     assert_same(backward(forward()), alone)
         except Exception as error:
@@ -128,7 +133,7 @@ def test_saved_tensors_that_lie_elsewhere_in_backward(weight, route, hooks):
     packed, A, B = Packed(), draw(R, K), draw(N, R)
     with forced_route(route):
         context = hooks()
-        for _ in range(3):
+        for _ in range(2):
             forward, backward = passes(weight, A, B, None)
             alone = backward(forward())
             forward, backward = passes(weight, A, B, packed)

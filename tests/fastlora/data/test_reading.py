@@ -12,6 +12,7 @@ import pytest
 from fastlora.data.reading import encode_rows, read_rows
 from fastlora.data.source import resolve
 from fastlora.data.tasks import BUILTIN
+from fastlora.data.token_cache import load_tasks
 from fastlora.data.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
 from fastlora.training.inputs import has_files
@@ -57,6 +58,15 @@ def test_plain_rows(tmp_path):
     assert (rows.ids, rows.texts) == (["ab", "cd"], (["Fine .", "NA"],))
     assert rows.labels.dtype == np.float32
     assert (rows.labels.tolist(), rows.dropped, rows.empty) == ([3, 0], 0, 0)
+
+
+def test_paths_may_be_strings(tmp_path, tiny_model, minilm):
+    path = write(tmp_path, HEADER + "0\tab\tgood\t3\n")
+    assert read_rows(str(path), SST).ids == ["ab"]
+    tokenizer = Tokenizer.from_folder(str(tiny_model))
+    data = load_tasks(str(tmp_path), [SST], "train", tokenizer)
+    assert data["sst"].ids == ["ab"]
+    assert resolve(minilm) == resolve(str(minilm))
 
 
 def test_a_limit_takes_rows_from_the_whole_file(tmp_path):
@@ -112,6 +122,8 @@ def test_jsonl(tmp_path):
     [
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        (r'{"sentence": "\uD83d", "sentiment": 1}', "not JSON: 'utf-8' codec can't encode"),
         ('{"sentence": "x"}', "column 'sentiment' is missing"),
         ('{"sentence": null, "sentiment": 1}', "column 'sentence' is null"),
         ('{"sentence": "x", "sentiment": NaN}', "column 'sentiment' is NaN (expected text"),
@@ -223,14 +235,15 @@ def test_many_stray_quotes_do_not_slow_reading_down(tmp_path):
     assert time.process_time() - start < 5
 
 
-def test_json_numbers_and_booleans_are_the_text_that_the_file_has(tmp_path):
+def test_json_values_are_the_text_that_the_file_has(tmp_path):
     lines = [
         '{"id": 1e3, "sentence": 1.50, "sentiment": 3.0}',
         '{"sentence": true, "sentiment": 1}',
+        r'{"sentence": "\uD83d\ude00", "sentiment": 0}',
     ]
     rows = read_rows(write(tmp_path, "\n".join(lines), "x.jsonl"), SST)
-    assert (rows.ids, rows.texts) == (["1e3", "1"], (["1.50", "true"],))
-    assert rows.labels.tolist() == [3, 1]
+    assert (rows.ids, rows.texts) == (["1e3", "1", "2"], (["1.50", "true", "😀"],))
+    assert rows.labels.tolist() == [3, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +268,8 @@ def test_wrong_encodings_and_missing_files(tmp_path):
     assert complaint(tmp_path / "no.csv") == "no.csv: cannot be read: No such file or directory"
     (tmp_path / "folder.csv").mkdir()
     assert "folder.csv: cannot be read" in complaint(tmp_path / "folder.csv")
+    os.mkfifo(tmp_path / "pipe.csv")  # reading it would wait for ever
+    assert "pipe.csv: cannot be read: not a regular file" in complaint(tmp_path / "pipe.csv")
 
 
 def test_reading_the_size_of_quora_takes_about_a_second(tmp_path):

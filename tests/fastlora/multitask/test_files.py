@@ -17,9 +17,7 @@ from fastlora.multitask.files import (
     adapter_names,
     adapter_place,
     fingerprint,
-    load_adapter,
     load_all,
-    load_heads,
     read_heads,
     save_adapter,
     save_heads,
@@ -40,6 +38,7 @@ OTHERS = [
 ]
 TASKS = {name: BUILTIN[name] for name in ("sst", "sts")}
 WEIGHTS = "adapter_model.safetensors"
+SETTINGS = {"mode": "lora", "adapters": "shared+per-task", "pairs": "joint", "model": "tiny"}
 
 
 def encoder(seed=1, names=("default",)):
@@ -69,7 +68,7 @@ def same(a, b):
 def test_a_run_names_its_adapters_after_its_tasks_and_the_shared_one_default(tmp_path):
     assert adapter_names("shared", TASKS) == ["default"]
     assert adapter_names("per-task", TASKS) == ["sst", "sts"]
-    assert adapter_names("both", TASKS) == ["default", "sst", "sts"]
+    assert adapter_names("shared+per-task", TASKS) == ["default", "sst", "sts"]
     assert adapter_place(tmp_path, "default") == tmp_path
     assert adapter_place(tmp_path, "sst") == tmp_path / "sst"
 
@@ -85,81 +84,112 @@ def test_an_adapters_file_says_what_it_belongs_to(tmp_path):
     assert facts["fastlora_version"]
 
 
-def test_a_run_of_several_adapters_and_heads_is_saved_and_loaded_whole(tmp_path):
-    names = adapter_names("both", TASKS)
-    trained, again = encoder(1, names), encoder(2, names)
-    for name in names:
+NAMES = adapter_names("shared+per-task", TASKS)
+
+
+@pytest.fixture
+def saved_run(tmp_path):
+    trained = encoder(1, NAMES)
+    for name in NAMES:
         save_adapter(adapter_place(tmp_path, name), trained, name, BASE)
-    save_heads(tmp_path, heads(0), TASKS, BASE, {"pairs": "joint"})
-    found = heads(1)
-    load_all(tmp_path, again, names, found, TASKS, BASE)
-    assert same(again, trained) and same(found, heads(0))
+    save_heads(tmp_path, heads(0), TASKS, BASE, SETTINGS)
+    return tmp_path
+
+
+def test_a_run_of_several_adapters_and_heads_is_saved_and_loaded_whole(saved_run):
+    again, found = encoder(2, NAMES), heads(1)
+    load_all(saved_run, again, NAMES, found, BASE)
+    assert same(again, encoder(1, NAMES)) and same(found, heads(0))
+
+
+@pytest.mark.parametrize("file", ["heads.safetensors", WEIGHTS, f"sts/{WEIGHTS}"])
+def test_a_flipped_bit_is_noticed_before_anything_is_loaded(saved_run, file):
+    content = bytearray((saved_run / file).read_bytes())
+    content[-4] ^= 1
+    (saved_run / file).write_bytes(content)
+    again, found = encoder(2, NAMES), heads(1)
+    with pytest.raises(UserError, match=f"{file}: its tensors have sha256"):
+        load_all(saved_run, again, NAMES, found, BASE)
+    assert same(again, encoder(2, NAMES)) and same(found, heads(1))
+
+
+def test_adapters_that_the_settings_leave_out_are_noticed(saved_run):
+    with pytest.raises(UserError, match=f"sha256 names .*sst/{WEIGHTS}.* by its settings"):
+        load_all(saved_run, encoder(2), ["default"], heads(1), BASE)
 
 
 @pytest.mark.parametrize(("base", "cause"), OTHERS)
-def test_an_adapter_of_another_base_is_refused(tmp_path, base, cause):
-    save_adapter(tmp_path, encoder(1), "default", BASE)
-    model = encoder(2)
+def test_a_run_on_another_base_is_refused(saved_run, base, cause):
+    again, found = encoder(2, NAMES), heads(1)
     with pytest.raises(UserError, match=cause) as caught:
-        load_adapter(tmp_path, model, "default", base)
-    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
-    assert same(model, encoder(2))
+        load_all(saved_run, again, NAMES, found, base)
+    assert "\n" not in str(caught.value) and str(saved_run) in str(caught.value)
+    assert same(again, encoder(2, NAMES)) and same(found, heads(1))
 
 
-def test_a_file_that_does_not_say_belongs_to_any_base(tmp_path):
+def test_a_file_that_does_not_say_belongs_to_any_base(saved_run):
     """As PEFT's."""
-    save_adapter(tmp_path, encoder(1), "default", BASE)
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)
-    model = encoder(2)
-    load_adapter(tmp_path, model, "default", OTHERS[0][0])
-    assert same(model, encoder(1))
+    for file in saved_run.rglob("*.safetensors"):
+        save_file(load_file(file), file)
+    again = encoder(2, NAMES)
+    load_all(saved_run, again, NAMES, heads(1), OTHERS[0][0])
+    assert same(again, encoder(1, NAMES))
 
 
 @pytest.fixture
 def saved_heads(tmp_path):
-    save_heads(tmp_path, heads(0), TASKS, BASE, {"pairs": "joint"})
+    save_heads(tmp_path, heads(0), TASKS, BASE, SETTINGS)
     return tmp_path
 
 
-def test_heads_round_trip_is_bit_equal(saved_heads):
-    assert read_heads(saved_heads) == (TASKS, {"pairs": "joint"})
+def test_heads_json_says_what_to_build(saved_heads):
+    assert read_heads(saved_heads) == (TASKS, SETTINGS)
     info = json.loads((saved_heads / "heads.json").read_text())
     assert info["base_model"] == "tiny" and info["encoder_sha256"] == "e" * 64
-    again = heads(1)
-    load_heads(saved_heads, again, TASKS, BASE)
-    assert same(again, heads(0))
-
-
-@pytest.mark.parametrize(
-    ("tasks", "base", "cause"),
-    [
-        ({**TASKS, "sst": replace(TASKS["sst"], labels=tuple("43210"))}, BASE, "head of 'sst'"),
-        ({**TASKS, "sts": replace(TASKS["sts"], high=1.0)}, BASE, "head of 'sts'"),
-        *((TASKS, base, cause) for base, cause in OTHERS),
-    ],
-)
-def test_heads_of_something_else_are_refused(saved_heads, tasks, base, cause):
-    again = heads(1)
-    with pytest.raises(UserError, match=cause):
-        load_heads(saved_heads, again, tasks, base)
-    assert same(again, heads(1))
 
 
 def test_heads_of_other_tasks_are_refused(saved_heads):
     fewer = torch.nn.ModuleDict({"sst": torch.nn.Linear(32, 5)})
     with pytest.raises(UserError, match=r"'sts\.bias' is unexpected.*1 more"):
-        load_heads(saved_heads, fewer, {"sst": TASKS["sst"]}, BASE)
+        load_all(saved_heads, encoder(), [], fewer, BASE)
 
 
-def test_task_files_may_be_elsewhere(saved_heads):
-    moved = replace(TASKS["sst"], files={"train": "a.csv", "dev": "b.csv"})
-    load_heads(saved_heads, heads(1), {**TASKS, "sst": moved}, BASE)
-
-
-def test_a_broken_file_about_heads_is_named(saved_heads):
-    (saved_heads / "heads.json").write_text("{}")
-    with pytest.raises(UserError, match=r"heads\.json: has no 'tasks'"):
-        load_heads(saved_heads, heads(1), TASKS, BASE)
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["format"], 1),  # its regressions had their output in the labels' unit
+        (["format"], None),
+        (["tasks"], None),
+        (["tasks"], {}),
+        (["tasks", "sst"], 0),
+        (["tasks", "sst", "kind"], ["classification"]),
+        (["tasks", "sst", "labels"], 5),
+        (["tasks", "sst", "label"], None),
+        (["tasks", "sts", "low"], 10**400),
+        (["tasks", "sts", "high"], float("nan")),
+        (["tasks", "sts", "files"], {"train": "a.csv", "dev": 3}),
+        (["tasks", "sts", "files"], {"train": "a.csv", "dev": "/dev/zero"}),
+        (["tasks", "sts", "files"], {"train": "a.csv", "dev": "a/../../b.csv"}),
+        (["settings"], []),
+        (["settings", "mode"], "lorA"),
+        (["settings", "adapters"], {"shared": 1}),
+        (["settings", "pairs"], None),
+        (["settings", "model"], 3),
+        (["sha256"], "a\nb"),
+        (["base_model"], None),
+    ],
+)
+def test_a_wrong_value_in_heads_json_is_named(saved_heads, keys, value):
+    info = json.loads((saved_heads / "heads.json").read_text())
+    table = info
+    for key in keys[:-1]:
+        table = table[key]
+    table[keys[-1]] = value
+    (saved_heads / "heads.json").write_text(json.dumps(info))
+    with pytest.raises(UserError) as caught:
+        read_heads(saved_heads)
+    message = str(caught.value)
+    assert "heads.json: " in message and keys[-1] in message and "\n" not in message
 
 
 def test_fingerprint_sees_the_base_weights_only():

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from fastlora.files import read_toml
-from fastlora.multitask import evaluation as evaluate
+from fastlora.multitask import predictor as evaluate
 from fastlora.runs import report
 from fastlora.runs.pages import (
     NO_PLOTS,

@@ -17,7 +17,7 @@ from fastlora.errors import UserError
 from fastlora.kernels import dropout, forced_route, ops
 from fastlora.kernels.cpu import route as cpu_route
 from fastlora.kernels.triton import route as triton_route
-from fastlora.multitask.evaluation import predict
+from fastlora.multitask.predictor import predict
 from fastlora.training.distributed import Ranks
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fastlora.data.token_cache import load_tasks
 from fastlora.devices import local_device
 from fastlora.errors import RunError, UserError
-from fastlora.multitask.evaluation import predict, scores_of
+from fastlora.multitask.predictor import predict, scores_of
 from fastlora.runs import session
 from fastlora.runs.folder import open_run
 from fastlora.runs.trained import load_trained, merge_encoder

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fastlora.cli import main
 from fastlora.errors import UserError
-from fastlora.multitask.evaluation import predict
+from fastlora.multitask.predictor import predict
 from fastlora.runs.session import run_training
 from fastlora.runs.trained import load_trained
 from fastlora.training.config import TaskLoraConfig

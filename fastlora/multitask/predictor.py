@@ -1,4 +1,4 @@
-"""Outputs, scores and prediction files of a trained model."""
+"""Predictions of a model for whole datasets, the table of their scores, and their files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor
 from fastlora.console import number
 from fastlora.data.batches import Batch, eval_batches
 from fastlora.data.reading import TaskData
-from fastlora.data.tasks import Task
 from fastlora.devices import memory_errors
+from fastlora.errors import RunError
 from fastlora.files import atomic_open
+from fastlora.multitask.metrics import label_texts, majority, predicted_values, score
 from fastlora.multitask.model import MultitaskBert
 
 EVAL_TOKENS = 4096
 
 
 class Features:
-    """A frozen encoder's pooled states of whole datasets: the same in every epoch, so kept."""
+    """The pooled states of whole datasets: a frozen encoder computes them once for all epochs."""
 
     def __init__(self, model: MultitaskBert, datasets: Mapping[str, TaskData]) -> None:
         hidden = model.encoder.config.hidden_size
@@ -45,7 +46,11 @@ class Features:
 def predict(
     model: MultitaskBert, datasets: Mapping[str, TaskData], features: Features | None = None
 ) -> dict[str, np.ndarray]:
-    """Each task's outputs, fp32 [N, outputs], in its examples' order; RunError without memory."""
+    """Each task's outputs, fp32 [N, outputs], in its examples' order.
+
+    They are class logits, or a regression's values in the labels' unit, not clipped to the range.
+    Raises RunError where memory does not suffice.
+    """
     model.eval()
     device = next(model.parameters()).device
     outputs = {n: np.empty((len(d), d.task.outputs), np.float32) for n, d in datasets.items()}
@@ -53,36 +58,29 @@ def predict(
     with memory_errors(device, advice):
         for batch in eval_batches(datasets, EVAL_TOKENS):
             on_device = batch.to(device)
-            for name, scores in model(on_device, features and features(on_device)).items():
-                outputs[name][batch.indices[name]] = scores.float().cpu().numpy()
+            for name, values in model(on_device, features and features(on_device)).items():
+                outputs[name][batch.indices[name]] = values.float().cpu().numpy()
+    for name, data in datasets.items():
+        if data.task.kind == "regression":
+            outputs[name] = data.task.low + (data.task.high - data.task.low) * outputs[name]
     return outputs
 
 
-def labels_of(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """[N, outputs] -> [N]: the class index of the largest score, or the value clipped to range."""
-    if task.kind == "classification":
-        return outputs.argmax(-1)
-    return outputs[:, 0].clip(task.low, task.high)
+def check_finite(data: TaskData, outputs: np.ndarray) -> None:
+    """Raise RunError for an example whose outputs [N, outputs] hold NaN or infinity."""
+    broken = ~np.isfinite(outputs).all(-1)  # [N]
+    if broken.any():
+        example, count = data.ids[broken.argmax()], f"{broken.sum():,} of {len(data):,}"
+        raise RunError(
+            f"task {data.task.name!r}, example {example!r}: there is no prediction, because the "
+            f"outputs of {count} examples are not finite; train again with a lower --lr"
+        )
 
 
-def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> float | None:
-    """Accuracy, or Pearson's correlation; None ("n/a") where that is not defined."""
-    if not np.isfinite(outputs).all():
-        return None
-    if task.kind == "classification":
-        return float((labels_of(task, outputs) == labels).mean())
-    found = outputs[:, 0].astype(np.float64)
-    # Pearson's r is 0/0 when either side is constant.
-    if len(found) < 2 or np.ptp(found) == 0 or np.ptp(labels) == 0:
-        return None
-    return float(np.corrcoef(found, labels.astype(np.float64))[0, 1])
-
-
-def majority(data: TaskData) -> float | None:
-    """The score of always answering the commonest class; None for a regression."""
-    if data.task.kind != "classification" or data.labels is None:
-        return None
-    return float(np.bincount(data.labels.astype(int)).max() / len(data))
+def predicted_labels(data: TaskData, outputs: np.ndarray) -> list[str]:
+    """The predictions as text, from outputs [N, outputs]; RunError where one is not finite."""
+    check_finite(data, outputs)
+    return label_texts(data.task, predicted_values(data.task, outputs))
 
 
 def scores_of(
@@ -99,38 +97,35 @@ def scores_of(
 def score_table(
     datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray], split: str
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of scores."""
+    """Header and rows of the table of scores; RunError where an output is not finite."""
+    for name, data in datasets.items():
+        check_finite(data, outputs[name])
     scores = scores_of(datasets, outputs)
     rows = [
-        [name, d.task.metric, number(scores.get(name)), number(majority(d)), f"{len(d):,}"]
-        for name, d in datasets.items()
+        [
+            name,
+            data.task.metric,
+            number(scores.get(name)),
+            number(majority(data.task, data.labels)),
+            f"{len(data):,}",
+        ]
+        for name, data in datasets.items()
     ]
     return ["task", "metric", split, "majority class", "examples"], rows
 
 
 def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:
-    """A CSV of id, prediction and, where known, label; the file appears whole or not at all."""
-    header, columns = ["id", "prediction"], [data.ids, answers(data.task, outputs)]
+    """Write a CSV of id, prediction and, where known, label; RunError as `predicted_labels`."""
+    header, columns = ["id", "prediction"], [data.ids, predicted_labels(data, outputs)]
     if data.labels is not None:
         header.append(data.task.label)
-        columns.append(_names(data.task, data.labels))
+        columns.append(label_texts(data.task, data.labels))
     write_rows(path, header, zip(*columns, strict=True))
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A CSV that appears whole or not at all."""
+    """Write a CSV that appears only when it is complete."""
     with atomic_open(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-
-
-def answers(task: Task, outputs: np.ndarray) -> list[str]:
-    """Outputs [N, outputs] in words: a class's name, or a number."""
-    return _names(task, labels_of(task, outputs))
-
-
-def _names(task: Task, values: np.ndarray) -> list[str]:
-    if task.kind == "classification":
-        return [task.labels[int(value)] for value in values]
-    return [f"{value:.4f}" for value in values]

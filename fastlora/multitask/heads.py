@@ -1,0 +1,97 @@
+"""Task heads: from the mean-pooled states of an example's sentences to its outputs.
+
+The output for a classification is a logit for each class. For a regression it is the position of
+the value in the task's range: 0 is `task.low`, 1 is `task.high`. No head sees the labels' unit.
+Shapes at line ends: n examples of one task, H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.data.tasks import Task
+from fastlora.kernels import Dropout
+
+# The standard deviation of values that are spread evenly from 0 to 1.
+SPREAD = 12**-0.5
+
+
+class SentenceHead(nn.Module):
+    """A linear classifier of one sentence or of one pair that the encoder reads jointly."""
+
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        self.linear = nn.Linear(hidden, task.outputs)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[n, H] -> [n, classes]."""
+        return self.linear(self.dropout(normalize(u)))
+
+
+class ValueHead(nn.Module):
+    """A linear regression on one sentence or on one pair that the encoder reads jointly."""
+
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        self.value = nn.Linear(hidden, 1)  # of mean 0 and variance 1 where labels spread evenly
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[n, H] -> [n, 1]."""
+        return 0.5 + SPREAD * self.value(self.dropout(normalize(u)))
+
+
+class PairHead(nn.Module):
+    """A linear classifier on |u - v|, u * v and their cosine (Reimers & Gurevych 2019)."""
+
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        self.linear = nn.Linear(2 * hidden + 1, task.outputs)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Two [n, H] -> [n, classes]."""
+        features, cosine = pair_features(u, v)
+        return self.linear(torch.cat((self.dropout(features), cosine), -1))
+
+
+class SimilarityHead(nn.Module):
+    """A regression on two sentences whose output starts as their cosine."""
+
+    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
+        super().__init__()
+        self.dropout = Dropout(dropout)
+        self.slope = nn.Parameter(torch.tensor(1.0))
+        self.linear = nn.Linear(2 * hidden, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Two [n, H] -> [n, 1]."""
+        features, cosine = pair_features(u, v)
+        # Of norm about 1: with a mean square of 1, one AdamW step on 2H weights moves the output
+        # across the whole range.
+        features = features / features.shape[-1] ** 0.5
+        return self.slope * cosine + self.linear(self.dropout(features))
+
+
+def head_class(task: Task, pairs: str) -> type[nn.Module]:
+    """The kind of head of a task whose pairs are encoded "separate" or "joint"."""
+    if task.is_pair and pairs == "separate":
+        return SimilarityHead if task.kind == "regression" else PairHead
+    return ValueHead if task.kind == "regression" else SentenceHead
+
+
+def normalize(u: Tensor) -> Tensor:
+    """[n, H] scaled to a mean square of 1, so that a head learns equally fast on any encoder."""
+    return F.normalize(u, dim=-1) * u.shape[-1] ** 0.5
+
+
+def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """[|u - v|, u * v] of the normalised states [n, 2H], and their cosine [n, 1]."""
+    u, v = normalize(u), normalize(v)
+    product = u * v
+    return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)
