@@ -48,8 +48,8 @@ TRAIN_HELP = """Train LoRA adapters and task heads on a BERT-sized encoder.
 """
 REPRODUCE_HELP = """Run the paper's tables and set our scores beside the paper's.
 
-table1: frozen encoder, full fine-tuning. table2: one LoRA adapter for all tasks. table3 to table5:
-an adapter for SST, Quora, STS alone. The same command goes on where it was stopped.
+table1 has a frozen encoder and full fine-tuning, table2 one LoRA adapter for all tasks, and table3
+to table5 an adapter for SST, Quora and STS alone. The same command continues where it stopped.
 
     fastlora reproduce table2 --data data/ --model minilm --limit 2000
     fastlora reproduce all --data data/ --seeds 3 --out studies/full
@@ -61,9 +61,10 @@ SEARCH_HELP = """Search LoRA settings at a fraction of the cost of full runs.
     fastlora search --adapters per-task --data data/ --out searches/mine
     fastlora search --adapters per-task --data data/ --out searches/mine --join
 
-Trial 0 has the settings given here; then learning rate and warmup, every rank from one run, dropout
-and targets, and in the end the best against trial 0 over three seeds. The same command goes on
-where it was interrupted; best.toml in its folder is for fastlora-train --config.
+Trial 0 has the settings given here. The next trials vary learning rate and warmup; one run then
+scores every rank; more trials vary dropout and targets. At the end the best settings are compared
+with trial 0 over three seeds. The same command continues an interrupted search. Train with the
+result: fastlora-train --config best.toml, from the search's folder.
 """
 
 app = App(
@@ -87,7 +88,7 @@ def train(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train; see TRAIN_HELP."""
+    """Train; `TRAIN_HELP` is what --help shows."""
     if resume is not None:
         if config is not None or "out" in given(settings):
             raise UserError("--resume names a run folder; leave out --config and --out")
@@ -107,7 +108,7 @@ def search(
     config: ConfigFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Search; see SEARCH_HELP."""
+    """Search; `SEARCH_HELP` is what --help shows."""
     _check_alone("search")
     how = SearchConfig(**given(limits))
     wanted = settings_from(settings, config)
@@ -217,7 +218,7 @@ def reproduce(
     out: Annotated[Path, Parameter(help="Folder of the runs and the tables.")] = Path("studies"),
     quiet: Quiet = False,
 ) -> None:
-    """Run the paper's tables; see REPRODUCE_HELP."""
+    """Run the paper's tables; `REPRODUCE_HELP` is what --help shows."""
     if seeds < 1:
         raise UserError(f"seeds is {seeds} (expected 1 or more)")
     _check_alone("reproduce")
@@ -238,11 +239,11 @@ def doctor() -> None:
     from fastlora.training.setup import compute_of, find_route
     from fastlora.training.tuner import use_measured_blocks
 
-    facts = environment()
-    gpus = facts.pop("gpus") or ["none: training runs on the CPU"]
+    values = environment()
+    gpus = values.pop("gpus") or ["none: training runs on the CPU"]
     use_measured_blocks()
     name, why = find_route(*compute_of("auto", "auto"))
-    pairs = [(key, str(value)) for key, value in facts.items()]
+    pairs = [(key, str(value)) for key, value in values.items()]
     pairs += [("gpu", gpu) for gpu in gpus] + [("kernels", f"{name} ({why})")]
     Log(quiet=False).facts(pairs)
 

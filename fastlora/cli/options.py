@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "rslora": "Scale by alpha / sqrt(r) instead.",
         "targets": f"Matrices to adapt, comma-separated: {', '.join(TARGETS)}.",
         "adapters": "One adapter for all tasks, one each, or both together.",
-        "add_to": "Finished run with adapters per task: train other tasks beside its own.",
+        "add_to": "Finished run with adapters per task, to which other tasks are added.",
         "mode": "Train adapters, heads on a frozen encoder, or every weight.",
     },
     "Tasks and data": {
@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "model": "Folder, hub id, or minilm; by default bert-base-uncased, demo: minilm.",
         "pairs": "Encode a pair as two sentences, or as one [CLS] a [SEP] b [SEP].",
         "sampling": "How often a task is drawn, by its number of examples.",
-        "bad_rows": "What a malformed row does.",
+        "bad_rows": "Whether a malformed row is an error, or skipped and counted.",
         "quoting": "Quotes in CSV and TSV files: around a field, or none: plain characters.",
         "limit": "Use at most this many examples of each task's files.",
     },
@@ -73,7 +73,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "save_every": "Steps between checkpoints; the end of an epoch always saves.",
     },
     "One task's adapter, with --adapters per-task or shared+per-task": {
-        name: f"In place of the common one, for {name}." for name in BUILTIN
+        name: f"Replaces the common value, for {name} alone." for name in BUILTIN
     },
 }
 _GROUPS = {title: Group(title, sort_key=i) for i, title in enumerate(OPTIONS)}
@@ -146,7 +146,7 @@ def given(flags: Any) -> dict[str, Any]:
 
 
 def settings_from(flags: Any, file: Path | None) -> TrainConfig:
-    """The settings of a TOML file, or none, with those that are given as flags in their place."""
+    """The settings of a TOML file, where there is one, with flags before those of the file."""
     table = read_toml(file) if file else {}
     check_keys(table, types_of(TrainConfig), f"{file}: ")
     for key, value in given(flags).items():

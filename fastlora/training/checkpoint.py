@@ -95,7 +95,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Progress:
-    """Put a checkpoint in place; returns where the run was. RunError for other parameters."""
+    """Load a checkpoint; returns where the run was. RunError when it has other parameters."""
     weights = load_file(path / "model.safetensors")
     parameters = trainable(model)
     if {k: p.shape for k, p in parameters.items()} != {k: w.shape for k, w in weights.items()}:

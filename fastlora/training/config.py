@@ -193,7 +193,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How long a search of settings takes, and in what company."""
+    """How long a search of settings may take, and how its trials run."""
 
     budget: timedelta | None = None  # None: short runs on half of the examples
     trials: int = 10  # short runs of learning rate and warmup

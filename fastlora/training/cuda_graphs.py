@@ -1,6 +1,6 @@
-"""A training step as one CUDA graph a shape of batch: forward, backward and the optimizer's step.
+"""A training step as a CUDA graph for each shape of batch: forward, backward, optimizer.
 
-A small batch's time on a GPU is that of launching kernels; a graph launches all of them at once.
+On a GPU, a small batch takes as long as the launches of its kernels; a graph needs only one.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class GraphedStep:
             group["capturable"] = True
 
     def __call__(self, batch: Batch, shares: Tensor) -> None:
-        """One step on a batch; `shares` are as `step` takes them."""
+        """Take one step on a batch."""
         tensors = [shares, *batch.tensors()]
         key = (*batch.labels, *(t.shape for t in tensors))
         if key not in self.graphs:
             self.graphs[key] = self._capture(batch, shares), tensors
-        graph, places = self.graphs[key]
-        for place, tensor in zip(places, tensors, strict=True):
-            place.copy_(tensor)
+        graph, inputs = self.graphs[key]
+        for read, tensor in zip(inputs, tensors, strict=True):
+            read.copy_(tensor)
         graph.replay()
 
     def _capture(self, batch: Batch, shares: Tensor) -> torch.cuda.CUDAGraph:
-        """The graph of a step; what warming up changes is put back."""
+        """Capture the graph of a step; what the steps before that changed is restored."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         scale = self.scaler.state_dict()
         old = {id(t): t.detach().clone() for t in self._state()}

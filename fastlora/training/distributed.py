@@ -1,7 +1,7 @@
 """Data-parallel training under torchrun: one process a GPU (nccl) or a CPU share (gloo).
 
-Only the few trainable gradients travel, summed in one flat buffer with the stop signal, so no
-wrapper around the model is needed and tasks absent from one rank's rows cost nothing.
+The processes exchange the gradients of what trains, which are few, in one flat buffer with the
+request to stop. So the model needs no wrapper, and a task without rows in a process costs nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = world_size()
         self.device = device
-        self.own_group = self.world > 1 and not dist.is_initialized()
-        if self.own_group:
+        self.created_group = self.world > 1 and not dist.is_initialized()
+        if self.created_group:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     @property
@@ -40,8 +40,8 @@ class Ranks:
         if self.world == 1:
             return stop
         parameters = list(parameters)
-        # A task can be absent from this rank's rows, or from all: then its parameters must get no
-        # gradient, for AdamW would go on moving them with a zero one.
+        # Parameters of a task that no process has rows of must get no gradient: AdamW would go on
+        # moving them with one of zero.
         flags = torch.tensor([*(float(p.grad is not None) for p in parameters), float(stop)])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([*(g.flatten() for g in gradients), flags.to(self.device)])
@@ -66,5 +66,5 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group, unless it was there before."""
-        if self.own_group and dist.is_initialized():
+        if self.created_group and dist.is_initialized():
             dist.destroy_process_group()

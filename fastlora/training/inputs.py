@@ -80,7 +80,7 @@ def known_tasks(tables: Mapping[str, Any]) -> dict[str, Task]:
     known = dict(BUILTIN)
     for name, table in tables.items():
         if name in known:
-            raise UserError(f"task {name!r} is built in; give your own another name")
+            raise UserError(f"task {name!r} is built in; choose another name")
         known[name] = task_from_table(name, {k: v for k, v in table.items() if k != "lora"})
     return known
 

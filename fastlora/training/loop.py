@@ -60,16 +60,17 @@ class Trainer:
         self.device, self.stop = setup.device, setup.stop
         self.optimizer = make_optimizer(model, setup.variants or (self.config,))
         self.parameters = list(trainable(model).values())
-        # What trains together is averaged and clipped together, and apart from the rest.
-        unit = {n: model.unit(t) for t in model.tasks for n in (t, *model.adapters(t))}
-        self.groups: dict[str, list[nn.Parameter]] = {name: [] for name in unit.values()}
+        # Tasks that share parameters are a group. The loss is averaged and the gradients are
+        # clipped by group, so that what shares nothing trains as it would alone.
+        group = {n: model.unit(t) for t in model.tasks for n in (t, *model.adapters(t))}
+        self.groups: dict[str, list[nn.Parameter]] = {name: [] for name in group.values()}
         for name, parameter in trainable(model).items():
-            self.groups[unit.get(owner(name), "")].append(parameter)
-        self.group_of = np.array([list(self.groups).index(unit[task]) for task in setup.train])
+            self.groups[group.get(owner(name), "")].append(parameter)
+        self.group_of = np.array([list(self.groups).index(group[task]) for task in setup.train])
         self.diverged: list[nn.Parameter] = []  # of variants that are given up
         fp16 = self.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        # It starts at its first use, and a rank may have no examples in the first step.
+        # A scaler begins with its first loss, and a process may have none in the first step.
         self.scaler.scale(torch.zeros((), device=self.device))
         self.progress = Progress()
         self.started: float | None = None  # the time from which steps are not yet in `progress`
@@ -153,7 +154,7 @@ class Trainer:
 
     def step(self, batch_plan: np.ndarray) -> bool:
         """One optimizer step on one planned batch; returns whether the run should stop."""
-        if not self.model.training:  # as evaluating leaves it
+        if not self.model.training:  # after an evaluation
             self.model.train()
         set_rates(self.optimizer, self.progress.step, self.total)
         if self.graphed:
@@ -187,10 +188,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def seed_part(self, part: int, parts: int) -> None:
-        """Make the random numbers of a part of a step a function of (seed, step, part) alone.
+        """Seed the random numbers of a part of a step with (seed, step, part) alone.
 
-        So a resumed run draws what the uninterrupted one would, with no state to save, and two
-        processes draw what one process with --accumulate 2 does.
+        So a resumed run draws the numbers of an uninterrupted one, with no state to save, and two
+        processes draw those of one process with --accumulate 2.
         """
         index = self.progress.step * parts + part + 1
         seed_random((self.config.seed + index * _STEP_SEED) % 2**63, self.device)
@@ -244,7 +245,7 @@ class Trainer:
         losses = {name: total / count for name, (total, count) in pairs if count}
         progress = self.progress
         diverged = [name for name, value in losses.items() if not math.isfinite(value)]
-        if self.setup.variants:  # the end of one is not the others'
+        if self.setup.variants:  # the others go on
             for name in diverged:
                 self.diverged += self.groups.pop(self.model.unit(name), [])
         elif diverged:
@@ -264,7 +265,7 @@ class Trainer:
         )
 
     def evaluate(self) -> None:
-        """Score the dev data; every rank computes it, so that none waits."""
+        """Score the dev data. Each process computes all of it, as waiting would take as long."""
         self.stop_clock()
         self.outputs = predict(self.model, self.setup.dev, self.dev_features)
         scores = scores_of(self.setup.dev, self.outputs)

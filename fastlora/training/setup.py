@@ -56,7 +56,7 @@ class Setup:
     train: dict[str, TaskData]
     dev: dict[str, TaskData]
     device: torch.device
-    loaded: Loaded | None = None  # an encoder that several runs copy; else the run loads its own
+    loaded: Loaded | None = None  # an encoder for several runs to copy; else each loads it
     variants: tuple[TrainConfig, ...] = ()  # trained side by side, see side_by_side.py
     stop: Stop = field(default_factory=Stop)  # what may end it early
 
@@ -66,7 +66,7 @@ class Setup:
         return DTYPES[self.config.precision]
 
     def narrow(self, config: TrainConfig) -> Setup:
-        """The same data and encoder for another configuration with some of the same tasks."""
+        """The same data and encoder for another configuration, whose tasks are among these."""
         tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}
         inputs = replace(self.inputs, tasks=tasks)
         train, dev = ({n: data[n] for n in tasks} for data in (self.train, self.dev))
@@ -115,7 +115,7 @@ def seed_random(seed: int, device: torch.device) -> None:
             torch.cuda.manual_seed(seed)
 
 
-@torch.random.fork_rng([])  # layers are drawn before they are read
+@torch.random.fork_rng([])  # new layers draw random weights before theirs are read
 def read_encoder(source: Source) -> Loaded:
     """The encoder of a model's folder; UserError when it has none that fits."""
     encoder, notes = load_encoder(source.folder, PARTS)
@@ -152,7 +152,7 @@ def build_model(
     if config.mode == "frozen":
         encoder.requires_grad_(False)
     elif config.mode == "full":
-        # Mean pooling leaves BERT's own pooler out of every loss.
+        # Sentences are mean-pooled, so BERT's pooler is in no loss.
         encoder.pooler.requires_grad_(False)
     else:
         model.adapt(settings or adapter_settings(config, tasks))
@@ -170,14 +170,14 @@ def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, Lor
 
 
 def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> None:
-    """Move to the device, with frozen encoder weights once in the compute type; maybe compile."""
+    """Move a model to the device, its frozen weights in the compute type; compile it if asked."""
     dtype = DTYPES[config.precision]
     model.to(device)
     if config.mode != "full":
         for name, parameter in model.encoder.named_parameters():
             if not parameter.requires_grad and ".lora_" not in name:
                 parameter.data = parameter.data.to(dtype)
-    pack(model.encoder)  # nobody else changes its frozen weights
+    pack(model.encoder)  # which is right as long as nobody changes its frozen weights
     if config.compile:
         model.encoder.encoder.compile(dynamic=True)
 
@@ -200,8 +200,8 @@ def training(setup: Setup) -> Iterator[None]:
 
 def compute_of(device: str, precision: Precision) -> tuple[torch.device, torch.dtype]:
     """The device and compute type that --device and --precision mean here."""
-    found = local_device(device)
-    return found, DTYPES[find_precision(precision, found)]
+    here = local_device(device)
+    return here, DTYPES[find_precision(precision, here)]
 
 
 def find_route(device: torch.device, dtype: torch.dtype) -> Route:
