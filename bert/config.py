@@ -6,7 +6,7 @@ from pathlib import Path
 from fastlora.errors import UserError
 from fastlora.files import read_json, write_json
 
-# What a config.json may say of these; the first is meant when it says nothing.
+# The values that a config.json may have for these keys; the first is the default.
 _SUPPORTED = {
     "model_type": ("bert",),
     "position_embedding_type": ("absolute",),
@@ -20,7 +20,7 @@ _SUPPORTED = {
 class BertConfig:
     """Sizes and rates of one encoder; the defaults are those of Hugging Face's BERT.
 
-    Raises ValueError when the heads do not divide the width.
+    Raises ValueError when hidden_size is not a multiple of num_attention_heads.
     """
 
     vocab_size: int

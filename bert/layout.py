@@ -19,14 +19,14 @@ class Layout:
 
     batch: int  # B
     length: int  # S
-    # int64 [T], their positions in the flattened [B * S]; real ones in order, then others that are
-    # computed like them, but that no other token sees.
+    # int64 [T], their positions in the flattened [B * S]; the real ones in order, then padding that
+    # is computed like them but that no token attends to.
     index: Tensor | None = None
     mask: Tensor | None = None  # bool [B, 1, 1, S], True at real keys
-    derived: dict[tuple, Tensor] = field(default_factory=dict, compare=False)  # by any layer
+    derived: dict[tuple, Tensor] = field(default_factory=dict, compare=False)  # shared by layers
 
     def computed(self) -> Tensor:
-        """Which places have a token: bool [B, S], where there is an index."""
+        """Which positions are computed: bool [B, S]; only for a layout that has an index."""
         assert self.index is not None
         if ("computed",) not in self.derived:
             flat = self.index.new_zeros(self.batch * self.length, dtype=torch.bool)
@@ -44,9 +44,9 @@ class Layout:
     ) -> Layout:
         """The layout of a padded batch.
 
-        Padding makes up for fewer real tokens than `tokens`, where there is some beside a real
-        token. With `first`, the first place of each row is computed, even if it is padding: heads
-        read it.
+        With fewer real tokens than `tokens`, padding from rows with real tokens is computed, too,
+        up to that number. With `first`, the first position of each row is computed even if it is
+        padding, because heads read it.
         """
         batch, length = shape
         if attention_mask is None:
@@ -83,7 +83,7 @@ class Layout:
 
 
 class _Unpad(torch.autograd.Function):
-    """`index_select` of distinct rows: backward is a copy, where PyTorch's adds row by row."""
+    """`index_select` of distinct rows, whose backward is a copy; PyTorch's adds row by row."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Dropout(nn.Dropout):
 
 @dataclass(frozen=True)
 class Parts:
-    """The kinds of modules that an encoder is built of: faster ones compute the same functions."""
+    """The module classes that an encoder is built of; callers may pass faster equivalents."""
 
     linear: type[nn.Linear] = nn.Linear
     dropout: type[nn.Dropout] = Dropout
@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention.
 
-    `projection` computes [T, H] -> [T, 3H]; whoever adapts the projections replaces it.
+    `projection` computes query, key and value, [T, H] -> [T, 3H]; LoRA replaces it.
     """
 
     def __init__(self, config: BertConfig, parts: Parts) -> None:
@@ -139,8 +139,8 @@ def dense(linear: nn.Linear, activation: nn.Module) -> nn.Sequential:
 class Encoder(nn.Module):
     """The stack of layers.
 
-    With `recompute`, only each layer's input is kept for backward, which computes the layer again
-    (Chen et al. 2016) with the same random numbers; what it reads must not change in between.
+    With `recompute`, only each layer's input is kept, and backward computes the layer again with
+    the same random numbers (Chen et al. 2016). Nothing that the layer reads may change in between.
     """
 
     recompute = False
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
 
 
 class BertModel(nn.Module):
-    """The encoder, with the names and numbers of `transformers.BertModel`, built of `parts`."""
+    """The encoder, with the parameter names and outputs of `transformers.BertModel`."""
 
     def __init__(self, config: BertConfig, parts: Parts = Parts()) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class BertModel(nn.Module):
     def encode(
         self,
         input_ids: Tensor,  # int64 [B, S]
-        layout: Layout,  # made on the host, it spares a wait for the device
+        layout: Layout,  # if it was made on the host, nothing waits for the device
         token_type_ids: Tensor | None = None,  # int64 [B, S]; None means zeros
     ) -> list[Tensor]:
         """The real tokens' states after the embeddings and each layer: layers + 1 of [T, H].

@@ -18,8 +18,8 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
     """Build the encoder of a folder with its weights in fp32, in evaluation mode.
 
     Accepts "bert." prefixes, LayerNorm.gamma/beta, pre-training heads (cls.*, ignored) and a
-    missing pooler, which is drawn from normal(0, 0.02), always the same. Returns the model and a
-    note for each such liberty. Raises UserError as ``copy_tensors`` does.
+    missing pooler, which is drawn from normal(0, 0.02) with a fixed seed. Returns the model and a
+    note on ignored heads and on a missing pooler. Raises UserError as ``copy_tensors`` does.
     """
     path = Path(folder) / "model.safetensors"
     model = BertModel(BertConfig.from_json(path.with_name("config.json")), parts or Parts())
@@ -34,7 +34,7 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
             tensors[name] = tensor
     heads = sum(name.startswith("cls.") for name in raw)
     notes = [f"ignored the {heads} tensors of the pre-training heads (cls.*)"] if heads else []
-    # Half a pooler is a broken file: the copy names the missing half.
+    # With only half a pooler, copy_tensors raises and names the missing half.
     if not any(name.startswith("pooler.") for name in tensors):
         size, generator = model.config.hidden_size, torch.Generator().manual_seed(0)
         weight = torch.empty(size, size).normal_(0, 0.02, generator=generator)

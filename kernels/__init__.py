@@ -1,6 +1,6 @@
 """The fused LoRA operations: Triton kernels, their plain PyTorch reference, and the routes.
 
-Installs as ``fastlora.kernels``. It knows tensors only: no module of somebody's model, no files.
+Installs as ``fastlora.kernels``. It works on tensors only and knows neither models nor files.
 """
 
 if __name__ != "fastlora.kernels":

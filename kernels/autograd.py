@@ -1,9 +1,9 @@
 """The operation's autograd, and the operation as an operator for `torch.compile`.
 
-Saved for backward are x, u = c (m * x) A^T and the dropout mask's seed; neither the mask nor the
-dropped x. Operators take flat lists only, so a call travels as `_CALL` says: `factors` are A and B
-of the first term, A and B of the next; `reals` and `places` are the other fields of `Term`, in
-their order, two and four a term.
+Backward keeps x, u = c (m * x) A^T and the dropout mask's seed, but neither the mask nor the
+dropped x. Operators take flat lists only, so a call is passed as `_CALL` lists it: `factors` is A
+and B of each term in turn; `reals` and `offsets` are the other fields of `Term` in their order, two
+and four for each term.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def run(x: Tensor, bias: Tensor | None, call: Call) -> Tensor:
 
 
 def _forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    """y [M, N], and what backward needs: [x | u] where it has two dimensions, else only u."""
+    """y [M, N], and the tensor that backward needs: [x | u] if it is a matrix, u if it is flat."""
     with torch._C._DisableAutocast():  # operations take the types they are given
         return implementation(call.route).forward(x, bias, call)
 
@@ -47,16 +47,16 @@ def _backward(
 
 
 def _save(ctx: Any, x: Tensor, saved: Tensor, weight: Tensor, seed: Any, factors: Any) -> None:
-    """Keep for backward what it reads: x where there are terms, unless `saved` is [x | u]."""
+    """Save what backward reads; x only if there are terms and `saved` does not contain it."""
     ctx.set_materialize_grads(False)
     apart = x if factors and saved.dim() == 1 else None
     ctx.save_for_backward(apart, saved, weight, seed, *factors)
 
 
 class _Eager(torch.autograd.Function):
-    """The operation without the operator, which would add half a millisecond.
+    """The operation in eager mode; calling it as an operator would add half a millisecond.
 
-    Backward is differentiable: with `create_graph`, it is the reference's.
+    Backward is differentiable: with `create_graph`, the reference computes it.
     """
 
     @staticmethod
@@ -65,8 +65,8 @@ class _Eager(torch.autograd.Function):
         _save(ctx, x, saved, call.weight, call.seed, factors)
         if saved.dim() == 1:
             ctx.mark_non_differentiable(saved)
-        # With the factors themselves, for hooks may give saved ones back in another place, where
-        # other factors were packed. They are saved so that PyTorch sees whether they change.
+        # The call keeps the factors themselves: hooks on saved tensors may return them at an
+        # address where others were packed. They are saved, too, so that PyTorch detects changes.
         ctx.rest = call._replace(changed=False)[1:]
         return y, saved
 
@@ -85,7 +85,7 @@ class _Eager(torch.autograd.Function):
             else:
                 dx, gradients = _backward(grad, x, saved, need_dx, call)
             d_bias = grad.sum(0) if need_bias else None
-        if grad_saved is not None:  # only of a gradient's gradient
+        if grad_saved is not None:  # only when differentiating twice
             through = grad_saved[:, : weight.shape[1]]
             dx = through if dx is None else dx + through
         return dx, d_bias, None, *gradients
@@ -94,17 +94,17 @@ class _Eager(torch.autograd.Function):
 def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence[Tensor | None]:
     """The gradients of x and the factors, as functions that autograd knows.
 
-    They also serve a batch of gradients at once, which no fused form takes.
+    This form also takes a batch of gradients at once, which the fused forms cannot.
     """
     if not call.terms:
         return [grad @ call.weight]
     mask = keep_mask if call.route == "reference" else philox_keep
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), torch._C._DisableAutocast():
-        # Where [x | u] is saved, its left part stands for x, in the graph, too.
+        # Where [x | u] is saved, its left part replaces x, also in the graph.
         x = saved[:, : call.weight.shape[1]] if saved.dim() == 2 else x
-        # Other names for them: x may depend on the factors, as where two layers share an adapter,
-        # and what flows through it is not this function's part of their gradient.
+        # Views separate the inputs from their history: x may depend on the factors (two layers may
+        # share an adapter), and that part of the factors' gradient does not belong here.
         x, *factors = inputs = [
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in (x, *call.factors)

@@ -1,10 +1,9 @@
-"""What one call of the operation is, as the routes see it, and the packed copies of its weight.
+"""The inputs of one call, in the form that routes take, and packed copies of its weight.
 
-A product is faster on a weight that lies in memory as the product wants it: oneDNN's blocks on a
-CPU, [W0 | B] for route "gemm", another type under autocast. A copy is only right while the weight
-stays the same, and a write through `.data`, NumPy or a collective operation leaves no trace. So
-nothing is packed unasked: an owner who knows when its frozen weights change makes a `Packed` for
-each and passes it to every call; all others compute on the weight as it is.
+A product is faster on a weight that has the right layout: oneDNN's blocks on a CPU, [W0 | B] for
+route "gemm", another dtype under autocast. A packed copy becomes wrong when the weight changes, and
+PyTorch does not count writes through `.data`, NumPy or a collective operation. So calls compute on
+the weight as it is, unless a caller who knows when the weight changes passes a `Packed`.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -17,22 +16,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.kernels.dropout import keep_scale
 
-LIMIT = 32  # forms of one weight; the oldest goes first, as adapters come and go
+LIMIT = 32  # packed copies of one weight; beyond it the oldest is dropped
 
 
 class Term(NamedTuple):
     """One adapter's low-rank update of a block of the output.
 
     It reads rows [start, stop) of x (leading dimensions flattened) and adds to those rows of y,
-    columns [column, column + N). The mask's rows count from `start`, so that an adapter trains
-    the same alone or in company.
+    columns [column, column + N). The mask's rows count from `start`, so an adapter trains the same
+    whether or not others share the batch.
     """
 
     lora_A: Tensor  # [r, K]
     lora_B: Tensor  # [N, r]
     scale: float  # alpha / r (or alpha / sqrt(r), rsLoRA)
-    dropout_p: float = 0.0  # probability to drop an element of the branch's input
-    stream: int = 0  # 32 bits that separate the masks of terms that share a seed
+    dropout_p: float = 0.0  # dropout rate of the low-rank branch's input
+    stream: int = 0  # 32 bits; terms that share a seed have different streams
     start: int = 0
     stop: int | None = None
     column: int = 0
@@ -44,27 +43,27 @@ class Term(NamedTuple):
 
     @property
     def rows(self) -> tuple[int, int]:
-        """First row and end of a term that has an end."""
+        """(start, stop); only for a term whose stop is set."""
         assert self.stop is not None
         return self.start, self.stop
 
 
 class Forms(NamedTuple):
-    """Where a call finds the packed forms of its weight, and leaves what it makes."""
+    """The packed copies that a call may use, and to which it adds those that it makes."""
 
-    kept: dict | None = None  # None: nobody keeps them, each is made for this call alone
-    graph: list | None = None  # while a CUDA graph is captured, takes what the graph will read
+    kept: dict | None = None  # None: each copy is made for this call alone
+    graph: list | None = None  # during CUDA graph capture: what the graph reads
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The form that is kept by this key, or else what `make` returns, kept from now on."""
+        """The copy under this key; if there is none, `make` builds it and it is kept."""
         if self.kept is None:
             return make()
         found = self.kept.get(key)
         if found is None:
-            # A list of the keys, for another thread may change the dictionary meanwhile.
+            # list() first, because another thread may change the dictionary meanwhile.
             for oldest in list(self.kept)[: 1 - LIMIT]:
                 self.kept.pop(oldest, None)
-            # What is made in inference mode could not be saved for backward later, or changed.
+            # Tensors made in inference mode could not be saved for backward or changed later.
             with torch.inference_mode(False), torch.no_grad():
                 found = self.kept[key] = make()
         if self.graph is not None:
@@ -73,7 +72,7 @@ class Forms(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call's inputs besides x. Each term has an end; its factors are fp32 or in x's type."""
+    """One call's inputs besides x. Every term has a stop; its factors are fp32 or in x's dtype."""
 
     weight: Tensor  # [N, K]
     terms: Sequence[Term]
@@ -91,27 +90,27 @@ class Call(NamedTuple):
 class Packed:
     """The packed forms of one frozen weight, made at their first use.
 
-    They are made again when the weight is another tensor, lies elsewhere or has a new version.
-    The forms may also be of several tensors, as the weights of layers that are one product.
-    After a write that PyTorch does not see, the owner calls `clear`; a `watched` one sees such
-    writes by itself, for reading the weight once more at each use. Copying or pickling an owner
-    gives the copy an empty `Packed` of its own. Safe for several threads.
+    They are made again when the weight is another tensor, has moved or has a new version. A
+    `Packed` may also belong to several tensors, such as the weights of query, key and value. After
+    a write that PyTorch does not count, the owner calls `clear`. A `watched` one detects such
+    writes by hashing the weight at each use. A copy or pickle of the owner gets an empty `Packed`
+    of its own. Safe to use from several threads.
     """
 
     def __init__(self, watched: bool = False) -> None:
         self.watched = watched
         self._current: tuple[list, list[StorageWeakRef], dict] | None = None
-        self.graph: list[Any] = []  # what captured CUDA graphs read, for as long as this object
+        self.graph: list[Any] = []  # what captured CUDA graphs read; kept alive by this object
 
     def forms(self, *tensors: Tensor) -> dict | None:
-        """The forms of these tensors as they are now; None where no change could be seen."""
+        """The copies of these tensors as they are now; None for tensors of inference mode."""
         if any(t.is_inference() for t in tensors):
-            return None  # they count no versions
+            return None  # they count no versions, so changes could not be seen
         places: list = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in tensors]
         if self.watched:
             places += map(_marks, tensors)
         current = self._current
-        # An expired storage's place in memory may be another's by now.
+        # The memory of an expired storage may belong to another tensor by now.
         if current is None or current[0] != places or any(ref.expired() for ref in current[1]):
             storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
             current = self._current = places, storages, {}
@@ -126,7 +125,7 @@ class Packed:
 
 
 def _marks(tensor: Tensor) -> bytes:
-    """A hash of each row's bits, by which a write is noticed, wherever in the row it was."""
+    """A hash of each row's bits, which changes with a write anywhere in the row."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
     if left := rows.shape[1] * rows.element_size() % 8:
         rows = torch.nn.functional.pad(rows, (0, (8 - left) // rows.element_size()))

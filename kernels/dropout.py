@@ -2,9 +2,9 @@
 
 A mask is a pure function of (seed, stream, row, column), so backward draws it again instead of
 storing it. On a GPU it is Philox4x32 with 7 rounds, eight 16-bit lanes a call; `philox_keep` is
-that definition in PyTorch. On a CPU a generator's time would be most of a mask's, so `keep_mask`
-xors 8-bit lanes of two pools of random bytes, from places that seed and stream decide. Their
-threshold is dithered between neighbours, row by row: an element's probability is right to 2^-16.
+that definition in PyTorch. On a CPU a random generator would take most of a mask's time, so
+`keep_mask` xors two pools of random bytes, starting at offsets that seed and stream decide. The
+8-bit threshold alternates between two neighbours by row, so that the rate is exact to 2^-16.
 """
 
 from functools import lru_cache
@@ -23,15 +23,15 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _SPREAD = 0x9E3779B97F4A7C15
 _LOW = 0xFFFFFFFF
 _PERIOD = 256
-MOST = 1 - 2**-8  # the largest rate that the CPU's lanes of 8 bits can drop at
-_STARTS = 1 << 22  # places of a pool where a mask may start
+MOST = 1 - 2**-8  # the largest rate that 8-bit thresholds can express
+_STARTS = 1 << 22  # offsets in a pool at which a mask may start
 _ZERO = torch.zeros((), device="cpu")  # whatever the default device is
 
 
 def threshold(p: float) -> int:
-    """The lanes in [0, 65536) that drop: p rounded to the mask's resolution of 2^-16.
+    """The threshold below which a lane in [0, 65536) drops: p in units of 2^-16, rounded.
 
-    At most 1 - 2^-8 of them, the most that the CPU's 8-bit lanes can drop.
+    It is at most that of the rate 1 - 2^-8, the largest that the CPU's 8-bit lanes can express.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout is {p} (expected 0 <= p < 1)")
@@ -39,7 +39,7 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """The factor 1 / (1 - p) of kept values, with p as the mask really drops it."""
+    """The factor 1 / (1 - p) of kept values, with p rounded as in `threshold`."""
     return LANES / (LANES - threshold(p))
 
 
@@ -50,8 +50,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def keep_mask(
     seed: Tensor,  # int64 []
-    stream: int,  # which projection of which layer: masks of different streams are independent
-    rows: int,  # a mask of fewer rows is the head of a longer one
+    stream: int,  # number of the layer and adapter; masks of different streams are independent
+    rows: int,  # a mask of fewer rows equals the first rows of a longer one
     columns: int,
     p: float,  # probability to drop
     dtype: torch.dtype = torch.bool,  # or a floating type to multiply with: 1 keeps, 0 drops
@@ -67,7 +67,7 @@ def keep_mask(
 
 
 def _lanes(seed: int, stream: int, rows: int, columns: int) -> Tensor:
-    """Random uint8 [rows, columns], independent of others' unless both places differ alike."""
+    """Random uint8 [rows, columns]; draws are independent unless both offsets differ equally."""
     size, number = rows * columns, (seed + stream * _SPREAD) * _SPREAD % 2**64
     first, second = number >> 42, (number >> 20) % _STARTS
     one, other = _pools(max(22, size.bit_length()))
@@ -76,7 +76,7 @@ def _lanes(seed: int, stream: int, rows: int, columns: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _pools(bits: int) -> tuple[Tensor, Tensor]:
-    """Two pools, uint8 [_STARTS + 2^bits] each; a short one is the head of a long one."""
+    """Two pools, uint8 [_STARTS + 2^bits] each; a shorter pool is a prefix of a longer one."""
     words = (_STARTS + (1 << bits)) // 8
     one, other = (np.random.SFC64(key).random_raw(words).view(np.uint8) for key in (1, 2))
     return torch.from_numpy(one), torch.from_numpy(other)
@@ -87,9 +87,9 @@ _lanes_uncompiled = torch.compiler.disable(_lanes)
 
 @lru_cache(maxsize=64)
 def _limits(drop: int, bits: int) -> Tensor:
-    """uint8 [2^bits, 1]: `drop` / 256 rounded down or up, right on average over any 256 rows."""
+    """uint8 [2^bits, 1]: `drop` / 256 rounded down or up, exact on average over any 256 rows."""
     high, low = divmod(drop, 256)
-    # An odd step spreads the rows that are rounded up.
+    # Multiplying by an odd number spreads the rows that are rounded up.
     up = torch.arange(1 << bits, device="cpu") * 159 % _PERIOD < low
     return (up + high).to(torch.uint8).unsqueeze(1)
 
@@ -139,7 +139,7 @@ def drop(input: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` by `drop`."""
+    """`nn.Dropout`, computed by `drop`."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., columns] -> the same shape."""
@@ -147,7 +147,7 @@ class Dropout(nn.Dropout):
 
 
 class _DropAdd(torch.autograd.Function):
-    """residual + scale keep input; addcmul's own gradient would scale a copy of the mask first."""
+    """residual + scale * keep * input; autograd's addcmul would scale a copy of the mask."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, keep: Tensor, residual: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tensors the fused forms take."""
+"""Which tensors the fused operation accepts."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def is_ordinary(x: Tensor) -> bool:
-    """Whether x has rows of floats in a CPU's or GPU's memory, and nobody transforms or watches."""
+    """Whether the fused operation accepts x: plain floats that nothing transforms or traces."""
     return (
         type(x) in TYPES
         and x.device.type in ("cpu", "cuda")

@@ -1,10 +1,10 @@
-"""The LoRA operation: what others call, and whether a call can run fused.
+"""The public functions of the LoRA operation; they decide whether a call can run fused.
 
-A call runs fused where all of its tensors are plain ones on one CPU or GPU and the weight is
-frozen. All else goes to the reference, which is made of PyTorch's differentiable operations: no
-rows, a trainable weight, subclasses of tensors (nested, quantised, sharded, fake), the meta device,
-`torch.func` and forward-mode derivatives, export, and whatever watches PyTorch's operations, such
-as a FLOP counter.
+A call runs fused if all of its tensors are plain ones on one CPU or GPU and the weight is frozen.
+In all other cases the reference runs, which consists of PyTorch's differentiable operations: an
+input without rows, a trainable weight, tensor subclasses (nested, quantised, sharded, fake), the
+meta device, `torch.func`, forward-mode derivatives, export, and dispatch modes such as a FLOP
+counter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,13 @@ def lora_grouped(
     bias: Tensor | None,  # [N]
     terms: Sequence[Term],  # may overlap (they add up) and may be empty
     seed: Tensor | None = None,  # int64 [] of all masks; None draws one from torch's generator
-    packed: Packed | None = None,  # what the owner of a frozen weight holds for it
+    packed: Packed | None = None,  # packed copies, from an owner who knows when the weight changes
 ) -> Tensor:
     """A linear projection plus any number of low-rank terms on blocks of its output.
 
     Returns [..., N] in x's dtype. Gradients flow to x, bias and every lora_A and lora_B, which may
     be fp32 masters of a half-precision x, and to the weight if it is trainable. Raises ValueError
-    when a shape does not fit, and what `torch.nn.functional.linear` raises.
+    when a shape does not fit, and otherwise as `torch.nn.functional.linear`.
     """
     _check(x, weight, terms)
     if is_small(x, weight.shape[0]):
@@ -63,9 +63,9 @@ def lora_grouped(
 
 
 def add_terms(y: Tensor, x: Tensor, terms: Sequence[Term], seed: Tensor | None = None) -> Tensor:
-    """y [..., N] and the low-rank terms of x [..., K], in plain PyTorch: a new tensor."""
+    """y [..., N] plus the low-rank terms of x [..., K], as a new tensor, in plain PyTorch."""
     if seed is None and any(term.dropout_p > 0 for term in terms) and is_ordinary(x):
-        seed = draw_seed(x.device)  # the masks that the fused form draws
+        seed = draw_seed(x.device)  # so that the masks are those of the fused operation
     return reference.add_terms(y, x, terms, seed)
 
 
@@ -123,8 +123,8 @@ def lora_together(
 ) -> Tensor:
     """Several linear layers of one input in one product: x [..., K] -> [..., sum of N].
 
-    `weights` [N, K] and `biases` [N] are those of the layers, one after the other, and may train.
-    Whoever passes `packed` has a copy of them kept there, which follows them as `Packed` says.
+    `weights` [N, K] and `biases` [N] belong to the layers in order and may be trainable. With
+    `packed`, their concatenation is kept there; see `Packed` for when it is renewed.
     """
 
     def make() -> tuple[Tensor, Tensor | None, Packed]:
@@ -141,7 +141,7 @@ def lora_together(
 class Linear(nn.Linear):
     """`nn.Linear` that is faster on a CPU while its weight is frozen."""
 
-    packed: Packed | None = None  # set by an owner who knows when the weight changes
+    packed: Packed | None = None  # copies, set by an owner who knows when the weight changes
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -168,14 +168,14 @@ def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """x's type, or autocast's, which leaves double precision as it is."""
+    """The dtype to compute in: x's, or autocast's unless x is fp64."""
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def is_small(x: Tensor, out_features: int) -> bool:
-    """Whether the product is so small that plain PyTorch is the faster."""
+    """Whether the product is so small that plain PyTorch is faster."""
     return (
         x.is_cpu
         and not torch.compiler.is_compiling()
@@ -187,9 +187,9 @@ def is_small(x: Tensor, out_features: int) -> bool:
 def _fused_route(
     x: Tensor, weight: Tensor, bias: Any, terms: Sequence[Term], seed: Any, packed: Packed | None
 ) -> str:
-    """The route of the fused form, or "" where it cannot run; see the module's text."""
+    """The route of the fused operation, or "" if it cannot run; see the module's docstring."""
     if compiling := torch.compiler.is_compiling():
-        # On a CPU the compiler fuses PyTorch's operations itself, but draws no masks from a seed.
+        # On a CPU, torch.compile fuses the reference well, but cannot draw a mask from a seed.
         operator = x.is_cuda or seed is not None
         fusable = bool(terms) and operator and not torch.compiler.is_exporting()
     else:
@@ -198,7 +198,7 @@ def _fused_route(
             is_ordinary(x)
             and all(t is None or (type(t) in TYPES and t.device == x.device) for t in others)
             and _compute_dtype(weight) == _compute_dtype(x)
-            and not (packed is None and _capturing(x))  # nobody would keep what the graph reads
+            and not (packed is None and _capturing(x))  # nothing would keep what the graph reads
         )
     if weight.requires_grad or not fusable:
         return ""
@@ -209,7 +209,7 @@ def _fused_route(
 
 
 def _forms(x: Tensor, packed: Packed | None, *tensors: Tensor) -> Forms:
-    """Where a call with this x finds the packed forms of its weight."""
+    """The packed copies that a call with this x may use."""
     if packed is None or torch.compiler.is_compiling():
         return Forms()
     return Forms(packed.forms(*tensors), packed.graph if _capturing(x) else None)

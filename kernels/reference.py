@@ -2,9 +2,9 @@
 
     y = x W0^T + b + c (m * x) A^T B^T      c = scale / (1 - p)
 
-for one projection (Hu et al. 2021, equation 3, with dropout on the branch's input). Everything
-here is differentiable by autograd, any number of times, and works in float64. It is also what runs
-where a fused form cannot (see `ops.py`).
+for one projection (Hu et al. 2021, equation 3, with dropout on the branch's input). Everything here
+is differentiable by autograd, any number of times, and works in float64. It also runs where the
+fused operation cannot (see `ops.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastlora.kernels.call import Term
 from fastlora.kernels.dropout import keep_mask
 
-Mask = Callable[..., Tensor]  # `keep_mask`, or `philox_keep` for a GPU's on any device
+Mask = Callable[..., Tensor]  # `keep_mask`, or `philox_keep` to draw a GPU's mask on any device
 
 
 def lora_grouped(
@@ -34,7 +34,7 @@ def lora_grouped(
 def add_terms(
     y: Tensor, x: Tensor, terms: Sequence[Term], seed: Tensor | None = None, mask: Mask = keep_mask
 ) -> Tensor:
-    """y [..., N] and the low-rank terms of x [..., K]: a new tensor in y's type.
+    """y [..., N] plus the low-rank terms of x [..., K], as a new tensor in y's dtype.
 
     Without a seed, PyTorch's own dropout draws the masks.
     """
@@ -50,7 +50,7 @@ def add_terms(
             branch = branch * keep.view(branch.shape)
         u = F.linear(branch, term.lora_A.to(x.dtype))
         B, after = term.lora_B.to(u.dtype), y.shape[-1] - term.column - term.lora_B.shape[0]
-        # One operation in place of three; with a graph, its derivatives cost more than theirs.
+        # One operation replaces three. With autograd the three are faster, backward included.
         scoring = not torch.is_grad_enabled() and not torch.jit.is_tracing()
         alike = y.dtype == u.dtype and y.dim() > 1 and not y.is_nested
         if scoring and alike and whole and term.column == after == 0:

@@ -1,8 +1,8 @@
-"""Which kernels run a call, and why. All have the same inputs and gradients.
+"""Which route computes a call, and why. All routes have the same inputs and gradients.
 
 reference   PyTorch's own products (cpu/route.py)
 gemm        one vendor GEMM with extended K: [x | u] [W0 | B]^T, and back: g [W0 | B] = [dx | v]
-triton      the vendor's GEMM on W0 as it lies, and kernels that add the terms (triton/route.py)
+triton      the vendor's GEMM on W0, and Triton kernels that add the terms (triton/route.py)
 """
 
 import os
@@ -30,7 +30,7 @@ class Route(NamedTuple):
 
 
 def implementation(name: str) -> Any:
-    """The route's `saved_shape`, `forward` and `backward`; what needs Triton is imported now."""
+    """The module with `saved_shape`, `forward` and `backward`; Triton is imported on first use."""
     if name == "reference":
         return cpu_route
     from fastlora.kernels.triton import route as triton_route
@@ -67,8 +67,8 @@ def route(
 ) -> Route:
     """The route that `lora_grouped` takes on a device, for many rows or few, and why.
 
-    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one; ValueError when
-    it names no route, or one that cannot run here.
+    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one. Raises
+    ValueError when it names no route, or a route that cannot run here.
     """
     name, detected = forced(), _detect(torch.device(device), dtype, large)
     if not name:
@@ -84,7 +84,7 @@ def route(
 
 
 def forced() -> str:
-    """The route that is not chosen by what is fastest, or ""."""
+    """The route forced by `forced_route` or FASTLORA_ROUTE, or ""."""
     return _forced.get() or os.environ.get("FASTLORA_ROUTE", "")
 
 

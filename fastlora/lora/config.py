@@ -1,4 +1,4 @@
-"""The settings of one adapter, and which linear layers they mean."""
+"""The settings of one adapter, and which linear layers it targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TARGETS = {
     "ffn_output": "output.dense",
 }
 ALL = ("all", "all-linear")
-# The targets of a family that is given none: query and value, under the names that it has.
+# Default targets by model family: query and value, under the family's names.
 FAMILIES = (
     ("query", "value"),  # BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, ALBERT, ViT
     ("q_lin", "v_lin"),  # DistilBERT
@@ -44,8 +44,8 @@ class LoraConfig:
 
     `targets` are names or ends of names of linear layers, regular expressions that match a whole
     name, short names of BERT's matrices (`TARGETS`), or "all": all linear layers but the head. None
-    means query and value, as the model's family calls them. The patterns give layers whose name's
-    end matches the key (a regular expression) a rank or alpha of their own.
+    means query and value, as the model's family calls them. `rank_pattern` and `alpha_pattern` map
+    regular expressions, which the end of a layer's name must match, to that layer's rank or alpha.
 
     PEFT's spellings (`lora_alpha`, `lora_dropout`, `target_modules`, `use_rslora`) are accepted.
     Raises UserError for a value out of range.
@@ -78,7 +78,7 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name)
             ok = isinstance(patterns, Mapping) and all(map(_is_pattern, patterns))
-            check(ok, name, patterns, "numbers by regular expressions of names")
+            check(ok, name, patterns, "a mapping of regular expressions to numbers")
         for r in (self.r, *self.rank_pattern.values()):
             check(type(r) is int and r >= 1, "r", r, "1 or more")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
@@ -93,11 +93,11 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def is_like(self, other: LoraConfig) -> bool:
-        """Whether an adapter of a layer is the same under both; targets do not matter."""
+        """Whether both give a layer the same adapter; targets are not compared."""
         return replace(self, targets=None) == replace(other, targets=None)
 
     def of_layer(self, name: str) -> LoraConfig:
-        """The settings of the layer of this name, with what the patterns say in place."""
+        """The settings of the layer of this name: the patterns are applied and removed."""
 
         def pick(patterns: Mapping, otherwise: Any) -> Any:
             matches = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name))
@@ -124,10 +124,10 @@ def ends_with(name: str, *ends: str) -> bool:
 
 
 def is_target(name: str, target: str) -> bool:
-    """Whether a linear layer of this name is meant by one of `LoraConfig.targets`."""
+    """Whether `target`, one of `LoraConfig.targets`, means the linear layer of this name."""
     if target == "ffn_output" and name.endswith(TARGETS["output"]):
         return False
-    # A dot alone makes no regular expression: "layer.1" does not mean "layer_1".
+    # A dot alone does not make a name a regular expression: "layer.1" must not match "layer_1".
     is_regex = re.search(r"[\\^$*+?(\[{|]", target) is not None and _is_pattern(target)
     matches = is_regex and re.fullmatch(target, name) is not None
     return matches or ends_with(name, target, TARGETS.get(target, target))

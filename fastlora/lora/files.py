@@ -1,7 +1,7 @@
 """Adapters on disk in PEFT's format, for any module; loading is all or nothing.
 
 An adapter's folder holds `adapter_config.json` and `adapter_model.safetensors`: the factors under
-PEFT's names, and what else was trained (heads) whole, as PEFT's `modules_to_save`.
+PEFT's names, and all other trained modules (heads) as PEFT's `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastlora.tensors import check_tensors, copy_tensors, read_tensors, write_te
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_OURS = re.compile(r"\.(lora_[AB]\.[^.]+|base_weight)$")  # in a state dict, of adapters
+_OURS = re.compile(r"\.(lora_[AB]\.[^.]+|base_weight)$")  # an adapter's entries in a state dict
 
 # The types or values that PEFT's settings have in plain LoRA; any other setting must be unset.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -43,7 +43,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
 # Notes for other tools.
 _NOTES = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type"}
-# Without effect on their own, or already said by the names of the tensors.
+# Settings without an effect of their own, or implied by the names of the tensors.
 _IDLE = {"exclude_modules", "inference_mode", "megatron_core", "qalora_group_size"}
 _ANY = _READ | _NOTES | _IDLE | {"target_modules"}
 
@@ -57,11 +57,11 @@ def save_adapter(
     heads: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter (by default the only one) and, with `heads`, what else trains, as PEFT does.
+    """Write an adapter (by default the only one) and, with `heads`, all else that is trainable.
 
     `base_model` is the name or path of the base for PEFT's `base_model_name_or_path`; `metadata`
     goes into the safetensors file. Raises UserError for an unknown adapter, and for a trainable
-    parameter that the format has no place for, as a bias of an adapted layer.
+    parameter for which the format has no place, such as a bias of an adapted layer.
     """
     layers, folder = lora_layers(model), Path(folder)
     known = adapter_names(layers.values())
@@ -70,8 +70,8 @@ def save_adapter(
     own = {module: layer for module, layer in layers.items() if name in layer.settings}
     if wrapped := [m for m in own if not m or m.split(".")[0] in ("module", "_orig_mod")]:
         raise UserError(
-            f"layer {wrapped[0]!r} has no name in PEFT's format (expected the model itself, not a "
-            "single layer, nor what DistributedDataParallel or torch.compile made of it)"
+            f"layer {wrapped[0]!r} has no name in PEFT's format (expected the model itself: not a "
+            "single layer, and not wrapped in DistributedDataParallel or torch.compile)"
         )
     tensors = _factors(own, name)
     modules = _trained_modules(model) if heads else []
@@ -80,7 +80,7 @@ def save_adapter(
         tensors |= {f"{_ROOT}{module}.{key}": value for key, value in state.items()}
     config = _peft_config(model, own, name)
     config |= {"base_model_name_or_path": base_model or None, "modules_to_save": modules or None}
-    # A sharded parameter is gathered: all processes take part.
+    # A sharded parameter is gathered, in which all processes must take part.
     tensors = {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", dir=folder) as building:
@@ -91,11 +91,11 @@ def save_adapter(
 
 
 def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -> None:
-    """Load an adapter of ours or of PEFT, and the heads saved with it; on UserError, nothing.
+    """Load an adapter of fastlora or PEFT and the heads saved with it; UserError changes nothing.
 
-    A model without this adapter gets it by `inject`; heads stay trainable. Refuses anything but
-    plain LoRA, settings other than the model's, and missing, unexpected, misshapen or non-finite
-    tensors.
+    If the model does not have this adapter, `inject` adds it, and the loaded heads become
+    trainable. Refuses anything but plain LoRA, settings other than the model's, and missing,
+    unexpected, misshapen or non-finite tensors.
     """
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)[0]
@@ -112,7 +112,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
     factors, heads = _factors(own, adapter), _heads(model, folder, tensors)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     modules = [] if own else _modules(tensors)
-    for module in modules:  # stand-ins for what `inject` will make
+    for module in modules:  # placeholders for the factors that `inject` will make
         if module not in linears:
             raise UserError(f"{folder / WEIGHTS}: {module!r} is no linear layer of the model")
         linear, r = linears[module], config.of_layer(module).r
@@ -123,7 +123,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
         raise UserError(f"{folder / WEIGHTS}: the model lies on the meta device, or is offloaded")
     check_tensors(folder / WEIGHTS, tensors, factors | heads)
     if not own:
-        # Anchored, for a bare name is the end of other names, too.
+        # Anchored, because a bare name also matches longer names that end in it.
         targets = tuple(f"^{re.escape(module)}$" for module in modules)
         own = inject(model, {adapter: replace(config, targets=targets)})
         for tensor in heads.values():
@@ -132,10 +132,10 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """An adapter's settings, from a folder of ours or of PEFT, for `inject`.
+    """The settings, for `inject`, of an adapter folder that fastlora or PEFT wrote.
 
-    The targets follow from the weights' names; the configuration gives the rest. Raises UserError
-    naming whatever is not plain LoRA.
+    The targets come from the names of the weights, all else from the configuration. Raises
+    UserError that names a setting which is not plain LoRA.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -178,22 +178,22 @@ def _factors(layers: Mapping[str, LoRALinear], adapter: str) -> dict[str, Tensor
     }
 
 
-def _heads(model: nn.Module, folder: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's tensors that a folder, in which these are found, has whole: by PEFT's names."""
+def _heads(model: nn.Module, folder: Path, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors, by PEFT's names, that the folder's `modules_to_save` replace."""
     state = model.state_dict(keep_vars=True).items()
     places = {_ROOT + name: value for name, value in state if not _OURS.search(name)}
     whole: dict[str, Tensor] = {}
     for head in read_json(folder / CONFIG).get("modules_to_save") or ():
-        # PEFT compares the ends of names, so that its "classifier" is "pre_classifier", too.
+        # PEFT compares ends of names, so its "classifier" also means "pre_classifier".
         names = [name for name, _ in model.named_modules() if name.endswith(str(head))]
         meant = [{k: v for k, v in places.items() if k.startswith(f"{_ROOT}{n}.")} for n in names]
-        for module in [m for m in meant if m.keys() & found.keys()] or meant[:1]:
+        for module in [m for m in meant if m.keys() & saved.keys()] or meant[:1]:
             whole |= module
     return whole
 
 
 def _trained_modules(model: nn.Module) -> list[str]:
-    """The largest modules that train whole, and are no adapters.
+    """The largest modules that are no adapters and whose parameters are all trainable.
 
     Raises UserError for a trainable parameter outside of them.
     """
@@ -207,8 +207,8 @@ def _trained_modules(model: nn.Module) -> list[str]:
     for name, parameter in model.named_parameters():
         if parameter in trained and not name.startswith(inside):
             raise UserError(
-                f"parameter {name!r} trains, but is neither in an adapter nor in a module that "
-                "trains whole: PEFT's format has no place for it"
+                f"parameter {name!r} is trainable, but neither in an adapter nor in a module that "
+                "is trainable as a whole: PEFT's format has no place for it"
             )
     return found
 
@@ -220,10 +220,10 @@ def _peft_config(model: nn.Module, layers: Mapping[str, LoRALinear], adapter: st
     first = next(iter(settings.values()))
     r = Counter(s.r for s in settings.values()).most_common(1)[0][0]
     alpha = Counter(s.alpha for s in settings.values()).most_common(1)[0][0]
-    # The ends of names where PEFT finds the same modules by them, else whole names.
+    # Ends of names if PEFT finds exactly these modules by them, otherwise whole names.
     ends = set(first.targets or ())
     meant = {name for name, _ in model.named_modules() if ends_with(name, *ends)}
-    # Anchored, for PEFT would take a bare name as the end of other names, too.
+    # Anchored, because PEFT also matches a bare name with longer names that end in it.
     exact = {f"^{re.escape(module)}": own for module, own in settings.items()}
     return {
         "peft_type": "LORA",

@@ -21,7 +21,7 @@ from fastlora.lora.routing import Choice, choice_of
 
 DEFAULT = "default"
 PLAIN = (nn.Linear.forward, Linear.forward)
-_FORWARDS = ("forward", "_old_forward")  # the second is that of accelerate's hooks
+_FORWARDS = ("forward", "_old_forward")  # the second is set by hooks of Hugging Face accelerate
 
 
 class LoRALinear(Linear):
@@ -29,23 +29,23 @@ class LoRALinear(Linear):
 
     The constructor takes `nn.Linear`'s arguments in their order. Base parameters keep the names
     `weight` and `bias` and are frozen; adapter `name` has `lora_A[name]` [r, in] and `lora_B[name]`
-    [out, r], in fp32 (fp64 on an fp64 base). A layer that is built here has one adapter, "default";
-    `inject` turns linear layers of a model into LoRALinear. Raises UserError when a setting is out
-    of range.
+    [out, r], in fp32 (fp64 on an fp64 base). A layer made by the constructor has one adapter,
+    "default"; `inject` turns linear layers of a model into LoRALinear. Raises UserError when a
+    setting is out of range.
     """
 
-    base_class: Any = nn.Linear  # of an adapted subclass, that subclass
-    base_forward: Any = None  # one that was put on the instance
+    base_class: Any = nn.Linear  # the class that the layer had before it was adapted
+    base_forward: Any = None  # a forward that had been set on the instance, or None
     stream = 0
     settings: dict[str, LoraConfig]
-    streams: dict[str, int]  # of the adapters' masks
+    streams: dict[str, int]  # by adapter: separates the dropout masks
     active: tuple[str, ...] | None = None  # None: several adapters, and none has been chosen
-    scopes = 0  # of `use_adapter`, in any thread, that cover it now
-    was_scoped = False  # whether a forward pass that may be computed again ran in one
+    scopes = 0  # number of open `use_adapter` blocks, of all threads, that cover this layer
+    was_scoped = False  # whether a forward pass that backward may recompute has run in such a block
     merged: tuple[str, ...] = ()  # the adapters that `weight` contains
     base_weight: Tensor  # W0, while something is merged
-    unmerged: list[nn.Parameter]  # the parameter that W0 is, which may be tied to another module's
-    thawed: list[nn.Parameter]  # the factors that train when it is unmerged
+    unmerged: list[nn.Parameter]  # the parameter that holds W0; it may be tied to another module
+    thawed: list[nn.Parameter]  # the factors to make trainable again by `unmerge`
 
     def __init__(
         self,
@@ -69,18 +69,18 @@ class LoRALinear(Linear):
     def _prepare(self) -> None:
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.settings, self.streams = {}, {}
-        # A hook, on whatever part, keeps nn.TransformerEncoderLayer off its fast path, which reads
-        # `weight`. A hook of the layer itself would slow down each of its calls.
+        # Any hook keeps nn.TransformerEncoderLayer from its fast path, which reads `weight`
+        # directly. A hook on the layer itself would slow down each of its calls.
         self.lora_A.register_forward_pre_hook(_nothing)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, stream: int = 0) -> LoRALinear:
         """Turn a linear layer, of this class or a subclass, into a LoRALinear in place.
 
-        It stays the same object, with its hooks, parametrisations and places in the model, and has
-        no adapter yet. `stream` separates its random numbers from those of other layers.
+        It stays the same object in its places of the model, keeps hooks and parametrisations, and
+        has no adapter yet. `stream` separates its random numbers from those of other layers.
         """
-        base_class: Any = vars(type(linear)).get("swapped_from", type(linear))  # by interop
+        base_class: Any = vars(type(linear)).get("swapped_from", type(linear))  # swapped by interop
         linear.__class__ = adapted_class(base_class)
         assert isinstance(linear, LoRALinear)
         try:
@@ -89,8 +89,8 @@ class LoRALinear(Linear):
         except Exception:
             linear.to_linear()
             raise
-        # A forward that was put on the instance is the base's. accelerate's hooks, which stay where
-        # they are, call `_old_forward` and put it back when they are removed.
+        # A forward that was set on the instance becomes the base's. Hooks of Hugging Face
+        # accelerate stay in place; they call `_old_forward` and restore it when they are removed.
         hooked = "_old_forward" in vars(linear)
         forward = vars(linear).pop("_old_forward" if hooked else "forward", None)
         if forward is not None and getattr(forward, "__func__", None) is not base_class.forward:
@@ -100,7 +100,7 @@ class LoRALinear(Linear):
         return linear
 
     def why_stuck(self) -> str:
-        """Why it cannot be turned back now, or ""."""
+        """Why `to_linear` cannot be called now, or ""."""
         if type(self) is not adapted_class(self.base_class):
             return f"its class has become {type(self).__name__} since (parametrised or sharded)"
         patched = vars(self).get("forward")
@@ -110,13 +110,13 @@ class LoRALinear(Linear):
         return "it is in use in a block of use_adapter" if self.scopes else ""
 
     def to_linear(self) -> nn.Linear:
-        """Turn back into what `from_linear` was given, in place; the weight stays as it is."""
+        """Turn back in place into the layer that `from_linear` got; the weight is not changed."""
         base_class, base_forward, forward = self.base_class, self.base_forward, type(self).forward
         for name in OWN:
             for place in (vars(self), self._modules, self._buffers):
                 place.pop(name, None)
         self.__class__ = base_class
-        # Where hooks have put our forward on the instance, now or before, goes the base's.
+        # The base's forward replaces ours wherever hooks have set ours on the instance.
         places = [k for k in _FORWARDS if getattr(vars(self).get(k), "__func__", None) is forward]
         for name in places or (["forward"] if base_forward is not None else []):
             vars(self)[name] = base_forward or MethodType(base_class.forward, self)
@@ -127,18 +127,18 @@ class LoRALinear(Linear):
     ) -> None:
         """Add an adapter of these settings.
 
-        Its start is a function of (seed, the layer's stream, `draws_as` or its name); by default
-        PyTorch's generator gives the seed.
+        Its initial weights depend only on the seed, the layer's stream and `draws_as` (by default
+        its name). Without a seed, PyTorch's generator draws one.
         """
         key = crc32((draws_as or name).encode(), self.stream)
         seed = (draw_number() if seed is None else seed) ^ key
-        # Not `weight`, which a parametrisation would compute.
+        # Not `self.weight`, because a parametrisation would be computed to get it.
         base = next(p for n, p in self.named_parameters() if "lora_" not in n)
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         A = torch.empty(config.r, self.in_features, dtype=dtype, device="cpu")
         generator = torch.Generator("cpu").manual_seed(seed)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        # What accelerate has offloaded is on the meta device between its calls.
+        # A layer that Hugging Face accelerate offloads is on the meta device between calls.
         device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         A = A.to(base.device if device is None else device)
         B = A.new_zeros(self.out_features, config.r)
@@ -154,7 +154,7 @@ class LoRALinear(Linear):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the base computes x W^T + b and nothing else."""
+        """Whether the base's forward is that of `nn.Linear`."""
         return self.base_class.forward in PLAIN and self.base_forward is None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -166,8 +166,8 @@ class LoRALinear(Linear):
         y = base_forward(input, *args, **kwargs)
         if terms and y.shape != (*input.shape[:-1], self.out_features):
             raise UserError(
-                f"{self.base_class.__name__} gives {list(y.shape)} for an input {list(input.shape)}"
-                f" (expected [..., {self.out_features}]): no adapter can be added to it"
+                f"{self.base_class.__name__} returns {list(y.shape)} for an input "
+                f"{list(input.shape)} (expected [..., {self.out_features}] to add adapters to)"
             )
         return add_terms(y, input, terms, seed) if terms else y
 
@@ -195,20 +195,20 @@ class LoRALinear(Linear):
         chosen: list[tuple[str, int, int | None]] = [(name, 0, None) for name in choice.names]
         if choice.segments is not None:
             _check_rows(x, choice)
-            # A segment counts in the leading dimension; a term counts in flattened rows.
+            # A segment counts rows of the leading dimension, a term rows of the flattened input.
             rows = math.prod(x.shape[1:-1])
             chosen = [(s.adapter, s.start * rows, s.stop * rows) for s in choice.segments]
         terms = []
         for name, start, stop in chosen:
             if name in self.settings and start != stop:
                 A, B, settings = self.lora_A[name], self.lora_B[name], self.settings[name]
-                if A.device != x.device:  # PyTorch computes with meta tensors without a word
+                if A.device != x.device:  # PyTorch would compute with meta tensors without an error
                     raise UserError(
                         f"adapter {name!r} lies on {A.device}, its input on {x.device} (expected "
-                        "one device; inject into a model that is offloaded already, not before)"
+                        "one device; if the model is offloaded, call inject after that)"
                     )
                 p = settings.dropout if self.training else 0.0
-                # Each layer and adapter has its own masks, whoever is in company.
+                # A layer's adapter draws the same masks whichever others act in the same call.
                 stream = self.streams[name]
                 terms.append(Term(A, B, settings.scale, p, stream, start, stop, column))
         return terms, choice.seed
@@ -219,7 +219,7 @@ class LoRALinear(Linear):
         ranges = {(start, stop) for _, start, stop in choice.segments or ()}
         if wanted != set(self.merged) or ranges - {(0, x.shape[0])}:
             found = " and ".join(sorted(wanted)) or "none"
-            raise UserError(f"adapter {found} is asked for, but {merged} is merged: unmerge first")
+            raise UserError(f"adapter {found} is chosen, but {merged} is merged: unmerge first")
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
@@ -239,14 +239,14 @@ class LoRALinear(Linear):
         return f"{super().extra_repr()}, adapters=[{', '.join(adapters)}]{merged}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class of an adapted subclass has no name to be found by.
+        # pickle cannot find the class of an adapted subclass by name.
         make, arguments, *rest = tuple(super().__reduce_ex__(protocol))
         if "base_class" in vars(type(self)):
             make, arguments = _new, (self.base_class,)
         return (make, arguments, *rest)
 
 
-# What a LoRALinear has and `nn.Linear` has not; a subclass that has one of these is refused.
+# The attributes that LoRALinear adds to `nn.Linear`; a subclass with one of them is refused.
 OWN = {*vars(LoRALinear), *LoRALinear.__annotations__, "lora_A", "lora_B", "packed"}
 OWN -= {*dir(nn.Linear)}
 
@@ -283,7 +283,7 @@ _uncompiled_choice = torch.compiler.disable(choice_of)
 
 
 def draw_number() -> int:
-    """A number from PyTorch's generator, for seeds of generators that more depends on."""
+    """A random number from PyTorch's generator, to seed other generators with."""
     return int(torch.randint(2**62, (), device="cpu"))
 
 

@@ -1,4 +1,4 @@
-"""Adapters folded into the weights, and back: in memory, state dicts and `save_pretrained`."""
+"""Merging of adapters into the weights and unmerging, in memory and in `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def merge(model: nn.Module, *adapters: str) -> None:
     """Fold adapters (by default the active ones) into the weights of the layers that have them.
 
     The sum is taken in fp32 or wider and rounded once. The state dict of a merged model has the
-    merged `weight` and W0 as `base_weight`, and loads into an unmerged one as what it is.
+    merged `weight`, and W0 as `base_weight`; loading it into an unmerged model loads W0.
 
     Raises UserError, with nothing changed, for an unknown name, where something is merged already,
     where a layer's forward is not that of `nn.Linear`, and where a sum is not finite.
@@ -37,8 +37,8 @@ def merge(model: nn.Module, *adapters: str) -> None:
         W = layer._parameters.get("weight")  # an offloaded one is on the meta device
         if own and not (layer.is_plain and type(W) is nn.Parameter and not W.is_meta):
             raise UserError(
-                f"layer {name!r} cannot be merged: {layer.base_class.__name__} does not compute "
-                "x W^T + b on a weight of its own, in memory"
+                f"layer {name!r} cannot be merged: {layer.base_class.__name__} is not a plain "
+                "linear layer whose weight is in memory"
             )
         if own:
             weights[name] = own, _merged_weight(layer, own)
@@ -51,7 +51,7 @@ def merge(model: nn.Module, *adapters: str) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: put W0 back, bit for bit, and let what trained before train."""
+    """Undo `merge`: restore W0 bit for bit, and make trainable again what `merge` froze."""
     for layer in merged_layers(model):
         (parameter,), W0 = layer.unmerged, layer.base_weight
         if (parameter.dtype, parameter.device) != (W0.dtype, W0.device):  # the layer has moved
@@ -78,15 +78,15 @@ def _merged_weight(layer: LoRALinear, names: Sequence[str]) -> Tensor:
 
 
 def _put(layer: LoRALinear, weight: Tensor, names: Sequence[str]) -> None:
-    """Let a new parameter be the weight, and the merged adapters freeze.
+    """Replace the weight by a new parameter and freeze the merged adapters.
 
     W0, which may be tied to another module's weight, stays as it is.
     """
-    # In a list, so that it is not registered again.
+    # In a list, so that it is not registered as a parameter.
     layer.unmerged = [layer.weight]  # type: ignore[list-item]
     factors = [side[name] for side in (layer.lora_A, layer.lora_B) for name in names]
     layer.thawed = [factor for factor in factors if factor.requires_grad]
-    for factor in factors:  # without a gradient, an optimiser leaves it alone
+    for factor in factors:  # an optimiser skips parameters without a gradient
         factor.requires_grad_(False).grad = None
     layer.register_buffer("base_weight", layer.weight.detach())
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -96,8 +96,8 @@ def _put(layer: LoRALinear, weight: Tensor, names: Sequence[str]) -> None:
 def save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
     """transformers' `save_pretrained` with the active adapters merged into what is written.
 
-    So any reader of the folder has what was trained; a model with adapters that loads it, as a
-    resumed Trainer does, gets W0 and the adapters back.
+    Any reader of the folder gets the trained weights. A model with adapters that loads it, as in a
+    resumed Trainer, gets W0 and the adapters back.
     """
     if keywords.get("state_dict") is not None:
         raise UserError("save_pretrained got a state_dict, into which no adapter can be merged")
@@ -116,10 +116,10 @@ def check_tied(module: nn.Module) -> None:
     """Raise a UserError where a merged weight would be saved as the one that W0 is tied to."""
     owned = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(module).items():
-        # A merged layer's W0 is none of its parameters.
+        # The W0 of a merged layer is not among the model's parameters.
         others = owned[id(layer.unmerged[0])] if layer.merged else owned[id(layer.weight)] - 1
         if others > 0:
             raise UserError(
-                f"the weight of {name!r} is tied to another, and merged it would not be: it would "
-                "be saved as the other (expected save_adapter, or other targets)"
+                f"the weight of {name!r} is tied to another, and merging would break the tie: the "
+                "other would be saved (expected save_adapter, or targets without this layer)"
             )

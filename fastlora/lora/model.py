@@ -1,7 +1,7 @@
 """LoRA on a whole model: which layers get it, which adapters act, merging, and the report.
 
-`inject` turns linear layers into LoRALinear where they stand, so that hooks, ties and other
-references to them stay as they are. It checks everything first: if refused, nothing has changed.
+`inject` turns linear layers into LoRALinear in place, so that hooks, ties and other references to
+them stay valid. It checks everything first: when it raises, nothing has changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastlora.lora.merging import check_tied, merge, merged_layers, save_pretrai
 from fastlora.lora.routing import Choice, Segment, adapter_names, by_rows, check_names, scope
 from fastlora.lora.targets import check_layer, check_model, target_names, trained_parameters
 
-# What `inject` notes on the model: which parameters trained before, and a parent's own setting.
+# Attributes that `inject` sets: which parameters were trainable before, and a parent's settings.
 _BEFORE, _NESTED = "_trained_before_inject", "_nested_before_inject"
 
 
@@ -36,12 +36,12 @@ def inject(
     """Freeze `model` and put LoRA on its target linear layers, in place.
 
     `model` is any module; `config` are one adapter's settings, or {adapter name: settings}. Modules
-    or parameters named in `train` (or by the end of their names) stay trainable. A model that has
-    adapters gets more of them: a layer keeps an adapter that it has with the same settings, and
-    what trained goes on training. A sole adapter is active; several must be chosen from by
-    `set_adapter` or `use_adapter`. Adapters in `draws_as` draw the random numbers of the one that
-    it names. Give it the whole model that you will save: `save_pretrained` of a parent that it has
-    not seen writes W0.
+    or parameters named in `train` (or by the end of their names) stay trainable. On a model that
+    already has adapters, new ones are added; an adapter that a layer already has with the same
+    settings is kept, and trainable parameters stay trainable. A single adapter is active; of
+    several, choose by `set_adapter` or `use_adapter`. `draws_as` maps an adapter to another whose
+    random numbers it uses. Pass the whole model that you will save: `save_pretrained` of a module
+    that contains it would write W0.
 
     Returns the layers of these adapters by module name. Raises UserError, with nothing changed, for
     a target that matches nothing or cannot be adapted, and for a model whose parameters are
@@ -70,7 +70,7 @@ def inject(
             if adapter not in layer.settings:
                 layer.add_adapter(adapter, settings, seed, (draws_as or {}).get(adapter))
                 added.append((layer, adapter))
-    except Exception as error:  # of a subclass that takes no attributes, for one
+    except Exception as error:  # for example, a subclass may refuse new attributes
         for layer, adapter in added:
             for place in (layer.settings, layer.streams, layer.lora_A, layer.lora_B):
                 place.pop(adapter)
@@ -84,7 +84,7 @@ def inject(
     for parameter in kept:
         parameter.requires_grad_(True)
     changed, active = injected, next((layer.active for layer in layers.values()), None)
-    if configs.keys() - {*known}:  # a new name: none is chosen any more
+    if configs.keys() - {*known}:  # with a new name, none is chosen any more
         changed = lora_layers(model)
         every = adapter_names(changed.values())
         active = every if len(every) == 1 else None
@@ -106,10 +106,10 @@ def eject(model: nn.Module) -> nn.Module:
 
 
 def merge_and_unload(model: nn.Module, *adapters: str) -> nn.Module:
-    """Merge adapters (by default the active ones), or keep what is merged, and leave plain layers.
+    """Merge adapters (by default the active ones) and leave plain layers.
 
-    Returns the model. Raises UserError as `merge` and `eject`, and for a tied weight, which
-    `save_pretrained` would lose.
+    What is merged already stays, and nothing is added to it. Returns the model. Raises UserError
+    as `merge` and `eject`, and for a tied weight, which `save_pretrained` would lose.
     """
     _check_loose(model)
     for module in model.modules():
@@ -121,7 +121,7 @@ def merge_and_unload(model: nn.Module, *adapters: str) -> nn.Module:
 
 
 def set_adapter(model: nn.Module, *adapters: str) -> None:
-    """Let these adapters act from now on, added up; without a name, none. UserError if unknown."""
+    """Activate adapters from now on: several add up, no name means none. UserError if unknown."""
     layers, names = lora_layers(model).values(), tuple(dict.fromkeys(adapters))
     check_names(layers, names)
     for layer in layers:
@@ -135,11 +135,11 @@ def use_adapter(
     rows: Sequence[str | Segment | None] | None = None,
     seed: Tensor | None = None,
 ) -> AbstractContextManager[None]:
-    """Let these adapters act in a block of code, in this thread: added up; without a name, none.
+    """Activate adapters in a block of code, in this thread: several add up, no name means none.
 
     `rows` says instead which adapter each row of the leading dimension uses (None for none), or
-    lists segments of rows. `seed`, int64 [], is that of all dropout masks. What the block computed
-    under a non-reentrant checkpoint is computed again under the same choice. UserError if unknown.
+    lists segments of rows. `seed` (int64 []) is the seed of all dropout masks. A non-reentrant
+    checkpoint in the block is recomputed with the same choice. UserError for an unknown name.
     """
     layers = tuple(lora_layers(model).values() if isinstance(model, nn.Module) else model)
     choice = Choice(tuple(dict.fromkeys(adapters))) if rows is None else by_rows(rows)
@@ -152,8 +152,8 @@ def use_adapter(
 def pack(model: nn.Module) -> None:
     """Let a model's frozen linear layers keep packed copies of their weights.
 
-    For an owner who knows when weights change: after a write that PyTorch does not count (through
-    `.data`, NumPy or a collective operation), call `pack` again.
+    Use it only if you know when the weights change: after a write that PyTorch does not count
+    (through `.data`, NumPy or a collective operation), call `pack` again.
     """
     for module in model.modules():
         if isinstance(module, Linear):
@@ -183,12 +183,12 @@ def _without_lora(model: nn.Module) -> nn.Module:
 
 
 def _guard_parents(model: nn.Module) -> None:
-    """See to it that nothing around the LoRA layers passes them by."""
+    """Keep the modules around the LoRA layers from bypassing them."""
     for module in model.modules():
         if isinstance(module, LoRALinear) or not lora_layers(module):
             continue
         if isinstance(module, nn.TransformerEncoder) and _NESTED not in vars(module):
-            # Its nested tensors are for layers that read their children's weights.
+            # With nested tensors it would read the layers' weights and not call the layers.
             vars(module)[_NESTED] = {"use_nested_tensor": module.use_nested_tensor}
             module.use_nested_tensor = False
         if callable(getattr(type(module), "save_pretrained", None)):

@@ -4,9 +4,9 @@
 thread (or asynchronous task) until the block ends, so two threads, and a prediction between a
 forward pass and its backward pass, do not disturb each other.
 
-Activation checkpointing runs layers again in backward, when the scope has long ended and maybe on
-another thread. PyTorch's non-reentrant checkpoint has one frame object for a forward pass and its
-recomputation, so the choice is noted on that frame and found there again.
+Activation checkpointing runs layers again in backward, after the scope has ended and possibly on
+another thread. PyTorch's non-reentrant checkpoint uses one frame object for a forward pass and its
+recomputation, so the choice is stored on that frame.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Choice(NamedTuple):
 
     names: tuple[str, ...] = ()
     segments: tuple[Segment, ...] | None = None
-    rows: int | None = None  # that an input must have, where segments were given row by row
-    seed: Tensor | None = None  # int64 [] of all masks; else each layer draws its own
+    rows: int | None = None  # that an input must have, if adapters are given row by row
+    seed: Tensor | None = None  # int64 [], for all masks; None: each layer draws its own
 
 
 class _Scope(NamedTuple):
     layers: frozenset[LoRALinear]
     choice: Choice
-    task: int  # of the backward pass in which it was opened, or -1
+    task: int  # number of the backward pass in which it was opened, or -1
 
 
 _lock = Lock()
@@ -64,7 +64,7 @@ def scope(layers: Iterable[LoRALinear], choice: Choice) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not by the variable's token: generators may close their scopes in any order.
+        # ContextVar.reset would not do, because generators may close their scopes in any order.
         _scopes.set(tuple(other for other in _scopes.get() if other is not opened))
         _count(opened.layers, -1)
 
@@ -106,15 +106,15 @@ def check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
 
 
 def acting(layer: LoRALinear) -> tuple[str, ...]:
-    """The adapters that act on a layer now, on whole inputs; UserError where they act by rows."""
+    """The adapters that are active on a layer now; UserError if they are chosen by row."""
     choice = choice_of(layer)
     if choice.segments is not None:
-        raise UserError("adapters act by rows here (expected one choice for all rows)")
+        raise UserError("adapters are chosen by row here (expected the same for all rows)")
     return choice.names
 
 
 def choice_of(layer: LoRALinear) -> Choice:
-    """What holds for a layer now; UserError where that cannot be known."""
+    """The choice that applies to a layer now; UserError if that cannot be known."""
     covering = (s for s in reversed(_scopes.get()) if layer in s.layers)
     innermost, task = next(covering, None), torch._C._current_graph_task_id()
     if task == -1:
@@ -125,7 +125,7 @@ def choice_of(layer: LoRALinear) -> Choice:
             noted = vars(frame).setdefault("fastlora_choices", {})
             noted[layer] = choice if noted.get(layer, choice) == choice else None
         return choice
-    # In backward: either code of the backward pass opened a scope, or this is a recomputation.
+    # In a backward pass: a scope was opened within it, or this is a recomputation.
     if innermost is not None and innermost.task == task:
         return innermost.choice
     if not layer.was_scoped:
@@ -133,9 +133,9 @@ def choice_of(layer: LoRALinear) -> Choice:
     noted = getattr(_checkpoint_frame(), "fastlora_choices", {}).get(layer)
     if noted is None:
         raise UserError(
-            "a LoRALinear is computed again in backward and cannot tell which adapter acted in the "
-            "forward pass (expected torch.utils.checkpoint with use_reentrant=False, not nested, "
-            "and one choice of adapters in what it covers)"
+            "a LoRALinear is computed again in backward and cannot know which adapter was active "
+            "in the forward pass (expected torch.utils.checkpoint with use_reentrant=False, not "
+            "nested, and the same adapters within it)"
         )
     return noted
 
@@ -143,8 +143,8 @@ def choice_of(layer: LoRALinear) -> Choice:
 def _checkpoint_frame() -> Any:
     """The frame of the non-reentrant checkpoint that we run in, or None.
 
-    PyTorch does not hand it out: it is what the innermost hook on saved tensors closes over, in the
-    forward pass and, as a weak reference, in the recomputation.
+    PyTorch has no function for it. It is in the closure of the innermost hook on saved tensors:
+    directly in the forward pass, as a weak reference in the recomputation.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:

@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter means, and whether they can have one: nothing is changed."""
+"""Which layers of a model an adapter targets, and whether it can be added; changes nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastlora.kernels import Linear
 from fastlora.lora.config import ALL, FAMILIES, TARGETS, LoraConfig, is_target
 from fastlora.lora.layer import OWN, LoRALinear
 
-# Parts of a name that say that a linear layer belongs to a head.
+# A linear layer whose name has one of these parts belongs to a head.
 HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls", "heads")
 
 
 def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
-    """Raise UserError for no model, a name that no adapter can have, and a distributed model."""
+    """Raise UserError if this is no model or a distributed one, or a setting or name is invalid."""
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is a {type(model).__name__} (expected an nn.Module)")
     for settings in configs.values():
@@ -25,14 +25,14 @@ def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
             kind = f"{type(settings).__module__}.{type(settings).__name__}"
             raise UserError(f"the settings are a {kind} (expected fastlora.LoraConfig)")
     if not configs:
-        raise UserError("the settings of no adapter are given (expected one or more)")
+        raise UserError("the settings are empty (expected those of one adapter or more)")
     for name in configs:
         if not isinstance(name, str) or not name or "." in name:
-            raise UserError(f"adapter name is {name!r} (expected a text without dots)")
+            raise UserError(f"adapter name is {name!r} (expected a non-empty string without dots)")
         if hasattr(nn.ParameterDict(), name):
             raise UserError(f"adapter {name!r}: PyTorch's modules use this name; choose another")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-        raise UserError("the model has layers without sizes (lazy ones): run a batch first")
+        raise UserError("the model has lazy layers without shapes (expected a forward pass first)")
     wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     sharded = [p for p in model.parameters() if hasattr(p, "device_mesh")]
     if wrapped or sharded:
@@ -48,7 +48,7 @@ def check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig)
     elif not isinstance(layer, LoRALinear):
         own = {*vars(layer), *layer._modules, *layer._parameters, *layer._buffers, *dir(kind)}
         if clash := OWN & own - {*dir(Linear)}:
-            problem = f"{kind.__name__} has a {min(clash)!r} of its own, as LoRALinear has"
+            problem = f"{kind.__name__} already has {min(clash)!r}, which LoRALinear needs"
     elif layer.merged:
         problem = f"adapter {' and '.join(layer.merged)} is merged into it; unmerge first"
     elif not layer.settings.get(adapter, settings).is_like(settings):
@@ -58,16 +58,14 @@ def check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig)
 
 
 def trained_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Parameter]:
-    """The parameters of the modules, and the parameters, of these names or ends of names."""
+    """The parameters with these names (or ends of names), and those of modules with these names."""
     kept: set[nn.Parameter] = set()
-    parameters = list(model.named_parameters(remove_duplicate=False))  # by all of their names
+    parameters = list(model.named_parameters(remove_duplicate=False))  # tied ones by all names
     for end in (names,) if isinstance(names, str) else names:
-        # A parameter's name has in it those of the modules around it.
+        # A parameter's name contains the names of the modules around it.
         found = {p for name, p in parameters if f".{end}." in f".{name}." and _can_train(p)}
         if not found:
-            raise UserError(
-                f"train has {end!r}, which names no module or parameter that could train"
-            )
+            raise UserError(f"train has {end!r}, which names nothing that can be trained")
         kept |= found
     return kept
 
@@ -77,7 +75,7 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 
 def target_names(model: nn.Module, config: LoraConfig, kept: Set[nn.Parameter]) -> list[str]:
-    """The names of the linear layers that are meant; each layer has its first name only."""
+    """The names of the targeted linear layers; a layer with several names is listed once."""
     every = model.named_modules(remove_duplicate=False)
     linears = {name: module for name, module in every if isinstance(module, nn.Linear)}
     families = (f for f in FAMILIES if all(any(is_target(n, t) for n in linears) for t in f))
@@ -98,7 +96,7 @@ def target_names(model: nn.Module, config: LoraConfig, kept: Set[nn.Parameter]) 
 
 
 def _is_head(model: nn.Module, name: str, kept: Set[nn.Parameter]) -> bool:
-    """Whether "all" leaves a linear layer out: in a head, trained whole, or never called."""
+    """Whether "all" skips a linear layer: it is in a head, fully trainable, or never called."""
     layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     return (

@@ -1,8 +1,8 @@
-"""Which rows and columns each low-rank term touches, as tables that the kernels walk.
+"""Tables that tell the kernels which rows and columns each low-rank term covers.
 
-Terms may cover any ranges of rows, empty and overlapping ones too. The rows are cut into segments
-in which the same terms apply, and one launch does all of them. What a layer fixes (`Pieces`) and
-what a batch fixes (tiles of rows) are cached apart: layers share the one, batches the other.
+Terms may cover any ranges of rows, even empty or overlapping ones. The rows are cut into segments
+in which the same terms apply, and one launch computes all of them. The `Pieces`, which depend on
+the layer only, and the tiles of rows, which depend on the batch only, are cached separately.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from fastlora.kernels.call import Call, Term
 from fastlora.kernels.dropout import threshold
 from fastlora.kernels.triton import tuning
 
-RANK_BLOCK = 64  # a term of higher rank is several pieces, so that a tile stays in registers
+RANK_BLOCK = 64  # a term of higher rank is split, so that a tile fits in registers
 
 
 def padded(rank: int) -> int:
-    """Columns of a term in u, v and packed factors: zeros up to multiples of 8 align its rows."""
+    """Columns of a term in u, v and the packed factors: its rank, up to a multiple of 8."""
     return (rank + 7) // 8 * 8
 
 
@@ -31,7 +31,7 @@ def rank_offsets(terms: Sequence[Term]) -> list[int]:
 
 
 def is_uniform(terms: Sequence[Term], rows: int) -> bool:
-    """Whether every term covers all rows, and no two of them the same columns."""
+    """Whether every term covers all rows and no two terms overlap in columns."""
     whole = all(term.rows == (0, rows) for term in terms)
     blocks = sorted((term.column, term.column + term.lora_B.shape[0]) for term in terms)
     return whole and all(a[1] <= b[0] for a, b in pairwise(blocks))
@@ -39,15 +39,15 @@ def is_uniform(terms: Sequence[Term], rows: int) -> bool:
 
 @lru_cache(maxsize=1024)
 class Pieces:
-    """The terms of a layer, up to RANK_BLOCK ranks of one term a piece, on a device.
+    """The terms of a layer as a table on a device; a piece is up to RANK_BLOCK ranks of one term.
 
-    Of each it takes rank, first column and width of its block, stream, threshold and c.
+    `shapes` has for each term: rank, first column and width of its block, stream, threshold, c.
     """
 
     def __init__(self, shapes: tuple[tuple[Any, ...], ...], device: torch.device) -> None:
         table, scales, terms, offset = [], [], [], 0
         for term, (rank, column, width, stream, drop, scale) in enumerate(shapes):
-            # Streams have 32 bits and no sign; the table has signed ones.
+            # Streams are unsigned 32-bit numbers; the table is int32.
             stream = (stream + 2**31) % 2**32 - 2**31
             for first in range(0, padded(rank), RANK_BLOCK):
                 size = min(RANK_BLOCK, padded(rank) - first)
@@ -57,19 +57,19 @@ class Pieces:
             offset += padded(rank)
         self.ranks = offset  # R, the width of u and v
         self.terms = tuple(terms)  # the term of each piece
-        # [P, 6], a row a piece: its first column in u, v and the packed factors, its ranks, the
-        # first column and the width of its block, its stream and threshold.
+        # [P, 6], one row for each piece: its first column in u, v and the packed factors, its
+        # ranks, the first column and the width of its block, its stream and threshold.
         self.table = torch.tensor(table, dtype=torch.int32, device=device)
         self.scales = torch.tensor(scales, dtype=torch.float32, device=device)  # [P], each one's c
         self.has_dropout = any(row[5] for row in table)
-        # What divides the columns and widths of all blocks.
+        # A number that divides the first column and the width of every block.
         self.align = 1 if any(row[2] % 16 or row[3] % 16 for row in table) else 16
         # Ranks of a kernel's tile: a power of two that tensor cores take.
         self.block_r = max(16, 1 << max(row[1] - 1 for row in table).bit_length())
 
 
 class Plan:
-    """What one call of the operation does on the rows of x, and how."""
+    """The tables and block sizes with which the kernels compute one call."""
 
     def __init__(self, call: Call, x: Tensor) -> None:
         shapes = (
@@ -83,13 +83,13 @@ class Plan:
         self.draws = dict(seed_ptr=call.seed, scales_ptr=self.pieces.scales)
 
     def tiles(self, size: int) -> tuple[Tensor, int]:
-        """int32 [tiles, 2 + 2 * slots]: first row, end, then a piece and its first row a slot.
+        """int32 [tiles, 2 + 2 * slots]: first row, end, and in each slot a piece and its first row.
 
-        A tile has up to `size` rows of one segment; a slot without a piece holds -1. Slots, the
-        second result, are the most pieces that apply to any row.
+        A tile has up to `size` rows of one segment; an unused slot holds -1. The second result is
+        `slots`, the largest number of pieces that apply to a row.
         """
         found = _tiles(self.ranges, self.pieces.terms, size, self.pieces.table.device)
-        if self.call.forms.graph is not None:  # the tables must outlive the caches' entries
+        if self.call.forms.graph is not None:  # the graph's tables must outlive their cache entries
             self.call.forms.graph.append((self.pieces, found[0]))
         return found
 
@@ -98,7 +98,7 @@ class Plan:
         kernel: Any,
         blocks: tuning.Blocks,
         size: int,  # rows of a tile
-        programs: int | None,  # on each tile; None for one a slot
+        programs: int | None,  # for each tile; None: one for each slot
         matrices: dict[str, Tensor | None],  # x is passed as x_ptr, stride_x0 and stride_x1
         others: dict[str, Any],
         **constants: Any,
@@ -131,4 +131,4 @@ def _tiles(
         entries += [-1, 0] * (slots - len(used))
         table += [(a, min(stop, a + size), *entries) for a in range(start, stop, size)]
     tiles = torch.tensor(table, dtype=torch.int32, device="cpu").view(-1, 2 + 2 * slots)
-    return tiles.to(device, non_blocking=True), slots  # no waiting, for each batch has its own
+    return tiles.to(device, non_blocking=True), slots  # without waiting: every new batch needs one

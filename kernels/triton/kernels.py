@@ -3,10 +3,10 @@
     lora_down     the down-projection u
     lora_add      the terms, added to the frozen part of the output
     lora_outer    dA (or dB) as partial sums over chunks of rows, and dx in the same pass
-    lora_reduce   their sum; no atomics, so that a gradient is the same bits each time
+    lora_reduce   the sum of these, without atomics: gradients are reproducible bit for bit
 
-All walk tables (see `grouped.py`): a tile is up to BLOCK_M rows of one segment and the pieces that
-apply there, one a slot; a piece is at most 64 ranks of one term.
+All kernels read tables (see `grouped.py`). A tile is up to BLOCK_M rows of one segment, with one
+slot for each piece that applies there; a piece is at most 64 ranks of one term.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from fastlora.kernels.triton.grouped import Plan
 def load_piece(pieces_ptr, piece, ALIGN: tl.constexpr):
     """Offset and number of its ranks, first column and width of its block, stream, threshold.
 
-    The hints let loads be vectors: without them each element is an instruction.
+    The alignment hints make loads vectorised; without them each element is a load of its own.
     """
     base = pieces_ptr + piece * 6
     return (
@@ -39,14 +39,14 @@ def load_piece(pieces_ptr, piece, ALIGN: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_columns):
-    """The elements at [rows, columns], zeros where either is not live."""
+    """The elements at [rows, columns]; zeros where the row or the column is not live."""
     ptrs = ptr + rows[:, None] * stride_rows + columns[None, :] * stride_columns
     return tl.load(ptrs, mask=live_rows[:, None] & live_columns[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_columns, values):
-    """Write the elements at [rows, columns] that are live, in the memory's type."""
+    """Write the live elements at [rows, columns], in the pointer's element type."""
     ptrs = ptr + rows[:, None] * stride_rows + columns[None, :] * stride_columns
     inside = live_rows[:, None] & live_columns[None, :]
     tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=inside)
@@ -54,11 +54,11 @@ def store_tile(ptr, rows, stride_rows, columns, stride_columns, live_rows, live_
 
 @triton.jit
 def keep_bits(seed, stream, row, column, threshold, BLOCK_K: tl.constexpr):
-    """The mask of rows `row` [BLOCK_M], columns [column, column + BLOCK_K), multiples of 8, as bits.
+    """The mask of rows `row` [BLOCK_M] and columns [column, column + BLOCK_K), as bits.
 
-    int32 [BLOCK_M, BLOCK_K // 8]: bit j is set where column j of eight is kept. One Philox call
-    gives eight 16-bit lanes, so a mask costs about 9 instructions an element where one call an
-    element (`tl.rand`) costs 57. The mask depends on no tile size.
+    int32 [BLOCK_M, BLOCK_K // 8]: bit j is set where column j of eight is kept; column and BLOCK_K
+    are multiples of 8. One Philox call gives eight 16-bit lanes, so a mask costs about 9
+    instructions an element, 57 with one call an element (`tl.rand`). It depends on no tile size.
     """
     group = column // 8 + tl.arange(0, BLOCK_K // 8)
     c0 = (group[None, :] + row[:, None] * 0).to(tl.uint32)
@@ -66,7 +66,7 @@ def keep_bits(seed, stream, row, column, threshold, BLOCK_K: tl.constexpr):
     zero = c0 * 0
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + stream.to(tl.uint32), zero, n_rounds=7)
     low, high = threshold.to(tl.uint32), threshold.to(tl.uint32) << 16
-    # A word is its high half's lane, as far as comparing goes: no shift.
+    # To compare its high half, a word needs no shift.
     first = ((w0 & 0xFFFF) >= low).to(tl.int32) | ((w0 >= high).to(tl.int32) << 1)
     first |= (((w1 & 0xFFFF) >= low).to(tl.int32) << 2) | ((w1 >= high).to(tl.int32) << 3)
     second = (((w2 & 0xFFFF) >= low).to(tl.int32) << 4) | ((w2 >= high).to(tl.int32) << 5)
@@ -91,7 +91,7 @@ def lora_down(
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_COPY: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """u [M, R] = c (m * x) A^T, tile by slot; with HAS_COPY slot 0 also copies x beside u.
+    """u [M, R] = c (m * x) A^T, a program for each tile and slot; HAS_COPY: slot 0 copies x, too.
 
     With IN_BLOCK, x is the output's gradient and A is B^T: u = g B over the piece's own columns.
     """
@@ -114,7 +114,7 @@ def lora_down(
         for k0 in range(0, depth, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             x = load_tile(x_ptr, row64, stride_x0, first + k, stride_x1, live, k < depth)
-            # Slots of one tile run side by side, so x comes from DRAM once.
+            # The programs of one tile run at the same time, so x is read from DRAM once.
             if HAS_COPY and slot == 0:
                 store_tile(copy_ptr, row64, stride_u0, k, stride_u1, live, k < depth, x)
             place, known = offset + rank, rank < ranks
@@ -132,7 +132,7 @@ def down(
 ) -> None:
     """Launch `lora_down`: x [M, K], A [R, K] (or B^T [R, N] with `in_block`), u [M, R].
 
-    `copy` is the left part [M, K] of the buffer whose right part u is.
+    `copy` [M, K] and u are the left and right part of one buffer.
     """
     blocks = plan.blocks.down
     plan.launch(
@@ -151,7 +151,7 @@ def lora_add(
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] += u B^T, tile by block of columns: each piece on its own columns of y."""
+    """y [M, N] += u B^T, a program for each tile and block of columns."""
     tile_ptr = tiles_ptr + tl.program_id(1) * (2 + 2 * SLOTS)
     n0 = tl.program_id(0) * BLOCK_N
     row = tl.load(tile_ptr) + tl.arange(0, BLOCK_M)
@@ -220,7 +220,7 @@ def lora_outer(
                 x = load_tile(x_ptr, row64, stride_x0, column0 + k, stride_x1, live, k < depth)
                 v = load_tile(v_ptr, row64, stride_v0, offset + rank, stride_v1, live, rank < ranks)
                 if HAS_DROPOUT:
-                    # One draw serves dA and dx.
+                    # The mask is drawn once, for dA and dx.
                     bits = keep_bits(seed, stream, row - origin, k0, threshold, BLOCK_K)
                     x = drop_tile(x, bits)
                 acc = tl.dot(tl.trans(v), x, acc, input_precision="ieee")
@@ -236,7 +236,7 @@ def lora_outer(
                     store_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K, branch)
             partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
             store_tile(partial_ptr, partial_row, K, k, 1, rank < ranks, k < K, acc * scale)
-        # The next slot reads the dx that other threads of this program wrote.
+        # Wait: the next slot reads dx that other threads of this program have written.
         tl.debug_barrier()
 
 
@@ -246,7 +246,7 @@ def lora_reduce(
     PARTIALS, K,
     SLOTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """d [R, K] = sum of the partials of each piece: a row of d, BLOCK_C partials at a time."""
+    """d [R, K] = sum of each piece's partials, a program for each row of d and block of columns."""
     piece, rank = tl.program_id(0) // BLOCK_R, tl.program_id(0) % BLOCK_R
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
@@ -272,10 +272,9 @@ def outer(
 ) -> Tensor:
     """dA [R, K] fp32 from x [M, K] and v [M, R] (two launches).
 
-    With `base` [M, K], also dx = base + c m * (v A); it may be dx itself, and must be where rows
-    have no term. A [R, K].
-
-    With `width`, the widest block: dB^T [R, width] from the output's gradient and u instead.
+    With `base` [M, K] and A [R, K], also computes dx = base + c m * (v A). `base` may be dx itself,
+    and must be if some rows have no term. With `width`, the width of the widest block, computes
+    dB^T [R, width] from x = the output's gradient and v = u instead.
     """
     pieces, blocks, K = plan.pieces, plan.blocks.outer, width or x.shape[1]
     chunks, slots = plan.tiles(blocks.chunk)
@@ -290,7 +289,7 @@ def outer(
     tables = dict(tiles_ptr=chunks, pieces_ptr=pieces.table)
     tuning.launch(
         lora_reduce,
-        # Pieces first: only a grid's first axis goes beyond 65,535.
+        # Pieces come first, because only the first axis of a grid may exceed 65,535.
         (len(pieces.terms) * pieces.block_r, triton.cdiv(K, blocks.k)),
         dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * slots, K=K, **tables),
         dict(SLOTS=slots, BLOCK_C=32, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r),

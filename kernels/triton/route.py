@@ -1,8 +1,8 @@
-"""Routes "gemm" and "triton": the Triton kernels, in the order that a pass launches them.
+"""Routes "gemm" and "triton": the order in which a pass launches kernels and vendor GEMMs.
 
-Both keep u = c (m * x) A^T for backward, and draw masks again from the seed. Where every term
-covers all rows, route "gemm" extends K and keeps [x | u]. Elsewhere, and always on route "triton",
-the frozen GEMM stays as it is and kernels add the terms to y and dx.
+Both keep u = c (m * x) A^T for backward and draw the masks again from the seed. If every term
+covers all rows, route "gemm" extends K and keeps [x | u]. Otherwise, and always on route "triton",
+the GEMM reads W0 as it is and kernels add the terms to y and dx.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def backward(
     extend = saved.dim() == 2
     A, packed, B = _factors(call, grad.dtype, extend)
     x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved.view(M, -1))
-    base: Tensor | None  # `outer` adds the terms to it, in dx
+    base: Tensor | None  # g W0, to which `outer` adds the terms
     dx: Tensor | None
     if extend and need_dx:
         base, v = (grad @ packed).tensor_split([K], 1)
@@ -79,9 +79,9 @@ def _parts(A: Tensor, B: Tensor, terms: Sequence[Term]) -> list[Tensor]:
 def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tensor, Tensor]:
     """All terms' A [R, K], [W0 | B] [N, K + R] and B [N, R] in the compute type.
 
-    Without `extend`, the second is only B. Where the weight's owner keeps the buffers, the factors
-    are copied into them in each forward pass: nothing need watch who changes them. Two sets of
-    factors never share a buffer, so that no other pass comes between a pass and its backward.
+    Without `extend`, the second is only B. If the weight's owner keeps the buffers, each forward
+    pass copies the factors into them, so changes of the factors need not be tracked. Two sets of
+    factors never share a buffer, so no other pass can overwrite what a backward pass will read.
     """
     tensors, columns = call.factors, tuple(term.column for term in call.terms)
 
@@ -92,7 +92,7 @@ def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tens
         if extend:
             packed[:, :K] = call.weight
         A, B = packed.new_zeros(R, K), packed[:, K * extend :]
-        # Filled before another thread can find it.
+        # Filled here, before another thread can find the buffer.
         torch._foreach_copy_(_parts(A, B, call.terms), tensors)
         return A, packed, B
 

@@ -1,8 +1,8 @@
 """Block sizes and route per (capability, dtype, number of rows).
 
-A table, where Triton's own autotuning would measure at a user's first step, differently each time,
-and not run in the interpreter. Shipped rows are guesses that compile without spills on their chip;
-`fastlora tune` (tuner.py) measures on the user's GPU and writes a file that goes before them.
+A table replaces Triton's autotuning, which would measure during the user's first step, give other
+results each time, and not run in the interpreter. The shipped rows are guesses that compile without
+spills. `fastlora tune` (tuner.py) measures on the user's GPU; its results take precedence.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-SMALL = 2048  # fewer rows than this are the bucket "small"
+SMALL = 2048  # calls with fewer rows are in the bucket "small"
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -28,7 +28,7 @@ class Blocks:
     stages: int = 2
 
 
-# Small tiles keep the mask's layouts cheap: 10 instructions an element where 32 x 64 takes 14.
+# Flat tiles make the mask's layout changes cheap: 10 instructions an element, 14 with 32 x 64.
 OUTER = Blocks(m=16, k=128, chunk=256, warps=8, stages=1)
 OUTER_SMALL = replace(OUTER, chunk=64)
 
@@ -46,7 +46,7 @@ class Config:
 # By "capability/dtype", "capability/bucket" or "capability"; the row for any GPU is "any".
 SHIPPED = {
     "any": Config(),
-    # No tensor cores: smaller tiles, for accumulators in registers.
+    # fp32 has no tensor cores, so tiles are smaller and accumulators stay in registers.
     "any/fp32": Config(down=Blocks(32, k=32), add=Blocks(32, 32), outer=Blocks(16, k=16, warps=8)),
     # One stage: Turing cannot copy to shared memory in the background (see turing.py).
     "75/fp16": Config(down=Blocks(stages=1), add=Blocks(stages=1)),
@@ -55,7 +55,7 @@ SHIPPED = {
     "90/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
     "90": Config(down=Blocks(stages=3)),
 }
-MEASURED: dict[str, Config] = {}  # by `key_of`; goes before the shipped rows
+MEASURED: dict[str, Config] = {}  # by `key_of`; takes precedence over the shipped rows
 
 
 @lru_cache(maxsize=64)
@@ -87,7 +87,7 @@ def config(capability: int, dtype: torch.dtype, rows: int) -> Config:
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, blocks: Blocks
 ) -> None:
-    """Run `kernel` on `grid`; the one place that does, so that tests can count and capture."""
+    """Run `kernel` on `grid`. All launches come here, so that tests can count and capture them."""
     if all(grid):
         first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
         # Triton launches on the current device.

@@ -1,17 +1,17 @@
 """Tensor cores on a T4 (sm_75) with stock Triton.
 
-Triton 3.4 and later compile `tl.dot` for sm_75 to scalar FMA with spills, an eighth of the tensor
-cores' rate, and say nothing; upstream no longer supports the chip. The compiler still knows
-Turing's instruction, though: the pass that makes MMA layouts picks "version 2.0" for sm_80, and
-"2.1" is the layout of Turing's `mma.sync.m16n8k8`. So this hook replaces the TTGIR stage by the
-sm_80 one without pipelining (cp.async came with Ampere), and relabels layout and target in the
-module's text. Everything after that is stock. It acts on launches with `num_stages=1`, which the
-fp16 row for sm_75 has (fp32 has no tensor cores there).
+Triton 3.4 and later silently compile `tl.dot` for sm_75 to scalar FMA with spills, at an eighth of
+the tensor cores' rate; Triton no longer supports the chip. The compiler still knows Turing's
+instruction, though: the pass that makes MMA layouts picks "version 2.0" for sm_80, and "2.1" is the
+layout of Turing's `mma.sync.m16n8k8`. So this hook replaces the TTGIR stage by the sm_80 one
+without pipelining (cp.async came with Ampere), and relabels layout and target in the module's text.
+Everything after that is stock. It acts on launches with `num_stages=1`, which the fp16 row for
+sm_75 has (fp32 has no tensor cores there).
 
 Triton has one hook for the whole process, so it is in place only while a kernel of ours is launched
-on such a chip: `tuning.launch` enters `compiling` for that. A first launch compiles the kernel; the
-later ones need the hook, too. Triton 3.7 and later look a compiled kernel up by the hook's answer,
-and 3.6 would take one that was compiled without the hook from the disk for good.
+on such a chip: `tuning.launch` enters `compiling` for that. Not only the first launch, which
+compiles, needs the hook: Triton 3.7 and later look up compiled kernels by the hook's cache key, and
+3.6 would go on using a kernel of the disk cache that was compiled without it.
 """
 
 import hashlib
@@ -42,8 +42,8 @@ def problem() -> str:
 class Hook:
     """Triton's stage hook, which first calls the one that was there before: see the module's text.
 
-    It changes nothing once it is not `active`: another library may have taken it for the hook that
-    was there before its own, and call it for good.
+    It does nothing once `active` is False, because another library may have stored it as its
+    predecessor and go on calling it.
     """
 
     def __init__(self, earlier: Any = None) -> None:
@@ -64,12 +64,12 @@ class Hook:
 
 
 _lock = threading.Lock()
-_inside: list[Hook] = []  # the hook in place, once for each thread that is in `compiling`
+_inside: list[Hook] = []  # the installed hook, one entry for each thread that is in `compiling`
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Inside, kernels of ours compile for sm_75 with tensor cores; where there is no `problem`."""
+    """Inside, our kernels compile for sm_75 with tensor cores. There must be no `problem`."""
     runtime: Any = triton.knobs.runtime
     with _lock:
         hook = _inside[0] if _inside else Hook(runtime.add_stages_inspection_hook)
@@ -82,7 +82,7 @@ def compiling() -> Iterator[None]:
         with _lock:
             _inside.pop()
             hook.active = bool(_inside)
-            # A hook that somebody else has put there meanwhile stays.
+            # If another library has installed a hook meanwhile, it stays.
             if not _inside and runtime.add_stages_inspection_hook is hook:
                 runtime.add_stages_inspection_hook = hook.earlier
 
@@ -95,7 +95,7 @@ def _ttgir(backend: Any, stock: Any, options: Any, module: Any, metadata: dict) 
     module = backend.make_ttgir(module, metadata, options, 80)
     text = str(module).replace("cuda:80", "cuda:75")
     text = text.replace("versionMajor = 2, versionMinor = 0", "versionMajor = 2, versionMinor = 1")
-    # The parser reads files only.
+    # Triton's parser reads from files only.
     with tempfile.NamedTemporaryFile("w", suffix=".ttgir") as file:
         file.write(text)
         file.flush()
