@@ -31,8 +31,8 @@ def attention(
 ) -> Tensor:
     """The context [T, H] of every token, from the tokens of its own sequence."""
     # torch.compile handles PyTorch's attention, and that also accepts an input without tokens.
-    own = not torch.compiler.is_compiling() and qkv.device.type == "cpu" and len(qkv) > 0
-    if own and bias is None and (p or layout.length < LONG):
+    use_cpu_kernel = not torch.compiler.is_compiling() and qkv.device.type == "cpu" and len(qkv) > 0
+    if use_cpu_kernel and bias is None and (p or layout.length < LONG):
         return _CpuAttention.apply(qkv, dropout, layout, heads, scale)
     q, k, v = layout.pad(qkv).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # [B, h, S, d]
     mask = layout.mask
@@ -52,11 +52,11 @@ class _CpuAttention(torch.autograd.Function):
         packed = _split(qkv, layout, heads, 3)
         q, k, v = packed.unbind()
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        hidden = q.new_zeros(len(q), 1, layout.length)  # what is added to scores
+        additive_mask = q.new_zeros(len(q), 1, layout.length)  # what is added to scores
         if layout.mask is not None:
             least = torch.finfo(q.dtype).min / 2  # halved, so that no sum overflows
-            hidden.unflatten(0, (-1, heads)).masked_fill_(layout.mask.logical_not(), least)
-        probabilities = _softmax(torch.baddbmm(hidden, q, k.mT, alpha=scale))  # [B h, S, S]
+            additive_mask.unflatten(0, (-1, heads)).masked_fill_(layout.mask.logical_not(), least)
+        probabilities = _softmax(torch.baddbmm(additive_mask, q, k.mT, alpha=scale))  # [B h, S, S]
         dropped = dropout(probabilities)  # all that backward needs of the mask
         ctx.layout, ctx.heads, ctx.scale = layout, heads, scale
         ctx.save_for_backward(packed, probabilities, dropped)
@@ -87,18 +87,16 @@ class _CpuAttention(torch.autograd.Function):
 
 def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:
     """[T, parts * H] -> [parts, B h, S, d]; a cell without a token repeats one before it."""
-    key = "split", parts, heads
+    key, count = ("split", parts, heads), len(tokens) * parts * heads
     if key not in layout.derived:
-        places = torch.arange(len(tokens) * parts * heads, device=tokens.device).view(
-            -1, parts, heads
-        )
+        indices = torch.arange(count, device=tokens.device).view(-1, parts, heads)
         if layout.mask is not None and layout.index is not None:
             # Mostly a token of the same row, because another row's token may be NaN.
             rank = layout.computed().flatten().cumsum(0).sub_(1).clamp_(min=0)
-            places = places[layout.index.argsort()[rank]]
-        square = places.view(layout.batch, layout.length, parts, heads)
+            indices = indices[layout.index.argsort()[rank]]
+        square = indices.view(layout.batch, layout.length, parts, heads)
         layout.derived[key] = square.permute(2, 0, 3, 1).flatten()
-    rows = tokens.reshape(len(tokens) * parts * heads, -1).index_select(0, layout.derived[key])
+    rows = tokens.reshape(count, -1).index_select(0, layout.derived[key])
     return rows.view(parts, layout.batch * heads, layout.length, -1)
 
 
@@ -106,10 +104,9 @@ def _join(split: Tensor, layout: Layout, heads: int) -> Tensor:
     """[parts, B h, S, d] -> [T, parts * H], the inverse."""
     (parts, *_, width), key = split.shape, ("join", len(split), heads)
     if key not in layout.derived:
-        places = torch.arange(split.numel() // width, device=split.device).view(
-            parts, -1, heads, layout.length
-        )
-        layout.derived[key] = layout.unpad(places.permute(1, 3, 0, 2).flatten(2)).flatten()
+        indices = torch.arange(split.numel() // width, device=split.device)
+        indices = indices.view(parts, -1, heads, layout.length)
+        layout.derived[key] = layout.unpad(indices.permute(1, 3, 0, 2).flatten(2)).flatten()
     rows = split.view(-1, width).index_select(0, layout.derived[key])
     return rows.view(-1, parts * heads * width)
 

@@ -2,7 +2,7 @@
 
 Backward keeps x, u = c (m * x) A^T and the dropout mask's seed, but neither the mask nor the
 dropped x. Operators take flat lists only, so a call is passed as `_CALL` lists it: `factors` is A
-and B of each term in turn; `reals` and `offsets` are the other fields of `Term` in their order, two
+and B of each term in turn; `reals` and `ints` are the other fields of `Term` in their order, two
 and four for each term.
 """
 
@@ -22,8 +22,8 @@ def run(x: Tensor, bias: Tensor | None, call: Call) -> Tensor:
     """y [M, N] of x [M, K], differentiable by x, the bias and the factors."""
     if torch.compiler.is_compiling():
         reals = [value for term in call.terms for value in term[2:4]]
-        places = [value for term in call.terms for value in term[4:]]
-        return lora(x, bias, call.weight, call.factors, call.seed, reals, places, call.route)[0]
+        ints = [value for term in call.terms for value in term[4:]]
+        return lora(x, bias, call.weight, call.factors, call.seed, reals, ints, call.route)[0]
     if torch.is_grad_enabled():
         return _Eager.apply(x, bias, call, *call.factors)[0]
     return _forward(x, bias, call)[0]
@@ -94,7 +94,7 @@ class _Eager(torch.autograd.Function):
 def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence[Tensor | None]:
     """The gradients of x and the factors, as functions that autograd knows.
 
-    This form also takes a batch of gradients at once, which the fused forms cannot.
+    This form also takes a batch of gradients at once, which the fused backward cannot.
     """
     if not call.terms:
         return [grad @ call.weight]
@@ -115,13 +115,13 @@ def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence
     return torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=differentiable)
 
 
-_CALL = "Tensor weight, Tensor[] factors, Tensor? seed, float[] reals, SymInt[] places, str route"
+_CALL = "Tensor weight, Tensor[] factors, Tensor? seed, float[] reals, SymInt[] ints, str route"
 _FORWARD = f"(Tensor x, Tensor? bias, {_CALL}) -> (Tensor, Tensor)"
 _BACKWARD = f"(Tensor grad, Tensor? x, Tensor saved, bool need_dx, {_CALL}) -> Tensor[]"
 
 
-def _parse(weight: Tensor, factors: Any, seed: Any, reals: Any, places: Any, route: str) -> Call:
-    fields = factors[::2], factors[1::2], reals[::2], reals[1::2], *(places[i::4] for i in range(4))
+def _parse(weight: Tensor, factors: Any, seed: Any, reals: Any, ints: Any, route: str) -> Call:
+    fields = factors[::2], factors[1::2], reals[::2], reals[1::2], *(ints[i::4] for i in range(4))
     return Call(weight, [Term(*term) for term in zip(*fields, strict=True)], seed, route=route)
 
 
@@ -136,8 +136,8 @@ def lora_backward(grad: Tensor, x: Any, saved: Tensor, need_dx: bool, *call: Any
     """`_backward` as an operator: the factors' gradients, then dx."""
     dx, gradients = _backward(grad, x, saved, need_dx, _parse(*call))
     # Gradients are parts of buffers, and an operator's results may share no memory.
-    found = [part.clone(memory_format=torch.contiguous_format) for part in gradients]
-    return found if dx is None else [*found, dx]
+    results = [part.clone(memory_format=torch.contiguous_format) for part in gradients]
+    return results if dx is None else [*results, dx]
 
 
 @lora.register_fake
@@ -166,9 +166,9 @@ def _traced_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if grad is None:
         return (None,) * 8
     need_dx, need_bias = ctx.needs_input_grad[:2]
-    found = lora_backward(grad, x, saved, need_dx, weight, factors, seed, *ctx.fixed)
-    dx = found.pop() if need_dx else None
-    return dx, grad.sum(0) if need_bias else None, None, found, None, None, None, None
+    results = lora_backward(grad, x, saved, need_dx, weight, factors, seed, *ctx.fixed)
+    dx = results.pop() if need_dx else None
+    return dx, grad.sum(0) if need_bias else None, None, results, None, None, None, None
 
 
 lora.register_autograd(_traced_backward, setup_context=_traced_context)

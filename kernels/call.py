@@ -48,7 +48,7 @@ class Term(NamedTuple):
         return self.start, self.stop
 
 
-class Forms(NamedTuple):
+class Copies(NamedTuple):
     """The packed copies that a call may use, and to which it adds those that it makes."""
 
     kept: dict | None = None  # None: each copy is made for this call alone
@@ -77,7 +77,7 @@ class Call(NamedTuple):
     weight: Tensor  # [N, K]
     terms: Sequence[Term]
     seed: Tensor | None
-    forms: Forms = Forms()  # the packed forms of the weight
+    copies: Copies = Copies()  # packed copies of the weight
     route: str = "reference"
     changed: bool = True  # whether the factors may have changed since they were packed
 
@@ -88,7 +88,7 @@ class Call(NamedTuple):
 
 
 class Packed:
-    """The packed forms of one frozen weight, made at their first use.
+    """The packed copies of one frozen weight, made at their first use.
 
     They are made again when the weight is another tensor, has moved or has a new version. A
     `Packed` may also belong to several tensors, such as the weights of query, key and value. After
@@ -102,29 +102,29 @@ class Packed:
         self._current: tuple[list, list[StorageWeakRef], dict] | None = None
         self.graph: list[Any] = []  # what captured CUDA graphs read; kept alive by this object
 
-    def forms(self, *tensors: Tensor) -> dict | None:
+    def copies(self, *tensors: Tensor) -> dict | None:
         """The copies of these tensors as they are now; None for tensors of inference mode."""
         if any(t.is_inference() for t in tensors):
             return None  # they count no versions, so changes could not be seen
-        places: list = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in tensors]
+        state: list = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in tensors]
         if self.watched:
-            places += map(_marks, tensors)
+            state += map(_row_hashes, tensors)
         current = self._current
         # The memory of an expired storage may belong to another tensor by now.
-        if current is None or current[0] != places or any(ref.expired() for ref in current[1]):
+        if current is None or current[0] != state or any(ref.expired() for ref in current[1]):
             storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-            current = self._current = places, storages, {}
+            current = self._current = state, storages, {}
         return current[2]
 
     def clear(self) -> None:
-        """Forget all forms: the weight has changed."""
+        """Forget all copies: the weight has changed."""
         self._current = None
 
     def __reduce__(self) -> tuple:
         return Packed, (self.watched,)
 
 
-def _marks(tensor: Tensor) -> bytes:
+def _row_hashes(tensor: Tensor) -> bytes:
     """A hash of each row's bits, which changes with a write anywhere in the row."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
     if left := rows.shape[1] * rows.element_size() % 8:

@@ -62,7 +62,7 @@ def keep_mask(
     draw = _lanes_uncompiled if torch.compiler.is_compiling() else _lanes
     number = int(seed)
     lanes, first = draw(number, stream, rows, columns), number % _PERIOD
-    limits = _limits(threshold(p), (rows + _PERIOD).bit_length())[first : first + rows]
+    limits = _row_thresholds(threshold(p), (rows + _PERIOD).bit_length())[first : first + rows]
     return lanes.ge_(limits).to(dtype)
 
 
@@ -86,7 +86,7 @@ _lanes_uncompiled = torch.compiler.disable(_lanes)
 
 
 @lru_cache(maxsize=64)
-def _limits(drop: int, bits: int) -> Tensor:
+def _row_thresholds(drop: int, bits: int) -> Tensor:
     """uint8 [2^bits, 1]: `drop` / 256 rounded down or up, exact on average over any 256 rows."""
     high, low = divmod(drop, 256)
     # Multiplying by an odd number spreads the rows that are rounded up.

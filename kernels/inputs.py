@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-TYPES = (Tensor, nn.Parameter)
+PLAIN_TYPES = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def is_ordinary(x: Tensor) -> bool:
     """Whether the fused operation accepts x: plain floats that nothing transforms or traces."""
     return (
-        type(x) in TYPES
+        type(x) in PLAIN_TYPES
         and x.device.type in ("cpu", "cuda")
         and x.dtype in _DTYPES
         and x.layout == torch.strided

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fastlora.kernels import reference
 from fastlora.kernels.autograd import run
-from fastlora.kernels.call import Call, Forms, Packed, Term
+from fastlora.kernels.call import Call, Copies, Packed, Term
 from fastlora.kernels.dropout import draw_seed
-from fastlora.kernels.inputs import TYPES, is_ordinary
+from fastlora.kernels.inputs import PLAIN_TYPES, is_ordinary
 from fastlora.kernels.routes import forced, route
 from fastlora.kernels.triton import tuning
 
-FEW = 40_000_000  # multiply-adds on a CPU below which plain PyTorch beats the fused form
+MIN_FUSED_WORK = 40_000_000  # multiply-adds on a CPU below which plain PyTorch is faster
 
 
 def lora_grouped(
@@ -45,9 +45,9 @@ def lora_grouped(
     name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    dtype, forms = _compute_dtype(x), _forms(x, packed, weight)
+    dtype, copies = _compute_dtype(x), _copies(x, packed, weight)
     if weight.dtype != dtype:
-        weight = forms.get(dtype, partial(weight.to, dtype))
+        weight = copies.get(dtype, partial(weight.to, dtype))
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1 or rows.stride(0) == 0:
         rows = rows.contiguous()
@@ -58,7 +58,7 @@ def lora_grouped(
         start, stop, _ = slice(term.start, term.stop).indices(len(rows))
         placed.append(term._replace(start=start, stop=max(start, stop)))
     bias = None if bias is None else bias.to(dtype)
-    y = run(rows, bias, Call(weight, placed, seed, forms, name))
+    y = run(rows, bias, Call(weight, placed, seed, copies, name))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -131,10 +131,10 @@ def lora_together(
         return torch.cat([*weights]), None if biases is None else torch.cat([*biases]), Packed()
 
     parts = *weights, *(biases or ())
-    forms = _forms(x, None if any(part.requires_grad for part in parts) else packed, *parts)
-    if forms.kept is None:
+    copies = _copies(x, None if any(part.requires_grad for part in parts) else packed, *parts)
+    if copies.kept is None:
         return lora_grouped(x, *make()[:2], terms, seed)
-    weight, bias, inner = forms.get("together", make)
+    weight, bias, inner = copies.get("together", make)
     return lora_grouped(x, weight, bias, terms, seed, inner)
 
 
@@ -176,12 +176,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def is_small(x: Tensor, out_features: int) -> bool:
     """Whether the product is so small that plain PyTorch is faster."""
-    return (
-        x.is_cpu
-        and not torch.compiler.is_compiling()
-        and x.numel() * out_features < FEW
-        and not forced()
-    )
+    eager_cpu = x.is_cpu and not torch.compiler.is_compiling()
+    return eager_cpu and x.numel() * out_features < MIN_FUSED_WORK and not forced()
 
 
 def _fused_route(
@@ -196,7 +192,7 @@ def _fused_route(
         others = (weight, bias, seed, *(factor for term in terms for factor in term[:2]))
         fusable = (
             is_ordinary(x)
-            and all(t is None or (type(t) in TYPES and t.device == x.device) for t in others)
+            and all(t is None or (type(t) in PLAIN_TYPES and t.device == x.device) for t in others)
             and _compute_dtype(weight) == _compute_dtype(x)
             and not (packed is None and _capturing(x))  # nothing would keep what the graph reads
         )
@@ -204,15 +200,15 @@ def _fused_route(
         return ""
     large, dtype = compiling or x.numel() >= tuning.SMALL * x.shape[-1], _compute_dtype(x)
     name = route(x.device, dtype, large).name
-    has_kernel = len(terms) > 0 and dtype in tuning.NAMES
+    has_kernel = len(terms) > 0 and dtype in tuning.DTYPE_NAMES
     return name if has_kernel or name == "reference" else ""
 
 
-def _forms(x: Tensor, packed: Packed | None, *tensors: Tensor) -> Forms:
+def _copies(x: Tensor, packed: Packed | None, *tensors: Tensor) -> Copies:
     """The packed copies that a call with this x may use."""
     if packed is None or torch.compiler.is_compiling():
-        return Forms()
-    return Forms(packed.forms(*tensors), packed.graph if _capturing(x) else None)
+        return Copies()
+    return Copies(packed.copies(*tensors), packed.graph if _capturing(x) else None)
 
 
 def _capturing(x: Tensor) -> bool:

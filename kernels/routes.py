@@ -18,7 +18,7 @@ import torch
 from fastlora.kernels.cpu import route as cpu_route
 from fastlora.kernels.triton import tuning
 
-NAMES = ("reference", "gemm", "triton")
+ROUTES = ("reference", "gemm", "triton")
 _forced: ContextVar[str] = ContextVar("forced route", default="")
 
 
@@ -44,7 +44,7 @@ def _detect(device: torch.device, dtype: torch.dtype, large: bool) -> Route:
         return Route("reference", f"PyTorch's own GEMMs on {device.type}")
     if find_spec("triton") is None:
         return Route("reference", "Triton is not installed")
-    if dtype not in tuning.NAMES:
+    if dtype not in tuning.DTYPE_NAMES:
         return Route("reference", f"no kernel for {dtype}")
     from fastlora.kernels.triton import turing
 
@@ -73,8 +73,8 @@ def route(
     name, detected = forced(), _detect(torch.device(device), dtype, large)
     if not name:
         return detected
-    if name not in NAMES:
-        raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(NAMES)})")
+    if name not in ROUTES:
+        raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(ROUTES)})")
     if _forced.get():
         return Route(name, "forced")
     runs = name == "reference" or detected.name != "reference"

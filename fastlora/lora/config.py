@@ -92,11 +92,11 @@ class LoraConfig:
         """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def is_like(self, other: LoraConfig) -> bool:
+    def same_adapter(self, other: LoraConfig) -> bool:
         """Whether both give a layer the same adapter; targets are not compared."""
         return replace(self, targets=None) == replace(other, targets=None)
 
-    def of_layer(self, name: str) -> LoraConfig:
+    def for_layer(self, name: str) -> LoraConfig:
         """The settings of the layer of this name: the patterns are applied and removed."""
 
         def pick(patterns: Mapping, otherwise: Any) -> Any:

@@ -101,10 +101,10 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
     config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)[0]
     own = {n: m for n, m in lora_layers(model).items() if adapter in m.settings}
     for module, layer in own.items():
-        theirs, ours = config.of_layer(module), layer.settings[adapter]
+        theirs, ours = config.for_layer(module), layer.settings[adapter]
         if adapter in layer.merged:
             raise UserError(f"{folder}: adapter {adapter!r} is merged; unmerge it first")
-        if not replace(theirs, dropout=ours.dropout).is_like(ours):
+        if not replace(theirs, dropout=ours.dropout).same_adapter(ours):
             raise UserError(
                 f"{folder / CONFIG}: holds {theirs}, but the model was built with {ours}; build it "
                 "with the adapter's own settings"
@@ -115,7 +115,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
     for module in modules:  # placeholders for the factors that `inject` will make
         if module not in linears:
             raise UserError(f"{folder / WEIGHTS}: {module!r} is no linear layer of the model")
-        linear, r = linears[module], config.of_layer(module).r
+        linear, r = linears[module], config.for_layer(module).r
         for side, shape in (("A", (r, linear.in_features)), ("B", (linear.out_features, r))):
             stand_in = torch.empty(shape, device=linear.weight.device)
             factors[f"{_ROOT}{module}.lora_{side}.weight"] = stand_in

@@ -44,8 +44,8 @@ class LoRALinear(Linear):
     was_scoped = False  # whether a forward pass that backward may recompute has run in such a block
     merged: tuple[str, ...] = ()  # the adapters that `weight` contains
     base_weight: Tensor  # W0, while something is merged
-    unmerged: list[nn.Parameter]  # the parameter that holds W0; it may be tied to another module
-    thawed: list[nn.Parameter]  # the factors to make trainable again by `unmerge`
+    base_parameter: list[nn.Parameter]  # the one that holds W0; it may be tied to another module
+    frozen_by_merge: list[nn.Parameter]  # the factors to make trainable again by `unmerge`
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class LoRALinear(Linear):
             vars(linear)["_old_forward"] = MethodType(type(linear).forward, linear)
         return linear
 
-    def why_stuck(self) -> str:
+    def why_not_removable(self) -> str:
         """Why `to_linear` cannot be called now, or ""."""
         if type(self) is not adapted_class(self.base_class):
             return f"its class has become {type(self).__name__} since (parametrised or sharded)"
@@ -112,7 +112,7 @@ class LoRALinear(Linear):
     def to_linear(self) -> nn.Linear:
         """Turn back in place into the layer that `from_linear` got; the weight is not changed."""
         base_class, base_forward, forward = self.base_class, self.base_forward, type(self).forward
-        for name in OWN:
+        for name in ADDED:
             for place in (vars(self), self._modules, self._buffers):
                 place.pop(name, None)
         self.__class__ = base_class
@@ -153,14 +153,14 @@ class LoRALinear(Linear):
             nn.init.zeros_(self.lora_B[name])
 
     @property
-    def is_plain(self) -> bool:
+    def base_is_plain(self) -> bool:
         """Whether the base's forward is that of `nn.Linear`."""
         return self.base_class.forward in PLAIN and self.base_forward is None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]; other arguments are for the base's own forward."""
         terms, seed = self.terms(input)
-        if self.is_plain and not args and not kwargs:
+        if self.base_is_plain and not args and not kwargs:
             return lora_grouped(input, self.weight, self.bias, terms, seed, self.packed)
         base_forward = self.base_forward or partial(self.base_class.forward, self)
         y = base_forward(input, *args, **kwargs)
@@ -171,7 +171,7 @@ class LoRALinear(Linear):
             )
         return add_terms(y, input, terms, seed) if terms else y
 
-    def own_choice(self) -> Choice:
+    def default_choice(self) -> Choice:
         """What `inject` or `set_adapter` made active."""
         if self.active is None:
             raise UserError(
@@ -186,7 +186,7 @@ class LoRALinear(Linear):
         Raises UserError where the choice of adapters does not fit the input or what is merged.
         """
         if torch.compiler.is_compiling():
-            choice = _uncompiled_choice(self) if self.scopes else self.own_choice()
+            choice = _uncompiled_choice(self) if self.scopes else self.default_choice()
         else:
             choice = choice_of(self)
         if self.merged:
@@ -247,8 +247,8 @@ class LoRALinear(Linear):
 
 
 # The attributes that LoRALinear adds to `nn.Linear`; a subclass with one of them is refused.
-OWN = {*vars(LoRALinear), *LoRALinear.__annotations__, "lora_A", "lora_B", "packed"}
-OWN -= {*dir(nn.Linear)}
+ADDED = {*vars(LoRALinear), *LoRALinear.__annotations__, "lora_A", "lora_B", "packed"}
+ADDED -= {*dir(nn.Linear)}
 
 
 @cache

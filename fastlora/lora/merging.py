@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import UserError
 from fastlora.lora.layer import LoRALinear, lora_layers
-from fastlora.lora.routing import acting, check_names
+from fastlora.lora.routing import active_adapters, check_names
 
 
 @torch.no_grad()
@@ -29,13 +29,13 @@ def merge(model: nn.Module, *adapters: str) -> None:
     check_names(layers.values(), adapters)
     weights = {}
     for name, layer in layers.items():
-        chosen = dict.fromkeys(adapters or acting(layer))
+        chosen = dict.fromkeys(adapters or active_adapters(layer))
         own = [adapter for adapter in chosen if adapter in layer.settings]
         if own and layer.merged:
             merged = " and ".join(layer.merged)
             raise UserError(f"adapter {merged} is merged already: unmerge it first")
         W = layer._parameters.get("weight")  # an offloaded one is on the meta device
-        if own and not (layer.is_plain and type(W) is nn.Parameter and not W.is_meta):
+        if own and not (layer.base_is_plain and type(W) is nn.Parameter and not W.is_meta):
             raise UserError(
                 f"layer {name!r} cannot be merged: {layer.base_class.__name__} is not a plain "
                 "linear layer whose weight is in memory"
@@ -47,19 +47,28 @@ def merge(model: nn.Module, *adapters: str) -> None:
     if not weights:
         raise UserError(f"{type(model).__name__} has no active adapter to merge")
     for name, (own, weight) in weights.items():
-        _put(layers[name], weight, own)
+        layer = layers[name]
+        # W0, which may be tied, stays as it is. In a list, it is not registered as a parameter.
+        layer.base_parameter = [layer.weight]  # type: ignore[list-item]
+        layer.register_buffer("base_weight", layer.weight.detach())
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        factors = [side[adapter] for side in (layer.lora_A, layer.lora_B) for adapter in own]
+        layer.frozen_by_merge = [factor for factor in factors if factor.requires_grad]
+        for factor in factors:  # an optimiser skips parameters without a gradient
+            factor.requires_grad_(False).grad = None
+        layer.merged = tuple(own)
 
 
 def unmerge(model: nn.Module) -> None:
     """Undo `merge`: restore W0 bit for bit, and make trainable again what `merge` froze."""
     for layer in merged_layers(model):
-        (parameter,), W0 = layer.unmerged, layer.base_weight
+        (parameter,), W0 = layer.base_parameter, layer.base_weight
         if (parameter.dtype, parameter.device) != (W0.dtype, W0.device):  # the layer has moved
             parameter.data = W0
-        for factor in layer.thawed:
+        for factor in layer.frozen_by_merge:
             factor.requires_grad_(True)
         layer.weight, layer.merged = parameter, ()
-        del layer.unmerged, layer.thawed, layer.base_weight
+        del layer.base_parameter, layer.frozen_by_merge, layer.base_weight
 
 
 def merged_layers(model: nn.Module) -> list[LoRALinear]:
@@ -77,22 +86,6 @@ def _merged_weight(layer: LoRALinear, names: Sequence[str]) -> Tensor:
     return weight.to(layer.weight.dtype)
 
 
-def _put(layer: LoRALinear, weight: Tensor, names: Sequence[str]) -> None:
-    """Replace the weight by a new parameter and freeze the merged adapters.
-
-    W0, which may be tied to another module's weight, stays as it is.
-    """
-    # In a list, so that it is not registered as a parameter.
-    layer.unmerged = [layer.weight]  # type: ignore[list-item]
-    factors = [side[name] for side in (layer.lora_A, layer.lora_B) for name in names]
-    layer.thawed = [factor for factor in factors if factor.requires_grad]
-    for factor in factors:  # an optimiser skips parameters without a gradient
-        factor.requires_grad_(False).grad = None
-    layer.register_buffer("base_weight", layer.weight.detach())
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.merged = tuple(names)
-
-
 def save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
     """transformers' `save_pretrained` with the active adapters merged into what is written.
 
@@ -103,7 +96,7 @@ def save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         raise UserError("save_pretrained got a state_dict, into which no adapter can be merged")
     check_tied(module)
     save = partial(type(module).save_pretrained, module, *arguments, **keywords)  # type: ignore
-    if merged_layers(module) or not any(map(acting, lora_layers(module).values())):
+    if merged_layers(module) or not any(map(active_adapters, lora_layers(module).values())):
         return save()
     merge(module)
     try:
@@ -117,7 +110,7 @@ def check_tied(module: nn.Module) -> None:
     owned = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     for name, layer in lora_layers(module).items():
         # The W0 of a merged layer is not among the model's parameters.
-        others = owned[id(layer.unmerged[0])] if layer.merged else owned[id(layer.weight)] - 1
+        others = owned[id(layer.base_parameter[0])] if layer.merged else owned[id(layer.weight)] - 1
         if others > 0:
             raise UserError(
                 f"the weight of {name!r} is tied to another, and merging would break the tie: the "

@@ -51,7 +51,7 @@ def inject(
     check_model(model, configs)
     kept = trained_parameters(model, train)
     plan = [
-        (name, adapter, settings.of_layer(name))
+        (name, adapter, settings.for_layer(name))
         for adapter, settings in configs.items()
         for name in target_names(model, settings, kept)
     ]
@@ -100,7 +100,7 @@ def eject(model: nn.Module) -> nn.Module:
     Returns the model. Raises UserError, with nothing changed, where a layer was parametrised,
     sharded or patched since, and within `use_adapter`.
     """
-    _check_loose(model)
+    _check_removable(model)
     unmerge(model)
     return _without_lora(model)
 
@@ -111,7 +111,7 @@ def merge_and_unload(model: nn.Module, *adapters: str) -> nn.Module:
     What is merged already stays, and nothing is added to it. Returns the model. Raises UserError
     as `merge` and `eject`, and for a tied weight, which `save_pretrained` would lose.
     """
-    _check_loose(model)
+    _check_removable(model)
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
             check_tied(module)
@@ -195,7 +195,7 @@ def _guard_parents(model: nn.Module) -> None:
             module.save_pretrained = partial(save_pretrained, module)  # type: ignore
 
 
-def _check_loose(model: nn.Module) -> None:
+def _check_removable(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
-        if reason := layer.why_stuck():
+        if reason := layer.why_not_removable():
             raise UserError(f"layer {name!r} cannot be turned back: {reason}")

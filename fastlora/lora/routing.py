@@ -105,7 +105,7 @@ def check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
             raise UserError(f"the model has no adapter{named} (its adapters: {there})")
 
 
-def acting(layer: LoRALinear) -> tuple[str, ...]:
+def active_adapters(layer: LoRALinear) -> tuple[str, ...]:
     """The adapters that are active on a layer now; UserError if they are chosen by row."""
     choice = choice_of(layer)
     if choice.segments is not None:
@@ -118,7 +118,7 @@ def choice_of(layer: LoRALinear) -> Choice:
     covering = (s for s in reversed(_scopes.get()) if layer in s.layers)
     innermost, task = next(covering, None), torch._C._current_graph_task_id()
     if task == -1:
-        choice = innermost.choice if innermost else layer.own_choice()
+        choice = innermost.choice if innermost else layer.default_choice()
         if innermost and (layer.training or torch.is_grad_enabled()):
             layer.was_scoped = True
         if (frame := _checkpoint_frame()) is not None:
@@ -129,7 +129,7 @@ def choice_of(layer: LoRALinear) -> Choice:
     if innermost is not None and innermost.task == task:
         return innermost.choice
     if not layer.was_scoped:
-        return layer.own_choice()
+        return layer.default_choice()
     noted = getattr(_checkpoint_frame(), "fastlora_choices", {}).get(layer)
     if noted is None:
         raise UserError(

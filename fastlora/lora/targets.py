@@ -10,7 +10,7 @@ from torch import nn
 from fastlora.errors import UserError
 from fastlora.kernels import Linear
 from fastlora.lora.config import ALL, FAMILIES, TARGETS, LoraConfig, is_target
-from fastlora.lora.layer import OWN, LoRALinear
+from fastlora.lora.layer import ADDED, LoRALinear
 
 # A linear layer whose name has one of these parts belongs to a head.
 HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls", "heads")
@@ -47,11 +47,11 @@ def check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig)
         problem = "nn.MultiheadAttention reads its weight and never calls it"
     elif not isinstance(layer, LoRALinear):
         own = {*vars(layer), *layer._modules, *layer._parameters, *layer._buffers, *dir(kind)}
-        if clash := OWN & own - {*dir(Linear)}:
+        if clash := ADDED & own - {*dir(Linear)}:
             problem = f"{kind.__name__} already has {min(clash)!r}, which LoRALinear needs"
     elif layer.merged:
         problem = f"adapter {' and '.join(layer.merged)} is merged into it; unmerge first"
-    elif not layer.settings.get(adapter, settings).is_like(settings):
+    elif not layer.settings.get(adapter, settings).same_adapter(settings):
         problem = f"it has an adapter {adapter!r} with other settings"
     if problem:
         raise UserError(f"layer {name!r} cannot be adapted: {problem}")
@@ -60,18 +60,15 @@ def check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig)
 def trained_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Parameter]:
     """The parameters with these names (or ends of names), and those of modules with these names."""
     kept: set[nn.Parameter] = set()
-    parameters = list(model.named_parameters(remove_duplicate=False))  # tied ones by all names
+    every = model.named_parameters(remove_duplicate=False)  # tied ones by all names
+    parameters = [(n, p) for n, p in every if p.is_floating_point() or p.is_complex()]
     for end in (names,) if isinstance(names, str) else names:
         # A parameter's name contains the names of the modules around it.
-        found = {p for name, p in parameters if f".{end}." in f".{name}." and _can_train(p)}
+        found = {p for name, p in parameters if f".{end}." in f".{name}."}
         if not found:
             raise UserError(f"train has {end!r}, which names nothing that can be trained")
         kept |= found
     return kept
-
-
-def _can_train(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def target_names(model: nn.Module, config: LoraConfig, kept: Set[nn.Parameter]) -> list[str]:

@@ -69,7 +69,7 @@ def _product(layer: Any, x: Tensor, column: int) -> Product | None:
 
 def is_bare(layer: nn.Linear) -> bool:
     """Whether a call of the layer is x W^T + b, with adapters or without, and nothing else."""
-    ours, parameters = isinstance(layer, LoRALinear) and layer.is_plain, layer._parameters
+    ours, parameters = isinstance(layer, LoRALinear) and layer.base_is_plain, layer._parameters
     return bool(
         type(layer).forward in (OURS if ours else PLAIN)
         and type(parameters.get("weight")) is nn.Parameter

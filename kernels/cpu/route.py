@@ -82,8 +82,8 @@ def _product(x: Tensor, bias: Tensor | None, call: Call, *, transposed: bool = F
     if not in_onednn:
         return F.linear(x, weight, bias)
     onednn = torch.ops.mkldnn
-    if call.forms.kept is not None:
-        weight = call.forms.get(
+    if call.copies.kept is not None:
+        weight = call.copies.get(
             (x.dtype, transposed),
             lambda: onednn._reorder_linear_weight(weight.detach().contiguous(), _BATCH_HINT),
         )

@@ -30,7 +30,7 @@ def rank_offsets(terms: Sequence[Term]) -> list[int]:
     return [0, *accumulate(padded(term.lora_A.shape[0]) for term in terms)]
 
 
-def is_uniform(terms: Sequence[Term], rows: int) -> bool:
+def fits_one_gemm(terms: Sequence[Term], rows: int) -> bool:
     """Whether every term covers all rows and no two terms overlap in columns."""
     whole = all(term.rows == (0, rows) for term in terms)
     blocks = sorted((term.column, term.column + term.lora_B.shape[0]) for term in terms)
@@ -89,8 +89,8 @@ class Plan:
         `slots`, the largest number of pieces that apply to a row.
         """
         found = _tiles(self.ranges, self.pieces.terms, size, self.pieces.table.device)
-        if self.call.forms.graph is not None:  # the graph's tables must outlive their cache entries
-            self.call.forms.graph.append((self.pieces, found[0]))
+        if (graph := self.call.copies.graph) is not None:  # its tables must outlive the caches
+            graph.append((self.pieces, found[0]))
         return found
 
     def launch(

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.kernels.call import Call, Term
-from fastlora.kernels.triton.grouped import Plan, is_uniform, rank_offsets
+from fastlora.kernels.triton.grouped import Plan, fits_one_gemm, rank_offsets
 from fastlora.kernels.triton.kernels import add, down, outer
 
 
 def saved_shape(call: Call, rows: int) -> tuple[int, ...]:
     """[x | u], or u alone as one row."""
     (_, K), R = call.weight.shape, rank_offsets(call.terms)[-1]
-    extend = call.route == "gemm" and is_uniform(call.terms, rows)
+    extend = call.route == "gemm" and fits_one_gemm(call.terms, rows)
     return (rows, K + R) if extend else (rows * R,)
 
 
@@ -58,7 +58,7 @@ def backward(
         down(plan, grad, B.T, v, in_block=True)
         base = dx = grad @ call.weight if need_dx else None
     dA = outer(plan, x, v, A, base, dx)
-    if is_uniform(call.terms, M):
+    if fits_one_gemm(call.terms, M):
         half = grad.is_cuda and grad.dtype != torch.float32
         dB = torch.mm(grad.T, u, out_dtype=torch.float32) if half else grad.T.float() @ u.float()
         return dx, _parts(dA, dB, call.terms)
@@ -97,7 +97,7 @@ def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tens
         return A, packed, B
 
     places = tuple((f.data_ptr(), f.shape, f.stride()) for f in tensors)
-    A, packed, B = call.forms.get((places, columns, dtype, extend), make)
-    if call.changed and call.forms.kept is not None:
+    A, packed, B = call.copies.get((places, columns, dtype, extend), make)
+    if call.changed and call.copies.kept is not None:
         torch._foreach_copy_(_parts(A, B, call.terms), tensors)
     return A, packed, B

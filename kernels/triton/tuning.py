@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 SMALL = 2048  # calls with fewer rows are in the bucket "small"
-NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def capability(device: torch.device) -> int:
 
 def key_of(capability: int, dtype: torch.dtype, rows: int) -> str:
     """The table's key of a call: "90/fp16/large"."""
-    return f"{capability}/{NAMES[dtype]}/{'small' if rows < SMALL else 'large'}"
+    return f"{capability}/{DTYPE_NAMES[dtype]}/{'small' if rows < SMALL else 'large'}"
 
 
 def config(capability: int, dtype: torch.dtype, rows: int) -> Config:

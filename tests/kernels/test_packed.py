@@ -179,9 +179,9 @@ def test_with_a_packed_such_a_write_is_seen_after_clear(route):
 def test_a_weight_is_packed_once_for_each_pass():
     linear, x = layer(), torch.randn(3, 24)
     y_and_dx(linear, x)
-    first = list(linear.packed.forms(linear.weight).values())
+    first = list(linear.packed.copies(linear.weight).values())
     y_and_dx(linear, x)
-    second = list(linear.packed.forms(linear.weight).values())
+    second = list(linear.packed.copies(linear.weight).values())
     assert len(first) == 2
     assert all(mine is other for mine, other in zip(first, second, strict=True))
 
@@ -204,7 +204,7 @@ def test_the_copies_go_with_their_owner(route):
     linear, x = layer(), torch.randn(3, 24, device=DEVICE)
     with forced_route(route):
         adapted(linear, x)
-    copies = [t for form in linear.packed.forms(linear.weight).values() for t in tensors_of(form)]
+    copies = [t for form in linear.packed.copies(linear.weight).values() for t in tensors_of(form)]
     assert copies or route == "reference"
     left = [weakref.ref(t) for t in (*copies, linear.weight, linear.packed)]
     del linear, copies
@@ -227,7 +227,7 @@ def test_adapters_that_come_and_go_leave_a_bounded_number_of_copies(route):
             y = lora_grouped(x, linear.weight, None, [Term(A, B, 1.0)], packed=linear.packed)
             expected = x @ (linear.weight + B @ A).T
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    assert len(linear.packed.forms(linear.weight)) <= LIMIT
+    assert len(linear.packed.copies(linear.weight)) <= LIMIT
 
 
 @pytest.mark.parametrize("route", NAMES)
@@ -290,8 +290,8 @@ def test_a_watched_one_sees_writes_that_leave_no_trace(shape, dtype):
     """Through `.data`: one element by one bit, rows that change places, another sign."""
     weight = torch.randn(shape).to(dtype)
     packed = Packed(watched=True)
-    forms = packed.forms(weight)
-    assert packed.forms(weight) is forms
+    forms = packed.copies(weight)
+    assert packed.copies(weight) is forms
     bits = weight.data.view(torch.int32 if dtype == torch.float32 else torch.int16)
     writes = [
         lambda: bits[3, 2].bitwise_xor_(1),
@@ -301,7 +301,7 @@ def test_a_watched_one_sees_writes_that_leave_no_trace(shape, dtype):
     ]
     for write in writes:
         write()
-        before, forms = forms, packed.forms(weight)
+        before, forms = forms, packed.copies(weight)
         assert forms is not before
-        assert packed.forms(weight) is forms
+        assert packed.copies(weight) is forms
     assert copy.deepcopy(packed).watched

@@ -19,7 +19,7 @@ from fastlora.kernels import (
     lora_linear,
     lora_qkv,
 )
-from fastlora.kernels.call import Call, Forms
+from fastlora.kernels.call import Call, Copies
 from fastlora.kernels.routes import implementation
 from fastlora.kernels.triton import tuning
 from fastlora.training import tuner
@@ -207,7 +207,7 @@ def test_launches_of_route_gemm(monkeypatch, owned):
         Term(*(f.to(DEVICE, torch.float32) for f in pair), 1.0, 0.1, 0, 0, M, column)
         for pair, column in zip(factors, (0, 2 * H), strict=True)
     ]
-    call = Call(weight, terms, SEED, Forms({} if owned else None), "gemm")
+    call = Call(weight, terms, SEED, Copies({} if owned else None), "gemm")
     later, gemm = call._replace(changed=False), implementation("gemm")
     _, saved = gemm.forward(x, bias, call)  # packs the frozen weight
     gemm.backward(grad, None, saved, later, need_dx=True)  # makes the tables of rows
@@ -240,7 +240,7 @@ def test_scoring_and_training_share_the_packed_weight(first):
         with torch.no_grad():
             B.add_(1)
         y = op(0.0)
-    assert len(packed.forms(weight)) == 1
+    assert len(packed.copies(weight)) == 1
     torch.testing.assert_close(y, x @ weight.T + 2 * x @ A.T @ B.T, rtol=1e-4, atol=1e-4)
 
 

@@ -152,7 +152,7 @@ def test_a_model_without_the_adapter_gets_it_and_its_heads_bit_for_bit(settings,
         n for n, p in model.named_parameters() if p.requires_grad
     }
     for name, layer in lora_layers(model).items():
-        assert lora_layers(again)[name].settings["default"].is_like(layer.settings["default"])
+        assert lora_layers(again)[name].settings["default"].same_adapter(layer.settings["default"])
 
 
 @pytest.mark.parametrize("train", [("classifier",), ("pooler", "classifier"), ("LayerNorm",), ()])

@@ -185,10 +185,10 @@ def test_only_an_owner_who_packs_has_copies(attention):
     packed = attention.query.packed
     if packed is not None:
         parts = [getattr(attention[n], kind) for kind in ("weight", "bias") for n in NAMES]
-        copies = packed.forms(*parts)
+        copies = packed.copies(*parts)
         assert copies
         assert torch.equal(project(attention, x), first)
-        assert packed.forms(*parts) is copies
+        assert packed.copies(*parts) is copies
     # A write that leaves no trace.
     attention.value.weight.data.mul_(2)
     assert torch.equal(project(attention, x), first) == (packed is not None)

@@ -122,7 +122,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(ops, "_capturing", lambda x: bool(CAPTURING))
     # The recorder watches operations, which a graph does not.
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-    monkeypatch.setattr(ops, "FEW", 0)  # a GPU's products are fused however small
+    monkeypatch.setattr(ops, "MIN_FUSED_WORK", 0)  # a GPU's products are fused however small
     monkeypatch.setattr(cpu_route, "keep_mask", philox)
     monkeypatch.setattr(dropout, "keep_mask", philox)
     for name in ("down", "add", "outer"):

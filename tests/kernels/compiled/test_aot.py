@@ -85,7 +85,7 @@ def test_shipped_configuration(capability, dtype, row_name):
         if capability == 75 and dtype == HALF and name != "lora_reduce":
             classes = aot.loop_classes(compiled)
             time = "{:.0f} us ({})".format(*bound(name, c, classes, blocks.warps))
-        dtype_name = tuning.NAMES[dtype]
+        dtype_name = tuning.DTYPE_NAMES[dtype]
         rows.append(
             (f"sm_{capability}", dtype_name, row_name, name, flags.replace("HAS_", "").lower(),
              registers, stack, compiled.metadata.shared, ",".join(mma) or "-", alu, time)
