@@ -89,7 +89,7 @@ REFUSED = [
     ({"a": FIRST, "b": LoraConfig(targets="slip")}, {}, "'slip' matches no linear layer"),
     (LoraConfig(targets=("0", "out_proj")), {}, "'attention.out_proj'.*MultiheadAttention"),
     *(({name: FIRST}, {}, "adapter ") for name in ("", "a.b", "keys", "training")),
-    ({}, {}, "no adapter"),
+    ({}, {}, "settings are empty"),
 ]
 
 
@@ -109,7 +109,7 @@ def test_a_refused_inject_changes_nothing(config, options, cause, adapted):
 
 def test_a_model_without_sizes_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
-    with pytest.raises(UserError, match="without sizes"):
+    with pytest.raises(UserError, match="without shapes"):
         inject(model, FIRST)
     assert len(trained(model)) == 4 and type(model[0]) is nn.Linear
 
