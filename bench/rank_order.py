@@ -2,9 +2,9 @@
 
     python bench/rank_order.py --data data/ [--task sts] [--seeds 2] [--share 0.5]
 
-`fastlora search` chooses a rank by such cuts (ranks.py). Here every rank is trained, too, side by
-side on the same examples, and Spearman's rho says how well the two orders agree. Exits with 1 where
-rho of the mean over seeds is under 0.6.
+`fastlora search` chooses a rank by such cuts (truncation.py). Here every rank is trained, too, on
+the same examples, and Spearman's rho says how well the two orders agree. Exits with 1 where rho of
+the mean over seeds is under 0.6.
 """
 
 import argparse
@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from fastlora.console import Log
+from fastlora.studies.stages import train_share
 from fastlora.studies.truncation import RANKS, sweep
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import find_inputs
 from fastlora.training.setup import prepare, read_encoder
-from fastlora.training.side_by_side import side_by_side
 
 LEAST = 0.6
 
@@ -46,12 +45,14 @@ def main() -> int:
     setup = replace(prepare(config, inputs), loaded=read_encoder(inputs.source))
     cut, retrained = [], []
     for seed in range(options.seeds):
-        configs = [replace(setup.config, seed=seed, r=rank) for rank in RANKS]
-        trainer = side_by_side(setup, configs, Log(quiet=True))
-        trainer.total = round(options.share * trainer.total)
-        retrained.append([score or 0.0 for score in trainer.run().scores.values()])
-        found = sweep(trainer, len(RANKS) - 1)
-        cut.append([found[rank][0] for rank in RANKS])
+        scores = []
+        for rank in RANKS:
+            changed = replace(setup.config, seed=seed, r=rank)
+            trainer = train_share(setup.narrow(changed), options.share)
+            scores.append([s or 0.0 for s in trainer.progress.scores[-1]["scores"].values()])
+        retrained.append(np.mean(scores, 1).tolist())
+        of_largest = sweep(trainer.model, setup.dev)
+        cut.append([of_largest[rank][0] for rank in RANKS])
         print(f"seed {seed}: rho {_rho(cut[-1], retrained[-1]):.2f}", flush=True)
     means = np.mean(cut, 0), np.mean(retrained, 0)
     print(f"{'rank':>6}{'cut':>10}{'retrained':>12}")

@@ -16,6 +16,10 @@ class RunError(Exception):
     """A run that had started could not go on (diverged, out of memory, I/O): exit code 1."""
 
 
+class Diverged(RunError):
+    """A loss is no longer a finite number."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn the ValueError that the kernels, which know no users, raise into UserError."""

@@ -61,10 +61,11 @@ SEARCH_HELP = """Search LoRA settings at a fraction of the cost of full runs.
     fastlora search --adapters per-task --data data/ --out searches/mine
     fastlora search --adapters per-task --data data/ --out searches/mine --join
 
-Trial 0 has the settings given here. The next trials vary learning rate and warmup; one run then
-scores every rank; more trials vary dropout and targets. At the end the best settings are compared
-with trial 0 over three seeds. The same command continues an interrupted search. Train with the
-result: fastlora-train --config best.toml, from the search's folder.
+Trial 0 has the settings given here. Short runs then choose learning rate, warmup, dropout and
+targets; one longer run scores every rank. At the end the best settings are compared with trial 0
+over three seeds, on dev examples that no choice was made on. The same command continues an
+interrupted search. Train with the result: fastlora-train --config best.toml, from the search's
+folder.
 """
 
 app = App(

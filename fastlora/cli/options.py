@@ -23,9 +23,8 @@ _UNIONS = (Union, UnionType)
 # In the order of --help.
 OPTIONS: dict[str, dict[str, str]] = {
     "Search": {
-        "budget": "Time, as 90s, 30m or 2h; else short runs on half of the examples.",
+        "budget": "Time, as 90s, 30m or 2h, after which no short run begins.",
         "trials": "Short runs of learning rate and warmup, 1 or more.",
-        "together": "Trials that train side by side, 1 or more.",
         "join": "Help with the search in --out that another process leads.",
     },
     "LoRA": {

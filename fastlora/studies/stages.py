@@ -1,342 +1,294 @@
-"""Low-cost search of LoRA settings: short runs side by side, and every smaller rank from one run.
+"""Low-cost search of LoRA settings: short runs, and every smaller rank from one longer run.
 
-Stages, each an Optuna study in one journal file, which several processes may work on:
-    defaults   the settings as given: what the search must beat
-    rates      learning rate and warmup, by successive halving on growing numbers of examples
-    ranks      the largest rank at these rates and those given; smaller ones are truncations of it
+Its trials are one Optuna study in a journal file, which several processes may work on. In turn:
+    defaults   the settings as given, in full (trial 0)
+    rates      learning rate and warmup, by successive halving on growing shares of the examples
+    ranks      the largest rank at these rates and at those given; others are truncations of it
     shapes     dropout and targets, by successive halving
-    final-N    the best and the defaults, in full, one study a seed
+    best       the settings chosen, in full over three seeds, and so those given
+Every other dev example scores the stages that choose; the rest scores the full runs alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from fastlora.console import Log
 from fastlora.data.batches import subset
-from fastlora.errors import Interrupted, RunError, UserError
+from fastlora.data.reading import TaskData
+from fastlora.errors import Diverged, Interrupted, RunError, UserError
 from fastlora.lora.config import TARGETS
+from fastlora.studies.grid import run_once, trained_parameters
+from fastlora.studies.journal import open_journal
 from fastlora.studies.truncation import RANKS, smallest_within_error, sweep
+from fastlora.training.checkpoint import trainable
 from fastlora.training.config import SearchConfig, TrainConfig
-from fastlora.training.setup import Setup
-from fastlora.training.side_by_side import side_by_side, variant_name, variant_parameters
+from fastlora.training.distributed import Ranks
+from fastlora.training.loop import Trainer
+from fastlora.training.setup import Setup, build_model, to_compute
 
 SEEDS = 3
-DROPOUTS = (0.0, 0.05, 0.1, 0.2)
-SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
 RATES, WARMUPS = (1.0, 2.0, 0.5, 4.0, 0.25), (0.06, 0.2)  # rates as factors of the one given
-# The examples of a short run, rung by rung, as shares of the search's own; and the least and the
-# most of all examples that the search takes as its own.
-RUNGS, LEAST, MOST = (0.125, 0.25), 0.25, 0.5
-RANK_STAGE = "ranks"
-SCORING, WIDER = 0.4, 1.5  # of an example, against training on it; of runs with more targets
-REDUCTION = 3  # one in three goes on to the next rung
-OVER = 1.5  # how far a search may go over its budget, when it says so at its start
-LONG = 0.5  # the share of all examples of the run whose ranks are cut
-SHORT_DEV = 400  # dev examples a task that score a short run
-IF_GONE = "if those are gone, start this search again without --join"
+SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
+DROPOUTS = (0.0, 0.05, 0.1, 0.2)
+# The share of the training examples that each rung of a stage trains on; the others run in full.
+RUNGS = {"rates": (0.0625, 0.125), "ranks": (0.5,), "shapes": (0.0625, 0.125)}
+REDUCTION = 3  # one trial in three of a stage goes on to the next rung
+SHORT_DEV = 400  # dev examples of a task that score a short run, at most
+# What --budget keeps for the stages `ranks` and `best`, in full runs' time: settings with more
+# targets may take half as long again as those given.
+RANKS_RUNS, BEST_RUNS = 1.0, SEEDS * 1.5 + SEEDS - 1
+NO_SCORE = -1.0  # of a run that diverged, or whose score is not defined
 Params = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search ends with: the best settings, and whether they beat the defaults."""
-
-    params: Params
-    config: TrainConfig
-    defaults: list[float]  # scores by seed
-    searched: list[float]
-    p_value: float | None  # of a paired t test; None where the best are the defaults
-
-
 class Search:
-    """A search in a folder, going on where the journal there ends.
+    """A search in a folder; it continues what the journal there holds.
 
-    Raises UserError when it began with another number of trials.
+    Raises UserError when the journal is damaged, or a task has fewer than two dev examples.
     """
 
     def __init__(self, setup: Setup, folder: Path, how: SearchConfig, log: Log) -> None:
-        self.setup, self.how, self.log = setup, how, log
+        self.setup, self.folder, self.how, self.log = setup, folder, how, log
+        if few := [name for name, data in setup.dev.items() if len(data) < 2]:
+            raise UserError(f"{few[0]}: has one dev example (a search expects two or more)")
+        config = setup.config
+        # The values of each setting, led by the one given.
+        values: dict[str, list[Any]] = {
+            "lr": [config.peak_lr * rate for rate in RATES],
+            "warmup": [config.warmup, *WARMUPS],
+            "r": [config.r, *RANKS],
+            "dropout": [config.dropout, *DROPOUTS],
+            "targets": [",".join(name for name in TARGETS if name in config.targets), *SHAPES],
+            "seed": [config.seed + i for i in range(SEEDS)],
+        }
+        self.values = {name: list(dict.fromkeys(own)) for name, own in values.items()}
+        self.defaults: Params = {name: own[0] for name, own in values.items()}
+        self.space: dict[str, BaseDistribution] = {
+            name: CategoricalDistribution(own) for name, own in self.values.items()
+        }
+        self.space["lr"] = FloatDistribution(min(values["lr"]), max(values["lr"]), log=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-        self.short_dev = {name: subset(data, SHORT_DEV) for name, data in setup.dev.items()}
-        begun = self.study("defaults")
-        if not how.join:
-            given = begun.user_attrs.get("trials", how.trials)
-            if given != how.trials:
-                raise UserError(f"{folder}: holds a search of --trials {given}; use a new --out")
-            begun.set_user_attr("trials", given)
-            for study in self.studies():
-                _again(study, _in_state(study, TrialState.RUNNING))
-        while "trials" not in begun.user_attrs:
-            time.sleep(1)  # the leader has just begun
-        self.trials: int = begun.user_attrs["trials"]
+        self.study = optuna.create_study(
+            storage=open_journal(folder / "journal.log"),
+            study_name="search",
+            direction="maximize",
+            load_if_exists=True,
+        )
 
-    def run(self) -> Found:
-        """All stages.
+    def lead(self) -> Params:
+        """Run all stages; returns the best settings that they chose.
 
         Raises:
             RunError: when no run of a stage has a score, or the budget is too small.
-            Interrupted: when the setup's `stop` asked for it; the next call goes on.
+            Interrupted: when the setup's `stop` asked for it; the next call continues.
         """
-        config = self.setup.config
-        defaults: Params = {
-            "lr": config.peak_lr,
-            "warmup": config.warmup,
-            "r": config.r,
-            "dropout": config.dropout,
-            "targets": ",".join(target for target in TARGETS if target in config.targets),
-            "seed": config.seed,
-        }
-        full = best_of(self.stage("defaults", [defaults])).user_attrs["seconds"]
-        rates = [
-            {**defaults, "lr": defaults["lr"] * rate, "warmup": warmup}
-            for warmup, rate in product(_with(defaults["warmup"], WARMUPS), RATES)
-        ]
-        shapes = [
-            {"targets": targets, "dropout": dropout}
-            for targets in _with(defaults["targets"], SHAPES)
-            for dropout in _with(defaults["dropout"], DROPOUTS)
-        ]
-        last_runs = SEEDS * WIDER + SEEDS - 1
-        rungs = self.rungs(full, self.trials + len(shapes), 2 * LONG + last_runs)
-        rates_study = self.stage("rates", rates[: self.trials], rungs, self.trials)
-        # Short runs like high rates: in a longer one, the rates as given get another chance.
-        r = max(*RANKS, defaults["r"])
-        largest = [{**best_of(rates_study).params, "r": r}, {**defaults, "r": r}]
-        pair = largest[: 1 + (largest[0] != largest[1])]
-        longest = best_of(self.stage(RANK_STAGE, pair, [LONG]))
-        best = {**longest.params, "r": smallest_within_error(dict(longest.user_attrs["sweep"]))}
-        rungs = self.rungs(full, len(shapes), last_runs)
-        shaped = self.stage("shapes", [{**best, **shape} for shape in shapes], rungs)
-        best = dict(best_of(shaped).params)
-        return self.compare(defaults, best)
+        for trial in self.trials(TrialState.RUNNING):  # of a process that is gone: queued again
+            self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        defaults, values = self.defaults, self.values
+        self.set_limits(self.stage("defaults", [defaults]).user_attrs["seconds"])
+        grid = product(values["warmup"], values["lr"])
+        planned = [{**defaults, "warmup": warmup, "lr": lr} for warmup, lr in grid]
+        # Optuna draws the rate and the warmup of more trials than these.
+        free = {name: defaults[name] for name in ("r", "dropout", "targets", "seed")}
+        planned = (planned + [free] * self.how.trials)[: self.how.trials]
+        rates = self.stage("rates", planned).params
+        # Short runs favour high rates, so the rates as given get a longer run, too.
+        pair = [{**params, "r": max(values["r"])} for params in (rates, defaults)]
+        longest = self.stage("ranks", pair[: 1 + (pair[0] != pair[1])])
+        best = {**longest.params, "r": smallest_within_error(dict(longest.user_attrs["ranks"]))}
+        grid = product(values["dropout"], values["targets"])
+        planned = [{**best, "dropout": dropout, "targets": targets} for dropout, targets in grid]
+        best = self.stage("shapes", planned).params
+        if best != defaults:
+            for stage, params in (("defaults", defaults), ("best", best)):
+                self.stage(stage, [{**params, "seed": seed} for seed in values["seed"]])
+        self.study.set_user_attr("ended", True)
+        return best
 
-    def compare(self, defaults: Params, best: Params) -> Found:
-        """Best and defaults in full over the seeds; the defaults stay where they are not beaten."""
-        theirs = [value_of(self.study("defaults"), defaults)]
-        if best == defaults:
-            return Found(best, self.configure(best), theirs, theirs, None)
-        ours = []
-        for seed in range(defaults["seed"], defaults["seed"] + SEEDS):
-            pair = {**best, "seed": seed}, {**defaults, "seed": seed}
-            new = seed > defaults["seed"]  # the first stage ran the defaults with the first seed
-            study = self.stage(f"final-{seed}", pair if new else pair[:1])
-            ours.append(value_of(study, pair[0]))
-            theirs += [value_of(study, pair[1])] if new else []
-        # Imported here: it takes most of a second.
-        from scipy.stats import ttest_rel
+    def help(self) -> None:
+        """Train queued trials until the process that leads has come to the end."""
+        while "ended" not in self.study.user_attrs:
+            if not self.work():
+                time.sleep(1)
 
-        p_value = float(ttest_rel(ours, theirs).pvalue) if ours != theirs else 1.0
-        chosen = best if np.mean(ours) > np.mean(theirs) else defaults
-        return Found(chosen, self.configure(chosen), theirs, ours, p_value)
+    def set_limits(self, full: float) -> None:
+        """Set after how many seconds of all trials `rates` and `shapes` begin no other one.
 
-    def rungs(self, full: float, short: int, later: float) -> list[float]:
-        """The share of all examples that each rung of a short run gets.
-
-        A run on all takes `full` seconds; the budget must pay for `later` ones of them, and what
-        is left of it is for `short` short runs. Raises RunError where that is far too little.
+        A full run takes `full` seconds. Raises RunError when the budget does not pay for these.
         """
-        if self.how.budget is None:
-            return [MOST * rung for rung in RUNGS]
-        budget = self.how.budget.total_seconds()
-        train, dev, short_dev = (
-            sum(map(len, data.values()))
-            for data in (self.setup.train, self.setup.dev, self.short_dev)
-        )
-        train *= self.setup.config.epochs
-        runs = [short / REDUCTION**i for i in range(len(RUNGS))]
-        second = full / (train + SCORING * dev)  # of an example
-        scoring = second * SCORING * short_dev * sum(runs)
-        training = second * train * WIDER * float(np.dot(runs, RUNGS))
-        left = budget - self.spent() - full * later - scoring
-        if left < LEAST * training and "rates" not in optuna.get_all_study_names(self.storage):
-            needed = budget - left + LEAST * training
-            text = (
-                f"--budget is {budget:.0f} s, but a full run takes {full:.0f} s, so "
-                f"that {needed:.0f} s are needed"
+        if self.how.budget is None or "rates" in self.study.user_attrs:
+            return
+        budget, needed = self.how.budget.total_seconds(), full * (1 + RANKS_RUNS + BEST_RUNS)
+        if budget < needed:
+            raise RunError(
+                f"--budget is {budget:.0f} s, but a full run takes {full:.0f} s, so that "
+                f"{needed:.0f} s are needed; raise --budget, or lower --limit or --epochs"
             )
-            if needed > OVER * budget:
-                raise RunError(f"{text}; raise --budget, or lower --limit or --epochs")
-            self.log.line(f"note       {text}")
-        return [min(MOST, max(LEAST, left / training)) * rung for rung in RUNGS]
+        self.study.set_user_attr("rates", full + (budget - needed) / 2)
+        self.study.set_user_attr("shapes", budget - full * BEST_RUNS)
 
     def spent(self) -> float:
-        """Seconds of all trials so far, by all processes."""
-        trials = [trial for study in self.studies() for trial in study.get_trials(deepcopy=False)]
-        return sum(trial.user_attrs.get("seconds", 0.0) for trial in trials)
+        """The seconds of all trials so far, by all processes."""
+        return sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials())
+
+    def trials(self, *states: TrialState, stage: str | None = None) -> list[FrozenTrial]:
+        """The trials in these states (by default all but failed ones), of a stage or of all."""
+        return [
+            trial
+            for trial in self.study.get_trials(deepcopy=False)
+            if (trial.state in states if states else trial.state != TrialState.FAIL)
+            and (stage is None or trial.user_attrs["stage"] == stage)
+        ]
+
+    def stage(self, stage: str, planned: Sequence[Params]) -> FrozenTrial:
+        """Have all planned trials trained; returns the best that was trained to the end.
+
+        Raises RunError when none has a score.
+        """
+        told = False
+        while True:
+            running = self.trials(TrialState.RUNNING, stage=stage)
+            if self.queue(stage, planned) + self.work():
+                continue
+            if not running:
+                break
+            if not told:
+                self.log.line(
+                    f"waiting for trials of other processes ({len(running)}); if those are gone, "
+                    "start this search again without --join"
+                )
+            told = True
+            time.sleep(1)
+        best = max(self.trials(TrialState.COMPLETE, stage=stage), key=value_of)
+        if value_of(best) == NO_SCORE:
+            raise RunError(
+                f"no run of the stage {stage!r} has a score: they diverged (lower --lr), or the "
+                "dev labels are all alike"
+            )
+        return best
+
+    def queue(self, stage: str, planned: Sequence[Params]) -> int:
+        """Queue the planned trials that the study lacks; returns how many these are."""
+        # A failed trial may lack some of its `params`; those that it was queued with are whole.
+        known = [trial.system_attrs["fixed_params"] for trial in self.trials(stage=stage)]
+        count = 0
+        for params in planned:
+            if params in known:
+                known.remove(params)
+            else:
+                self.study.enqueue_trial(params, {"stage": stage})
+                count += 1
+        return count
+
+    def work(self) -> bool:
+        """Train a queued trial and tell how it ended; returns whether there was one."""
+        if not (waiting := self.trials(TrialState.WAITING)):
+            return False
+        # No two trials get the same draws, whichever process asks for them.
+        begun = len(self.study.trials) - len(waiting)
+        self.study.sampler = optuna.samplers.RandomSampler(seed=begun)
+        trial, tell = self.study.ask(self.space), partial(self.study.tell, skip_if_finished=True)
+        if "stage" not in trial.user_attrs:  # another process took the last one in the queue
+            tell(trial, state=TrialState.FAIL)
+            return False
+        try:
+            tell(trial, self.train(trial))
+        except optuna.TrialPruned:
+            tell(trial, state=TrialState.PRUNED)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            pass  # the leader was started again, and queued this trial again
+        except BaseException:
+            tell(trial, state=TrialState.FAIL)
+            raise
+        return True
+
+    def train(self, trial: optuna.Trial) -> float:
+        """A trial's mean score of the tasks, trained rung by rung until it falls behind."""
+        stage, start = trial.user_attrs["stage"], time.perf_counter()
+        # The first trial of a stage is always trained: without one there is nothing to choose.
+        others = self.trials(TrialState.COMPLETE, TrialState.PRUNED, stage=stage)
+        if others and self.spent() > self.study.user_attrs.get(stage, np.inf):
+            raise optuna.TrialPruned
+        rungs = RUNGS.get(stage, (1.0,))
+        for rung, share in enumerate(rungs):
+            try:
+                outcome = self.outcome(stage, trial.params, share)
+            except Diverged:
+                outcome = {"scores": dict.fromkeys(self.setup.train), "parameters": 0}
+            scores = outcome["scores"].values()
+            value = NO_SCORE if None in scores else mean(scores)
+            trial.report(value, rung)
+            seconds = time.perf_counter() - start
+            for key, fact in {"share": share, "seconds": seconds, **outcome}.items():
+                trial.set_user_attr(key, fact)
+            name = f"{stage:<10} trial {trial.number}"
+            self.log.line(f"{name}: {value:.4f} on {share:.0%} of the examples, {seconds:.0f} s")
+            # Asynchronous successive halving (Li et al. 2020), as Optuna's pruner has it; but that
+            # compares the trials of all stages.
+            trials = [t.intermediate_values for t in self.trials(stage=stage)]
+            reached = sorted(values[rung] for values in trials if rung in values)
+            if rung + 1 < len(rungs) and value < reached[-max(1, len(reached) // REDUCTION)]:
+                raise optuna.TrialPruned
+        return value
+
+    def outcome(self, stage: str, params: Params, share: float) -> dict[str, Any]:
+        """Train settings once: their "scores", their "parameters", and in stage `ranks` "ranks"."""
+        setup = self.setup.narrow(self.configure(params))
+        if stage not in RUNGS:
+            place = self.folder / "runs" / stage / f"seed{params['seed']}"
+            setup = replace(setup, dev=self.dev(1), config=replace(setup.config, out=place))
+            result = run_once(setup, f"{stage} seed {params['seed']}", self.log)
+            return {"scores": result["scores"], "parameters": trained_parameters(result)}
+        setup = replace(setup, dev=self.dev(0, None if stage == "ranks" else SHORT_DEV))
+        trainer = train_share(setup, share)
+        parameters = sum(p.numel() for p in trainable(trainer.model).values())
+        outcome = {"scores": trainer.progress.scores[-1]["scores"], "parameters": parameters}
+        if stage == "ranks":
+            outcome["ranks"] = list(sweep(trainer.model, setup.dev, self.values["r"]).items())
+        return outcome
+
+    def dev(self, first: int, most: int | None = None) -> dict[str, TaskData]:
+        """Half of each task's dev examples, from `first` (0 or 1) on; at most so many, spread."""
+        halves = {name: np.arange(first, len(data), 2) for name, data in self.setup.dev.items()}
+        return {
+            name: subset(self.setup.dev[name], half[:: -(-len(half) // (most or len(half)))])
+            for name, half in halves.items()
+        }
 
     def configure(self, params: Params) -> TrainConfig:
         """The configuration of a trial; alpha stays, so that a learning rate suits any rank."""
         targets = tuple(params["targets"].split(","))
         return replace(self.setup.config, **{**params, "targets": targets})
 
-    def study(self, name: str) -> optuna.Study:
-        """A stage's study."""
-        return optuna.create_study(
-            storage=self.storage,
-            study_name=name,
-            direction="maximize",
-            pruner=optuna.pruners.SuccessiveHalvingPruner(1, REDUCTION),
-            load_if_exists=True,
-        )
 
-    def studies(self) -> list[optuna.Study]:
-        """The stages begun so far, in their order."""
-        return [self.study(name) for name in optuna.get_all_study_names(self.storage)]
-
-    def stage(
-        self,
-        name: str,
-        candidates: Sequence[Params],
-        rungs: Sequence[float] = (1.0,),
-        trials: int = 0,
-    ) -> optuna.Study:
-        """Train the candidates, and more that Optuna draws up to `trials`, as far as they get."""
-        study, wanted = self.study(name), max(trials, len(candidates))
-        # Other draws than those of the process that was here before, or is here as well.
-        study.sampler = optuna.samplers.TPESampler(seed=len(study.get_trials(deepcopy=False)))
-        while self.how.join and len(study.get_trials(deepcopy=False)) < len(candidates):
-            time.sleep(1)  # the leader has not written them yet
-        if "rungs" not in study.user_attrs:
-            study.set_user_attr("rungs", list(rungs))
-        for params in candidates[len(study.get_trials(deepcopy=False)) :]:
-            study.enqueue_trial(params)
-        space, waiting = _space(candidates), 0
-        while True:
-            group: list[Trial] = []
-            while len(group) < self.how.together and _left(study, wanted):
-                group.append(study.ask(space))
-            if group:
-                try:
-                    self.train(study, group)
-                except BaseException:
-                    _again(study, group)  # for whoever goes on
-                    raise
-            elif others := len(_in_state(study, TrialState.RUNNING)):
-                if others != waiting:
-                    self.log.line(f"waiting for {others} trials of other processes; {IF_GONE}")
-                waiting = others
-                time.sleep(1)
-            else:
-                return study
-
-    def train(self, study: optuna.Study, group: list[Trial]) -> None:
-        """Train a group of trials rung by rung, dropping those that fall behind."""
-        last = len(study.user_attrs["rungs"]) - 1
-        for rung in range(last + 1):
-            values = self.rung(study, group, rung)
-            group = [trial for trial in group if trial.number in values]
-            # Best first: the pruner compares with those that it was asked about before.
-            group.sort(key=lambda trial: -values[trial.number])
-            behind = [trial for trial in group if rung < last and trial.should_prune()]
-            for trial in behind:
-                study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
-            group = [trial for trial in group if trial not in behind]
-            if not group:
-                return
-        for trial in group:
-            study.tell(trial, values[trial.number], skip_if_finished=True)
-
-    def rung(self, study: optuna.Study, group: Sequence[Trial], rung: int) -> dict[int, float]:
-        """Train on a rung's examples, and note in the trials what came of it; values by number.
-
-        A value is the mean score of the tasks, or -1 where one has none, as in a run that diverged.
-        A trial that another process has meanwhile given up has no value.
-        """
-        start, rungs = time.perf_counter(), study.user_attrs["rungs"]
-        setup = replace(self.setup, dev=self.short_dev) if len(rungs) > 1 else self.setup
-        configs = [self.configure(trial.params) for trial in group]
-        trainer = side_by_side(setup, configs, Log(quiet=True))
-        trainer.total = max(1, round(rungs[rung] * trainer.total))
-        scores = trainer.run().scores
-        if trainer.stop.asked:  # while it scored
-            raise Interrupted
-        values = {}
-        ours = {trial.number for trial in _in_state(study, TrialState.RUNNING)}
-        for i, trial in enumerate(group):
-            if trial.number not in ours:
-                continue
-            own = {task: scores[variant_name(task, i)] for task in self.setup.train}
-            found = [score for score in own.values() if score is not None]
-            values[trial.number] = float(np.mean(found)) if len(found) == len(own) else -1.0
-            trial.report(values[trial.number], REDUCTION**rung)
-            trial.set_user_attr("scores", own)
-            trial.set_user_attr("parameters", variant_parameters(trainer, i))
-        if study.study_name == RANK_STAGE and values and (most := max(values.values())) >= 0:
-            first = next(i for i, trial in enumerate(group) if values.get(trial.number) == most)
-            cut = sweep(trainer, first, {*RANKS, self.setup.config.r})
-            group[first].set_user_attr("sweep", list(cut.items()))
-        seconds = time.perf_counter() - start
-        for trial in group:
-            if trial.number in values:
-                before = trial.user_attrs.get("seconds", 0.0)
-                trial.set_user_attr("seconds", before + seconds / len(group))
-        self.log.line(
-            f"{study.study_name:<10} side by side on {rungs[rung]:.0%} of the examples: "
-            f"{len(group)}; best {max(values.values(), default=-1.0):.4f}, {seconds:.0f} s"
-        )
-        return values
+def value_of(trial: FrozenTrial) -> float:
+    """The value of a trial that was trained to the end."""
+    return NO_SCORE if trial.value is None else trial.value
 
 
-def value_of(study: optuna.Study, params: Params) -> float:
-    """The value of the finished trial with these settings."""
-    return next(t.value or 0.0 for t in _in_state(study, TrialState.COMPLETE) if t.params == params)
+def train_share(setup: Setup, share: float) -> Trainer:
+    """Train on a share of the examples, with a whole schedule, and write nothing.
 
-
-def best_of(study: optuna.Study) -> FrozenTrial:
-    """The best trial that went all the way; RunError when none has a score."""
-    best = study.best_trial
-    if best.value is None or best.value < 0:
-        raise RunError(
-            f"no run of the stage {study.study_name!r} has a score: they diverged (lower --lr), or "
-            "the dev labels are all alike"
-        )
-    return best
-
-
-def _with(own: Any, values: Sequence[Any]) -> list[Any]:
-    """The values, led by the one given."""
-    return list(dict.fromkeys((own, *values)))
-
-
-def _space(candidates: Sequence[Params]) -> dict[str, Any]:
-    """What Optuna may draw from: learning rates between the candidates', and their other values."""
-    space: dict[str, Any] = {}
-    for key in candidates[0]:
-        values = sorted({params[key] for params in candidates})
-        space[key] = CategoricalDistribution(values)
-        if key == "lr":
-            space[key] = FloatDistribution(values[0], values[-1], log=True)
-    return space
-
-
-def _in_state(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(state,))
-
-
-def _left(study: optuna.Study, wanted: int) -> bool:
-    waiting = _in_state(study, TrialState.WAITING)
-    failed = _in_state(study, TrialState.FAIL)
-    return bool(waiting) or len(study.get_trials(deepcopy=False)) - len(failed) < wanted
-
-
-def _again(study: optuna.Study, trials: Sequence[Trial | FrozenTrial]) -> None:
-    """Queue those of the trials that are still running anew: their process is gone."""
-    running = {trial.number for trial in _in_state(study, TrialState.RUNNING)}
-    for trial in trials:
-        if trial.number in running:
-            study.enqueue_trial(trial.params)
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    Raises Diverged, and Interrupted when the setup's `stop` asked for it.
+    """
+    model, *_ = build_model(setup, setup.inputs.tasks, setup.config)
+    to_compute(model, setup.config, setup.device)
+    trainer = Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+    trainer.total = max(1, round(share * trainer.total))
+    trainer.run()
+    if trainer.stop.asked:  # while it scored
+        raise Interrupted
+    return trainer

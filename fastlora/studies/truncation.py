@@ -1,4 +1,4 @@
-"""Every smaller rank of a trained adapter without training: truncations of B A, scored."""
+"""The score of every smaller rank of a trained adapter, without training: truncations of B A."""
 
 from __future__ import annotations
 
@@ -13,33 +13,30 @@ from fastlora.lora.layer import lora_layers
 from fastlora.multitask.metrics import score
 from fastlora.multitask.model import MultitaskBert
 from fastlora.multitask.predictor import predict
-from fastlora.training.loop import Trainer
-from fastlora.training.side_by_side import is_variant
 
 RANKS = (1, 2, 4, 8, 16, 32)
 RESAMPLES = 200
 
 
 def sweep(
-    trainer: Trainer, variant: int, among: Collection[int] = RANKS
+    model: MultitaskBert, dev: Mapping[str, TaskData], ranks: Collection[int] = RANKS
 ) -> dict[int, tuple[float, float]]:
-    """A variant's mean score with its adapters cut to each rank, and an error.
+    """The mean score of the tasks with all adapters cut to each rank, and its error.
 
-    The error is the standard error of the score's distance to the best one, on the same examples
-    (paired bootstrap, Efron & Tibshirani 1993). Its adapters end at the lowest rank.
+    The error is the standard error of the score's distance to the best rank's score, on the same
+    examples (paired bootstrap, Efron & Tibshirani 1993). The adapters are left at the lowest rank.
     """
-    dev = {n: data for n, data in trainer.setup.dev.items() if is_variant(n, variant)}
-    ranks, outputs = sorted(among, reverse=True), []
-    for rank in ranks:
-        truncate(trainer.model, rank, variant)
-        outputs.append(predict(trainer.model, dev))
+    ordered, outputs = sorted(ranks, reverse=True), []
+    for rank in ordered:
+        truncate(model, rank)
+        outputs.append(predict(model, dev))
     scores = _mean_scores(dev, outputs, {name: np.arange(len(d)) for name, d in dev.items()})
     rng, draws = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         rows = {name: rng.integers(len(d), size=len(d)) for name, d in dev.items()}
         draws.append(_mean_scores(dev, outputs, rows))
     errors = np.std([draw[scores.argmax()] - draw for draw in draws], axis=0)
-    return dict(zip(ranks, zip(scores.tolist(), errors.tolist(), strict=True), strict=True))
+    return dict(zip(ordered, zip(scores.tolist(), errors.tolist(), strict=True), strict=True))
 
 
 def _mean_scores(
@@ -47,9 +44,9 @@ def _mean_scores(
     outputs: Sequence[Mapping[str, np.ndarray]],
     rows: Mapping[str, np.ndarray],
 ) -> np.ndarray:
-    """The tasks' mean score on these examples, of each of the outputs."""
+    """Each rank's mean score of the tasks on these examples, [ranks]."""
     parts = [
-        [score(data.task, own[name][rows[name]], data.labels[rows[name]]) or 0.0 for own in outputs]
+        [score(data.task, of[name][rows[name]], data.labels[rows[name]]) or 0.0 for of in outputs]
         for name, data in dev.items()
         if data.labels is not None
     ]
@@ -57,15 +54,14 @@ def _mean_scores(
 
 
 @torch.no_grad()
-def truncate(model: MultitaskBert, rank: int, variant: int) -> None:
-    """Replace a variant's every B A by its best approximation of a rank (Eckart & Young 1936)."""
+def truncate(model: MultitaskBert, rank: int) -> None:
+    """Replace every adapter's B A by its best approximation of a rank (Eckart & Young 1936)."""
     for layer in lora_layers(model).values():
         for name in layer.settings:
-            if is_variant(name, variant):
-                A, B = layer.lora_A[name], layer.lora_B[name]
-                low_A, low_B = low_rank(A, B, rank)
-                A.zero_()[: len(low_A)] = low_A
-                B.zero_()[:, : len(low_A)] = low_B
+            A, B = layer.lora_A[name], layer.lora_B[name]
+            low_A, low_B = low_rank(A, B, rank)
+            A.zero_()[: len(low_A)] = low_A
+            B.zero_()[:, : len(low_A)] = low_B
 
 
 def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +73,7 @@ def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (root[:, None] * V[:rank]) @ Qa.T, Qb @ (U[:, :rank] * root)
 
 
-def smallest_within_error(found: Mapping[int, tuple[float, float]]) -> int:
+def smallest_within_error(scores: Mapping[int, tuple[float, float]]) -> int:
     """The smallest rank whose score is within its error of the best."""
-    best = max(score for score, _ in found.values())
-    return min(rank for rank, (score, error) in found.items() if score >= best - error)
+    best = max(score for score, _ in scores.values())
+    return min(rank for rank, (score, error) in scores.items() if score >= best - error)

@@ -195,15 +195,13 @@ class TrainConfig:
 class SearchConfig:
     """How long a search of settings may take, and how its trials run."""
 
-    budget: timedelta | None = None  # None: short runs on half of the examples
+    budget: timedelta | None = None  # after which no short run begins
     trials: int = 10  # short runs of learning rate and warmup
-    together: int = 4  # trials that train side by side
     join: bool = False  # help with a search that another process leads
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("trials", "together"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check(self.trials >= 1, "trials", self.trials, "1 or more")
         ok = self.budget is None or self.budget > timedelta(0)
         check(ok, "budget", str(self.budget), "more than no time")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastlora.console import Bar, Log, losses_text, number
 from fastlora.data.batches import Batch, collate, plan_epoch
 from fastlora.devices import finished_time
-from fastlora.errors import Interrupted, RunError
+from fastlora.errors import Diverged, Interrupted, RunError
 from fastlora.multitask.model import MultitaskBert, task_losses
 from fastlora.multitask.predictor import Features, predict, scores_of
 from fastlora.training.checkpoint import (
@@ -258,8 +258,8 @@ class Trainer:
         self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {losses_text(losses)}")
 
     def end_diverged(self, what: str) -> NoReturn:
-        """End the run with a RunError that says what is not finite, and what to do."""
-        raise RunError(
+        """End the run with Diverged, which says what is not finite, and what to do."""
+        raise Diverged(
             f"the loss diverged by step {self.progress.step} ({what}); lower --lr (it is "
             f"{self.config.lr:g}) or raise --warmup"
         )

@@ -15,7 +15,7 @@ from fastlora.cli import main
 from fastlora.errors import RunError
 from fastlora.files import read_toml
 from fastlora.runs.pages import NO_PLOTS
-from fastlora.studies import grid as experiments
+from fastlora.studies import grid
 from fastlora.studies.paper_tables import COURSE, TABLES, Row, Table
 from fastlora.training import setup
 from fastlora.training.config import TrainConfig
@@ -24,11 +24,11 @@ from fastlora.training.loop import Trainer
 SMALL = Table(
     "a small table",
     ("sst", "sts"),
-    (
+    [
         Row("frozen", "frozen", "heads", {"mode": "frozen"}, {"sst": 0.001, "sts": 0.999}),
         Row("lora", "LoRA", "shared", {}, {"sst": 0.999}),
         Row("slow", "LoRA", COURSE, {"lr": 1e-5, "head_lr": 1e-5}),
-    ),
+    ],
     "A note.",
 )
 
@@ -71,7 +71,7 @@ def no_training(monkeypatch):
     def fail(*_args, **_options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(experiments, "run_prepared", fail)
+    monkeypatch.setattr(grid, "run_prepared", fail)
 
 
 def results(out, row):
@@ -131,8 +131,8 @@ def test_a_study_is_run_folders_and_its_table(finished):
     assert int(frozen["trainable"]) == heads
     assert int(lora["trainable"]) == heads + 2 * 2 * 2 * 8 * 32
     text = (folder / "report.md").read_text()
-    assert f"{mean(scores):.3f} ± {stdev(scores):.3f}" in text
-    assert "1 of 2 rows with its number beat it." in text and "A note." in text
+    assert f"| {mean(scores):.4g} | {stdev(scores):.4g} | 0.999 |" in text
+    assert "1 of 2 rows beat the paper's score" in text and "A note." in text
     assert (folder / "report.html").is_file() and (folder / "plots" / "table2.png").is_file()
 
 
@@ -151,7 +151,7 @@ def test_a_second_call_reports_without_training(finished, flags, capsys):
     before = records(finished[0])
     code, printed, _ = call([*flags, "--out", finished[0]], capsys)
     assert code == 0 and records(finished[0]) == before
-    assert "LoRA shared " in printed and " seed 0" not in printed
+    assert "best" in printed and " seed 0" not in printed
 
 
 @pytest.mark.usefixtures("small", "no_training")
@@ -203,12 +203,12 @@ def test_a_failed_row_stops_no_other(finished, flags, tmp_path, capsys, monkeypa
     def fail(*_args, **_options):
         raise RunError("the loss diverged")
 
-    monkeypatch.setattr(experiments, "run_prepared", fail)
+    monkeypatch.setattr(grid, "run_prepared", fail)
     code, printed, errors = call([*flags, "--out", tmp_path], capsys)
     assert code == 1 and "1 of the rows failed" in errors
-    assert "LoRA shared: failed" in printed and "failed: the loss diverged" in printed
+    assert "LoRA shared  seed 1 failed: the loss diverged" in printed
     text = (tmp_path / "table2" / "report.md").read_text()
-    assert "LoRA shared: seed 1 failed: the loss diverged" in text
+    assert "seed 1 failed: the loss diverged" in text
     assert [record["sst"] == "" for record in records(tmp_path)] == [False, True, False]
 
 

@@ -1,37 +1,31 @@
-"""The search: ranks by truncation, stages, resuming, helping, and what it leaves."""
+"""The search: ranks by truncation, stages, continuing, helping, and what it leaves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
 
 import numpy as np
-import optuna
 import pytest
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 from fastlora.cli import main
-from fastlora.console import Log
 from fastlora.errors import Interrupted, RunError, UserError
-from fastlora.files import read_toml
+from fastlora.files import read_json, read_toml
 from fastlora.runs.session import run_training
 from fastlora.studies import stages
 from fastlora.studies.search import run_search
-from fastlora.studies.stages import Search
+from fastlora.studies.stages import train_share
 from fastlora.studies.truncation import low_rank, smallest_within_error, sweep
-from fastlora.training.config import SearchConfig, TaskLoraConfig, TrainConfig
+from fastlora.training.config import SearchConfig, TrainConfig
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
 from fastlora.training.setup import prepare
-from fastlora.training.side_by_side import side_by_side
 from fastlora.training.stopping import Stop
 
-HOW = SearchConfig(trials=3, together=2)
+HOW = SearchConfig(trials=3)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,7 +34,32 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "SHAPES", ("value", "query,value"))
         patch.setattr(stages, "DROPOUTS", (0.0, 0.1))
+        patch.setattr(os, "fsync", lambda file: None)  # an entry of the journal is one
         yield
+
+
+def search(config, **options):
+    run_search(config, find_inputs(config), HOW, quiet=True, **options)
+
+
+def written(config, part="jointly"):
+    return read_json(config.out / "search.json")[part]
+
+
+@pytest.fixture(scope="module")
+def searched(small, tiny_model, tiny_data, tmp_path_factory):
+    """The configuration of a finished search, which tests leave as it is."""
+    config = TrainConfig(
+        r=4,
+        tasks=("sts",),
+        data=tiny_data,
+        model=str(tiny_model),
+        tokens_per_batch=256,
+        device="cpu",
+        out=tmp_path_factory.mktemp("search") / "run",
+    )
+    search(config)
+    return config
 
 
 def test_low_rank_is_the_best_approximation():
@@ -61,71 +80,51 @@ def test_smallest_rank_within_its_error():
 
 def test_sweep_at_the_trained_rank_is_the_trained_model(tiny_config):
     setup = prepare(config := tiny_config(r=32, epochs=6, lr=1e-2), find_inputs(config))
-    trainer = side_by_side(setup, [setup.config], Log(quiet=True))
-    trained = np.mean(list(trainer.run().scores.values()))
-    found = sweep(trainer, 0)
-    assert sorted(found) == [1, 2, 4, 8, 16, 32]
-    assert found[32][0] == pytest.approx(trained, abs=1e-4)
-    assert len({score for score, _ in found.values()}) > 1
-    best = max(found, key=lambda rank: found[rank][0])
-    for rank, (value, error) in found.items():
+    trainer = train_share(setup, 1.0)
+    trained = np.mean(list(trainer.progress.scores[-1]["scores"].values()))
+    scores = sweep(trainer.model, setup.dev)
+    assert sorted(scores) == [1, 2, 4, 8, 16, 32]
+    assert scores[32][0] == pytest.approx(trained, abs=1e-4)
+    assert len({score for score, _ in scores.values()}) > 1
+    best = max(scores, key=lambda rank: scores[rank][0])
+    for rank, (value, error) in scores.items():
         # Paired, so it is far below a score's own error.
         assert error < 0.2 and (error > 0) == (rank != best), (rank, value, error)
-    A = trainer.model.encoder.encoder.layer[0].attention.self.query.lora_A["default@0"]
+    A = trainer.model.encoder.encoder.layer[0].attention.self.query.lora_A["default"]
     assert torch.linalg.matrix_rank(A) == 1
 
 
-@pytest.fixture(scope="module")
-def searched(small, tiny_model, tiny_data, tmp_path_factory):
-    """The configuration of a finished search, which tests leave as it is."""
-    config = TrainConfig(
-        r=4,
-        tasks=("sts",),
-        data=tiny_data,
-        model=str(tiny_model),
-        tokens_per_batch=256,
-        device="cpu",
-        out=tmp_path_factory.mktemp("search") / "run",
-    )
-    run_search(config, find_inputs(config), HOW, quiet=True)
-    return config
-
-
-def test_search_leaves_its_findings(searched):
-    folder = searched.out
-    facts = json.loads((folder / "search.json").read_text())["jointly"]
-    stages_seen = [trial["stage"] for trial in facts["trials"]]
-    assert stages_seen[:2] == ["defaults", "rates"] and "shapes" in stages_seen
-    by_stage = {name: stages_seen.count(name) for name in stages_seen}
-    assert (by_stage["defaults"], by_stage["rates"], by_stage["shapes"]) == (1, 3, 4)
-    assert by_stage["ranks"] in (1, 2) and [rank for rank, _ in facts["ranks"]] == [
-        32,
-        16,
-        8,
-        4,
-        2,
-        1,
-    ]
+def test_a_search_leaves_what_it_found(searched):
+    facts, folder = written(searched), searched.out
+    seen = [trial["stage"] for trial in facts["trials"]]
+    assert seen[0] == "defaults" and facts["trials"][0]["lr"] == 2e-3
+    assert (seen.count("rates"), seen.count("shapes")) == (3, 4) and seen.count("ranks") in (1, 2)
+    assert [rank for rank, _ in facts["ranks"]] == [32, 16, 8, 4, 2, 1]
     assert {trial["state"] for trial in facts["trials"]} == {"complete", "pruned"}
-    ours, theirs = facts["scores"]["best"], facts["scores"]["defaults"]
-    assert len(ours) == len(theirs) and len(ours) in (1, 3)
-    cost, trials = facts["cost"], facts["trials"]
-    other_seeds = [t["seconds"] for t in trials if t["stage"] in ("final-1", "final-2")]
-    assert len(other_seeds) == 2 * (len(ours) - 1)
-    assert cost["compared"] == pytest.approx(sum(other_seeds))
-    assert cost["all"] == pytest.approx(cost["count"] * cost["full"] + sum(other_seeds))
-    assert cost["share"] == pytest.approx(sum(t["seconds"] for t in trials) / cost["all"])
+    assert facts["seconds"] == pytest.approx(sum(trial["seconds"] for trial in facts["trials"]))
     best = read_toml(folder / "best.toml")
     assert best["r"] == facts["best"]["r"] and best["tasks"] == ["sts"]
     text = (folder / "report.md").read_text()
     assert "Ranks, from one run" in text and "(plots/jointly.png)" in text
-    assert (folder / "report.html").is_file() and list((folder / "plots").glob("*.png"))
+    assert (folder / "report.html").is_file() and (folder / "plots" / "jointly.png").is_file()
+
+
+def test_the_comparison_is_of_runs_on_dev_examples_that_chose_nothing(searched):
+    scores = written(searched)["scores"]
+    assert len(scores["defaults"]) == len(scores["best"]) == 3
+    for row, values in scores.items():
+        places = [searched.out / "runs" / row / f"seed{seed}" for seed in range(3)]
+        results = [read_json(place / "result.json")["scores"]["sts"] for place in places]
+        assert results == values
+    dev = (searched.data / "sts-dev.csv").read_text().splitlines()[1:]
+    ids = (places[0] / "predictions" / "sts-dev.csv").read_text().splitlines()[1:]
+    assert len(ids) == len(dev) // 2
 
 
 def test_a_finished_search_trains_nothing_again(searched, monkeypatch):
     before = (searched.out / "search.json").read_text()
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trained again"))
-    run_search(searched, find_inputs(searched), HOW, quiet=True)
+    search(searched)
     assert (searched.out / "search.json").read_text() == before
 
 
@@ -136,42 +135,8 @@ def test_best_toml_trains(searched, tmp_path):
 
 
 def test_other_settings_need_another_folder(searched):
-    other = replace(searched, r=2)
     with pytest.raises(UserError, match="other settings"):
-        run_search(other, find_inputs(other), HOW, quiet=True)
-
-
-def test_an_interrupted_search_goes_on(tiny_config, monkeypatch):
-    config = tiny_config(tasks=("sts",))
-    calls, run = [], Trainer.run
-
-    def stop_second(self):
-        calls.append(self)
-        if len(calls) == 2:
-            raise Interrupted
-        return run(self)
-
-    monkeypatch.setattr(Trainer, "run", stop_second)
-    with pytest.raises(Interrupted):
-        run_search(config, find_inputs(config), HOW, quiet=True)
-    assert not (config.out / "search.json").exists()
-    run_search(config, find_inputs(config), HOW, quiet=True)
-    facts = json.loads((config.out / "search.json").read_text())["jointly"]
-    states = [trial["state"] for trial in facts["trials"] if trial["stage"] == "rates"]
-    assert len(states) == 3 and "fail" not in states
-    journal = JournalStorage(JournalFileBackend(str(config.out / "journal.log")))
-    trials = optuna.load_study(study_name="rates", storage=journal).trials
-    assert [trial.state for trial in trials].count(TrialState.FAIL) == 2  # queued again
-
-
-def test_a_search_interrupted_while_it_cuts_ranks_goes_on(tiny_config, monkeypatch):
-    config = tiny_config(tasks=("sts",))
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "sweep", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run_search(config, find_inputs(config), HOW, quiet=True)
-    run_search(config, find_inputs(config), HOW, quiet=True)
-    assert "Ranks, from one run" in (config.out / "report.md").read_text()
+        search(replace(searched, r=2))
 
 
 def test_a_signal_while_scoring_stops_the_search(tiny_config, monkeypatch):
@@ -182,55 +147,18 @@ def test_a_signal_while_scoring_stops_the_search(tiny_config, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         evaluate(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "evaluate", signalled)
-        with pytest.raises(Interrupted):
-            run_search(config, find_inputs(config), HOW, quiet=True, stop=Stop(signal.SIGINT))
+    monkeypatch.setattr(Trainer, "evaluate", signalled)
+    with pytest.raises(Interrupted):
+        search(config, stop=Stop(signal.SIGINT))
 
 
 def test_out_of_memory_says_what_to_lower(tiny_config, monkeypatch):
-    config = tiny_config(tasks=("sts",))
-
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Trainer, "run", full)
     with pytest.raises(RunError, match="lower --tokens-per-batch"):
-        run_search(config, find_inputs(config), HOW, quiet=True)
-
-
-def test_a_trial_that_another_process_gave_up_is_left_to_whoever_took_it(tiny_config, tmp_path):
-    """A leader that is started again cannot know that a helper is still at a trial."""
-    setup = prepare(config := tiny_config(tasks=("sts",)), find_inputs(config))
-    helper = Search(setup, tmp_path, HOW, Log(quiet=True))
-    study = helper.study("defaults")
-    train = helper.train
-
-    def given_up(study, group):
-        if not study.get_trials(states=(TrialState.FAIL,)):
-            Search(setup, tmp_path, HOW, Log(quiet=True))
-        train(study, group)
-
-    helper.train = given_up
-    params = {"lr": 1e-3, "warmup": 0.1, "r": 2, "dropout": 0.0, "targets": "value", "seed": 0}
-    helper.stage("defaults", [params])
-    states = [trial.state for trial in study.trials]
-    assert states == [TrialState.FAIL, TrialState.COMPLETE]
-
-
-def test_equal_scores_are_no_significant_difference(tiny_config, tmp_path, monkeypatch):
-    setup = prepare(config := tiny_config(tasks=("sts",)), find_inputs(config))
-    search = Search(setup, tmp_path, HOW, Log(quiet=True))
-    monkeypatch.setattr(Search, "stage", lambda self, name, *_: self.study(name))
-    monkeypatch.setattr(stages, "value_of", lambda *_: 0.5)
-    defaults = {"lr": 1e-3, "warmup": 0.1, "r": 2, "dropout": 0.0, "targets": "value", "seed": 0}
-    found = search.compare(defaults, {**defaults, "r": 4})
-    assert found.p_value == 1.0 and found.params == defaults
-
-
-def test_another_number_of_trials_needs_another_folder(searched):
-    with pytest.raises(UserError, match="holds a search of --trials 3"):
-        run_search(searched, find_inputs(searched), replace(HOW, trials=5), quiet=True)
+        search(tiny_config(tasks=("sts",)))
 
 
 def test_a_search_and_a_run_do_not_share_a_folder(searched, tiny_config):
@@ -239,40 +167,7 @@ def test_a_search_and_a_run_do_not_share_a_folder(searched, tiny_config):
     config = tiny_config(tasks=("sts",), max_steps=1)
     run_training(config, quiet=True)
     with pytest.raises(UserError, match=r"other things \(no search.toml\)"):
-        run_search(config, find_inputs(config), HOW, quiet=True)
-
-
-def test_each_tasks_adapter(tiny_config):
-    config = tiny_config(tasks=("sst", "sts"), adapters="per-task", sts=TaskLoraConfig(r=2))
-    run_search(config, find_inputs(config), HOW, quiet=True)
-    best = read_toml(config.out / "best.toml")
-    facts = json.loads((config.out / "search.json").read_text())
-    assert best["adapters"] == "per-task"
-    for task in ("sst", "sts"):
-        found = facts[task]["best"]
-        assert best[task]["r"] == found["r"] and best[task]["lr"] == found["lr"]
-    assert facts["sts"]["trials"][0]["r"] == 2
-
-
-def test_a_budget_too_small_says_what_is_needed(tiny_config):
-    config = tiny_config(tasks=("sts",))
-    how = replace(HOW, budget=timedelta(seconds=0.01))
-    with pytest.raises(RunError, match=r"--budget is 0 s.* s are needed"):
-        run_search(config, find_inputs(config), how, quiet=True)
-
-
-def test_short_runs_get_what_the_budget_leaves(tiny_config, tmp_path):
-    config = tiny_config(tasks=("sts",))
-    setup = prepare(config, find_inputs(config))
-    search = Search(setup, tmp_path, SearchConfig(budget=timedelta(seconds=81)), Log(quiet=True))
-    second = 10 / (96 + stages.SCORING * 24)
-    scoring = second * stages.SCORING * 24 * 30 * (1 + 1 / 3)
-    training = second * stages.WIDER * 96 * 30 * (0.125 + 0.25 / 3)
-    assert search.rungs(full=10.0, short=30, later=2) == pytest.approx(
-        [rung * (81 - 20 - scoring) / training for rung in (0.125, 0.25)]
-    )
-    search.how = SearchConfig(budget=timedelta(days=9))
-    assert search.rungs(10.0, 30, 2) == [0.0625, 0.125]  # at most half of all examples
+        search(config)
 
 
 # `fastlora`, with fewer runs. A helper is ready when the leader's journal is there: nothing needs
@@ -296,7 +191,7 @@ main()
 @pytest.mark.slow
 def test_two_processes_share_a_search(tiny_config):
     config = tiny_config(tasks=("sts",))
-    command = [sys.executable, "-c", ONE_OF_TWO, "--", "search", "--quiet", "--together", "1"]
+    command = [sys.executable, "-c", ONE_OF_TWO, "--", "search", "--quiet"]
     flags = {"tasks": "sts", "epochs": "3", "r": "4", "tokens-per-batch": "256", "device": "cpu"}
     flags |= {"data": str(config.data), "model": config.model, "out": str(config.out)}
     command += [part for name, value in flags.items() for part in (f"--{name}", value)]

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlora.console import Log
 from fastlora.data.batches import collate
 from fastlora.errors import UserError
-from fastlora.studies.truncation import sweep
 from fastlora.training import loop as train
 from fastlora.training.checkpoint import trainable
 from fastlora.training.config import TaskLoraConfig
@@ -120,8 +119,6 @@ def test_a_variant_that_diverges_leaves_the_others(still):
     scores = together.run().scores
     assert scores["sts@0"] is None
     assert scores["sts@1"] == pytest.approx(alone(setup, good).run().scores["sts"], abs=1e-4)
-    ranks = sweep(together, 1)
-    assert all(np.isfinite(score) for score, _ in ranks.values())
 
 
 def test_in_fp16_a_variant_that_diverged_stops_the_others_for_a_while_only(still):
