@@ -1,4 +1,4 @@
-"""One line for models of transformers, PEFT and sentence-transformers: `accelerate`."""
+"""`accelerate` and `restore`: for models of transformers, PEFT and sentence-transformers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from weakref import WeakSet
 from torch import nn
 
 from fastlora.errors import UserError
-from fastlora.interop.encoders import ATTENTIONS, ENCODERS, config_of, kind_of, why_square
-from fastlora.interop.padding import is_bare_encoder, why_read
+from fastlora.interop.encoders import ATTENTIONS, ENCODERS, config_of, kind_of, why_padded
+from fastlora.interop.padding import is_bare_encoder, why_padding_read
 from fastlora.interop.peft import PeftLinear, is_linear, is_lora_layer
 from fastlora.interop.swap import Swapped, SwappedDropout, SwappedLinear, swap, swap_back
 from fastlora.lora.layer import LoRALinear
 
 _ZEROS = (
-    "states at padding are zeros from now on: if your code reads them, as a mean without the mask "
-    "does, say accelerate(model, real_tokens=False)"
+    "states at padding are zeros from now on: if your code reads them (as a mean without the mask "
+    "does), call accelerate(model, real_tokens=False)"
 )
 
 
 @dataclass
 class Report:
-    """What `accelerate` did: as a context manager, it undoes that at the end of a block."""
+    """What `accelerate` did. As a context manager, it undoes that at the end of the block."""
 
     model: str  # its class
-    # By module name: what it is, or why it goes its own way.
+    # By module name: what is accelerated, and why other modules are not.
     fused: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -54,11 +54,11 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
 
     `model` is a `PeftModel`, a model of transformers (with `add_adapter` or without adapters), a
     `SentenceTransformer` or `CrossEncoder`, or a module that contains some of these. Parameters,
-    their names, state dicts, checkpoints and PEFT's methods stay as they are. Where a call needs
-    PEFT's own way or the padded square, it takes it, and a warning says so once.
+    their names, state dicts, checkpoints and PEFT's methods stay as they are. A call that needs
+    PEFT's own forward or the padded batch runs as before, and a warning says so once.
 
     States at padding become zeros. So by default an encoder runs on real tokens where fastlora
-    knows that no head reads them; `real_tokens` True says that yours does not, and False keeps all
+    knows that no head reads them; pass `real_tokens=True` if yours does not, and False to keep all
     encoders as they are. Call it again when a head has been replaced or adapters were added.
 
     Returns a report of each layer. Raises UserError, with nothing changed, where there is nothing
@@ -67,12 +67,12 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
     root = _module(model)
     report, plan = Report(type(root).__name__), dict[nn.Module, type[Swapped]]()
     dropouts: list[nn.Module] = []
-    back: list[nn.Module] = []  # of encoders that were accelerated, and are not to be any more
+    to_restore: list[nn.Module] = []  # modules of encoders that must not be accelerated any more
     for name, module in root.named_modules():
         if is_encoder(module):
             if why := _why_not(root, name, module, real_tokens):
                 report.kept[name] = why
-                back += [m for m in module.modules() if not is_linear(m)]
+                to_restore += [m for m in module.modules() if not is_linear(m)]
             else:
                 report.fused[name] = "encoder on real tokens"
                 if is_bare_encoder(root, name):
@@ -99,18 +99,18 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
         )
     if "encoder on real tokens" in report.fused.values():
         plan.update(dict.fromkeys(dropouts, SwappedDropout))
-    swap_back(back)
-    earlier = (vars(m)["_said"] for m in root.modules() if isinstance(m, Swapped))
-    said: set[str] = next(earlier, set())
+    swap_back(to_restore)
+    earlier = (vars(m)["_warned"] for m in root.modules() if isinstance(m, Swapped))
+    warned: set[str] = next(earlier, set())
     for module, mixin in plan.items():
         if not isinstance(module, Swapped):
-            swap(module, mixin, said)
+            swap(module, mixin, warned)
             report.changed.add(module)
     return report
 
 
 def restore(model: Any) -> None:
-    """Undo `accelerate`: every module is of its own class again; nothing else had changed.
+    """Undo `accelerate`: give every module its own class back (nothing else was changed).
 
     Raises UserError, with nothing changed, where a module was parametrised, sharded or patched
     since. No call of the model may be running in another thread.
@@ -126,7 +126,7 @@ def _module(model: Any) -> nn.Module:
 
 
 def is_encoder(module: nn.Module) -> bool:
-    """Whether it is an encoder that we know, or of a class made from one."""
+    """Whether it is an encoder that we know, or an instance of a subclass of one."""
     return any(kind_of(kind) in ENCODERS for kind in type(module).__mro__)
 
 
@@ -141,14 +141,14 @@ def _parts(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]]:
 
 
 def _why_not(root: nn.Module, name: str, encoder: nn.Module, real_tokens: bool | None) -> str:
-    """Why an encoder stays on the padded square, or ""."""
+    """Why an encoder keeps computing on the padded batch, or ""."""
     if real_tokens is False:
         return "real_tokens is False"
     if kind_of(type(encoder)) not in ENCODERS:
-        return f"{type(encoder).__name__} is a class made from transformers'"
-    if why := why_square(config_of(encoder)):
+        return f"{type(encoder).__name__} is a subclass of an encoder of transformers"
+    if why := why_padded(config_of(encoder)):
         return why
     attentions = [m for m in encoder.modules() if kind_of(type(m)) in ATTENTIONS]
     if len(attentions) != len({*encoder.layer}):  # type: ignore[misc]
-        return "its layers have attention of another kind"
-    return "" if real_tokens else why_read(root, name)
+        return "its layers have attention that fastlora does not know"
+    return "" if real_tokens else why_padding_read(root, name)

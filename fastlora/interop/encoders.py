@@ -1,9 +1,9 @@
-"""transformers' encoders on the real tokens of a padded batch.
+"""Runs encoders of transformers on the real tokens of a padded batch.
 
 The encoder's states are packed to [1, T, H], its own layers run on them, and its result is padded
-again, with zeros at padding. The layers hand the attention mask down to attention untouched, so a
-`Layout` travels in its place: attention, which knows it, is the one part that sees the square.
-Each call makes sure that no other part could mind: see `_why_not_packed`.
+again, with zeros at padding. The layers pass the attention mask on to attention unchanged, so a
+`Layout` can take its place; only attention sees the padded batch. Each call checks that no other
+module needs it: see `_why_not_packed`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from fastlora.bert.attention import attention
 from fastlora.bert.layout import Layout
-from fastlora.interop.swap import Swapped, own_class, say_compiled
+from fastlora.interop.swap import Swapped, own_class, warn_compiled
 from fastlora.kernels import drop, is_ordinary
 from fastlora.lora.layer import LoRALinear
 from fastlora.lora.together import project_together
 
-FEW_TOKENS = 48  # of a batch without padding, from which packing them pays
-# Arguments that no layer reads; any other one that is given needs the square.
+MIN_PACKED_TOKENS = 48  # of a batch without padding, from which this pays
+# Arguments that no layer reads; any other argument needs the padded batch.
 _UNREAD = {"position_ids", "return_dict", "num_items_in_batch"}
-# Where hooks come from that do nothing here: transformers' act only where a call asks for hidden
-# states or attentions, and ours only keeps PyTorch off a fast path.
+# Modules whose hooks are harmless here: those of transformers act only if a call asks for hidden
+# states or attentions, and ours only keeps PyTorch from a fast path.
 _CAPTURING = "transformers.utils.output_capturing"
 _HARMLESS = (_CAPTURING, "fastlora.lora.layer")
 # Modules of PyTorch that treat each token by itself.
@@ -38,14 +38,14 @@ class SelfAttention(Swapped):
     """The attention of BERT, RoBERTa, XLM-R, ELECTRA and CamemBERT."""
 
     names = ("query", "key", "value")
-    output = ""  # a last layer that is part of the module
+    output = ""  # name of the output layer, if it is part of the module
     dropout: nn.Dropout
     attention_head_size: int
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """[1, T, H] and a `Layout` -> ([1, T, H], None); anything else as before."""
+        """[1, T, H] and a `Layout` -> ([1, T, H], None); other masks: the own forward."""
         if not isinstance(attention_mask, Layout):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         layers = [getattr(self, name) for name in self.names]
@@ -70,7 +70,7 @@ class DistilBertAttention(SelfAttention):
 
 
 class MPNetAttention(SelfAttention):
-    """The attention of MPNet, which gets a bias of its scores by position."""
+    """The attention of MPNet, whose scores get a bias by relative position."""
 
     names = ("q", "k", "v")
     output = "o"
@@ -80,9 +80,9 @@ class MPNetAttention(SelfAttention):
 
 
 class Encoder(Swapped):
-    """The stack of layers, given the padded batch.
+    """The stack of layers; it gets a padded batch and runs on its real tokens.
 
-    Asking for a gradient's gradient, or for many gradients at once, through it raises RuntimeError.
+    Differentiating twice, or for many gradients at once, through it raises RuntimeError.
     """
 
     def forward(
@@ -90,56 +90,56 @@ class Encoder(Swapped):
     ) -> Any:
         """As the encoder's own forward, with zeros at padding."""
         if torch.compiler.is_compiling():
-            say_compiled(type(self).__name__)
+            warn_compiled(type(self).__name__)
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        if attention_mask is None and hidden_states.shape[:2].numel() < FEW_TOKENS:
+        if attention_mask is None and hidden_states.shape[:2].numel() < MIN_PACKED_TOKENS:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         layout = self._layout(hidden_states, attention_mask, args, kwargs)
         if isinstance(layout, str):
-            self.step_aside(layout)
+            self.warn_fallback(layout)
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         return self._run(hidden_states, layout, kwargs)
 
-    def _run(self, square: Tensor, layout: Layout, kwargs: dict) -> Any:
-        tokens = layout.unpad(square).unsqueeze(0)
+    def _run(self, padded: Tensor, layout: Layout, kwargs: dict) -> Any:
+        tokens = layout.unpad(padded).unsqueeze(0)
         found = super().forward(tokens, layout, **kwargs)
         found.last_hidden_state = layout.pad(found.last_hidden_state[0])
         return found
 
     def _layout(self, x: Tensor, mask: Any, args: tuple, kwargs: dict) -> Layout | str:
-        """Where the real tokens are, or why this call needs the square."""
+        """Where the real tokens are, or why this call needs the padded batch."""
         asked = {k for k, v in kwargs.items() if v is not None and v is not False}
         given = sorted(asked - _UNREAD)
         if args or given:
-            return f"a call with {', '.join(given) or 'more inputs'} needs the padded square"
+            return f"a call with {', '.join(given) or 'more inputs'} needs the padded batch"
         config = config_of(self)
-        if why := why_square(config) or _why_not_packed(self):
+        if why := why_padded(config) or _why_not_packed(self):
             return why
         if nn.modules.module._has_any_global_hook():
-            return "hooks on all modules expect the padded square"
+            return "hooks on all modules expect the padded batch"
         if not is_ordinary(x):
-            return "a tensor that is empty, on another device, or under a transformation"
+            return "the input is empty, on neither CPU nor CUDA, or under a function transform"
         return layout_of(mask, x, getattr(config, "_attn_implementation", None))
 
 
 class MPNetEncoder(Encoder):
-    """MPNet's stack, which makes the bias of the scores from the size of the square."""
+    """MPNet's stack, which computes the bias of the scores from the padded batch's shape."""
 
     layer: nn.ModuleList
     compute_position_bias: Any
 
-    def _run(self, square: Tensor, layout: Layout, kwargs: dict) -> Any:
+    def _run(self, padded: Tensor, layout: Layout, kwargs: dict) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
-        bias = self.compute_position_bias(square[:1])  # [1, heads, S, S]
-        tokens = layout.unpad(square).unsqueeze(0)
+        bias = self.compute_position_bias(padded[:1])  # [1, heads, S, S]
+        tokens = layout.unpad(padded).unsqueeze(0)
         for layer in self.layer:
             tokens = layer(tokens, layout, bias)[0]
         last = layout.pad(tokens[0])
         return BaseModelOutput(last_hidden_state=last) if kwargs.get("return_dict") else (last,)
 
 
-# By the family and name of the class in transformers: what replaces it.
+# What replaces a class of transformers, by family and class name.
 ENCODERS: dict[str, type[Encoder]] = {
     "bert.BertEncoder": Encoder,
     "roberta.RobertaEncoder": Encoder,
@@ -161,7 +161,7 @@ ATTENTIONS: dict[str, type[SelfAttention]] = {
 
 
 def kind_of(kind: Any) -> str:
-    """The family and name of a class of transformers, as "bert.BertEncoder"; "" of others."""
+    """Family and name of a class of transformers, such as "bert.BertEncoder"; "" for others."""
     kind = own_class(kind)
     root, *path = kind.__module__.split(".")
     return f"{path[1]}.{kind.__name__}" if root == "transformers" and len(path) > 1 else ""
@@ -172,7 +172,7 @@ def config_of(encoder: nn.Module) -> Any:
     return next(m.config for m in encoder.modules() if hasattr(m, "config"))
 
 
-def why_square(config: Any) -> str:
+def why_padded(config: Any) -> str:
     """Why an encoder of this configuration is not run on real tokens, or ""."""
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return "it is a decoder"
@@ -180,12 +180,12 @@ def why_square(config: Any) -> str:
         return f"position_embedding_type is {config.position_embedding_type!r}"
     implementation = getattr(config, "_attn_implementation", "eager")
     if implementation not in ("eager", "sdpa", None):
-        return f"the attention implementation {implementation!r} has a form of its own"
+        return f"the attention implementation {implementation!r} takes masks of its own form"
     return ""
 
 
 def layout_of(mask: Any, x: Tensor, implementation: str | None) -> Layout | str:
-    """The layout that transformers' mask of scores says, or why it is more than padding.
+    """The layout that a mask of transformers describes, or why it is more than padding.
 
     `mask` is None, or [B, 1, S or 1, S]: numbers that are added to the scores, or, with PyTorch's
     attention ("sdpa"), booleans, True where a key is seen. `x` are the states [B, S, H].
@@ -211,20 +211,20 @@ def layout_of(mask: Any, x: Tensor, implementation: str | None) -> Layout | str:
 
 
 def _why_not_packed(module: nn.Module) -> str:
-    """Why the modules inside an encoder need the padded square, or "".
+    """Why the modules inside an encoder need the padded batch, or "".
 
-    One may mix tokens, or hooks may look at it. Each call asks, for modules may change.
+    A module may mix tokens, or may have hooks. Asked at each call, because modules may change.
     """
     for child in module._modules.values():
         if child is None:
             continue
         own, kind = vars(child), cast(Any, type(child))
         if not _is_trusted(kind):
-            return f"a {kind.__name__} inside the encoder may need the padded square"
+            return f"a {kind.__name__} inside the encoder may need the padded batch"
         if "forward" in own or child._backward_pre_hooks or _is_watched(child):
-            return "hooks on modules of the encoder expect the padded square"
+            return "hooks on modules of the encoder expect the padded batch"
         if own.get("is_causal") or own.get("chunk_size_feed_forward"):
-            return "causal attention, or a feed-forward part in chunks, needs the padded square"
+            return "causal attention, or a feed-forward part in chunks, needs the padded batch"
         if child._modules and (why := _why_not_packed(child)):
             return why
     return ""
@@ -232,7 +232,7 @@ def _why_not_packed(module: nn.Module) -> str:
 
 @cache
 def _is_trusted(kind: Any) -> bool:
-    """Whether modules of this class take tokens by themselves, or are attention that we know."""
+    """Whether modules of this class treat each token alone, or are attention that we know."""
     if issubclass(kind, (nn.Linear, LoRALinear)) or own_class(kind) in _BY_TOKEN + _CONTAINERS:
         return True
     if kind_of(kind) in ATTENTIONS:
@@ -241,9 +241,9 @@ def _is_trusted(kind: Any) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody's hooks on a module would see tokens in place of the square."""
+    """Whether a module has hooks that would see packed tokens in place of the padded batch."""
     if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
-        return False  # mostly
+        return False  # the common case, answered quickly
     hooks = {**module._forward_hooks, **module._forward_pre_hooks, **module._backward_hooks}
     modules = {getattr(hook, "__module__", "") for hook in hooks.values()}
     if _CAPTURING in modules and sys.modules[_CAPTURING]._active_collector.get():  # type: ignore

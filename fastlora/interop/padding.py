@@ -1,4 +1,4 @@
-"""Whether what is around an encoder reads its states at padding, which would be zeros."""
+"""Whether the modules around an encoder read its states at padding, which would be zeros."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import nn
 from fastlora.interop.encoders import kind_of
 from fastlora.interop.swap import own_class
 
-# Ends of the names of transformers' models whose heads read no states at padding. Those of single
-# tokens are not among them: their loss counts padding whose label is not -100.
-_READERS = ("Model", "ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
+# Ends of the class names of transformers' models whose heads read no states at padding. Token
+# classification is not among them: its loss counts padding unless its label is -100.
+_SAFE = ("Model", "ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
 _EXCEPT = ("LMHeadModel",)
-# What a head may be made of, besides transformers' classes, and PEFT's around them.
+# Classes that a head may consist of, besides those of transformers and PEFT.
 _HEADS = {nn.Linear, nn.Dropout, nn.LayerNorm, nn.Embedding, nn.Tanh}
 _HEADS |= {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}
 # sentence-transformers' models, and its modules that read the encoder's states with the mask.
@@ -22,16 +22,16 @@ _PASSING_ON = {"_old_forward", "_original_forward"}
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
-def why_read(root: nn.Module, name: str) -> str:
-    """Why states at padding might be read by what is around the encoder of this name, or ""."""
+def why_padding_read(root: nn.Module, name: str) -> str:
+    """Why modules around the encoder of this name might read states at padding, or ""."""
     if not name:
         return ""
     around = _around(root, name)
-    readers = [i for i, module in enumerate(around) if _is_reader(module)]
+    readers = [i for i, module in enumerate(around) if _ignores_padding(module)]
     if not readers:
         return _may_read(around[0])
     for module in around:
-        # Not those that Hugging Face accelerate puts there, which pass on what they get.
+        # Except those of Hugging Face accelerate, which pass on what they get.
         patched = "forward" in vars(module) and not {*vars(module)} & _PASSING_ON
         if patched or module._forward_hooks:
             return f"a hook or a forward of yours on {_may_read(module)}"
@@ -64,13 +64,13 @@ def _around(root: nn.Module, name: str) -> list[nn.Module]:
     return [root.get_submodule(".".join(parents[:i])) for i in range(len(parents) + 1)]
 
 
-def _is_reader(module: nn.Module) -> bool:
+def _ignores_padding(module: nn.Module) -> bool:
     kind = kind_of(type(module))
-    return kind.endswith(_READERS) and not kind.endswith(_EXCEPT)
+    return kind.endswith(_SAFE) and not kind.endswith(_EXCEPT)
 
 
 def _reads_with_mask(module: nn.Module) -> bool:
-    """Whether it is transformers', or one of sentence-transformers' that we know."""
+    """Whether it is of transformers, or a module of sentence-transformers that uses the mask."""
     library = _library(module)
     known = library == "sentence_transformers" and type(module).__name__ in _SENTENCES
     return known or library in ("transformers", "peft", "torch")
@@ -83,5 +83,5 @@ def _library(module: nn.Module) -> str:
 def _may_read(module: nn.Module) -> str:
     return (
         f"{type(module).__name__} may read states at padding, which would become zeros; if it does "
-        "not, say accelerate(model, real_tokens=True)"
+        "not, call accelerate(model, real_tokens=True)"
     )

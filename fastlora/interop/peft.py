@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer through the fused operation, wherever it is plain LoRA."""
+"""Runs PEFT's LoRA layers by the fused operation, as long as they are plain LoRA."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora.interop.swap import Swapped, SwappedDropout, own_class, say_compiled
+from fastlora.interop.swap import Swapped, SwappedDropout, own_class, warn_compiled
 from fastlora.kernels import MOST, Dropout, Linear, Term, lora_grouped
 from fastlora.lora.layer import LoRALinear
-from fastlora.lora.together import Product, has_hooks, is_bare
+from fastlora.lora.together import Product, call_is_plain, has_hooks
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -19,7 +19,7 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is PEFT's LoRA layer around a linear layer, and no subclass of that."""
+    """Whether it is exactly PEFT's LoRA layer for linear layers, not a subclass of it."""
     kind = own_class(type(module))
     return f"{kind.__module__}.{kind.__name__}" == "peft.tuners.lora.layer.Linear"
 
@@ -29,9 +29,9 @@ _LAYER = "peft.tuners.lora.layer.LoraLayer"
 
 
 class PeftLinear(Swapped):
-    """`peft.tuners.lora.Linear`, which adds up its active adapters in one operation.
+    """`peft.tuners.lora.Linear` that computes its active adapters in one fused operation.
 
-    Where a call is more than plain LoRA, PEFT's own forward runs.
+    If a call is more than plain LoRA, PEFT's own forward runs.
     """
 
     scaling: dict[str, float]
@@ -40,26 +40,26 @@ class PeftLinear(Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""
         if torch.compiler.is_compiling():
-            say_compiled(type(self).__name__)
+            warn_compiled(type(self).__name__)
             return super().forward(x, *args, **kwargs)
         if args or kwargs:
             found: Product | str = f"a call with {', '.join(kwargs) or 'more inputs'}"
         else:
             found = self.plan(x)
         if isinstance(found, str):
-            self.step_aside(found)
+            self.warn_fallback(found)
             return super().forward(x, *args, **kwargs)
         return lora_grouped(x, *found)
 
     def product(self, x: Tensor, column: int) -> Product | None:
-        """What `project_together` makes one product with others; None where a call is more."""
+        """The layer's part of a joint product in `project_together`; None if its call does more."""
         found = self.plan(x, column)
         return found if isinstance(found, Product) else None
 
     def plan(self, x: Tensor | None = None, column: int = 0) -> Product | str:
-        """What a call computes, from this column of a larger product on.
+        """The product that a call computes, from this column of a joint product on.
 
-        Or, where it computes more than plain LoRA, why. Without x, types are not looked at.
+        If the call is more than plain LoRA, the reason as text. Without x, dtypes are not checked.
         """
         # Parts are read where PyTorch keeps them: its look-ups by name cost more than all the rest.
         parts: Any = self._modules
@@ -67,10 +67,10 @@ class PeftLinear(Swapped):
         if self.fan_in_fan_out:
             return "fan_in_fan_out"
         if disabled and merged:
-            return "merged adapters are disabled, and PEFT unmerges them"
-        if not isinstance(base, nn.Linear) or isinstance(base, LoRALinear) or not is_bare(base):
-            kind = type(base).__name__
-            return f"its base layer, a {kind}, is not a linear layer and nothing else"
+            return "merged adapters are disabled, and PEFT must unmerge them"
+        linear = isinstance(base, nn.Linear) and not isinstance(base, LoRALinear)
+        if not (linear and call_is_plain(base)):
+            return f"its base layer, a {type(base).__name__}, does more than a plain linear layer"
         weight, lora_A = cast(Tensor, base._parameters["weight"]), parts["lora_A"]._modules
         terms: list[Term] = []
         types = {weight.dtype}
@@ -80,17 +80,17 @@ class PeftLinear(Swapped):
             variants = getattr(self, "lora_variant", None) or getattr(self, "use_dora", {})
             if variant := variants.get(name):
                 kind = "DoRA" if variant is True else type(variant).__name__
-                return f"adapter {name!r} is no plain LoRA, but {kind}"
+                return f"adapter {name!r} is not plain LoRA but {kind}"
             if not isinstance(scale := self.scaling[name], (int, float)):
                 return f"adapter {name!r} has a scale that is no number"
             A, B = lora_A[name], parts["lora_B"]._modules[name]
-            if not (is_bare(A) and is_bare(B)):
+            if not (call_is_plain(A) and call_is_plain(B)):
                 return f"adapter {name!r} has hooks on its factors, or they are sharded"
             A, B = A._parameters, B._parameters
             if A["bias"] is not None or B["bias"] is not None:
                 return f"adapter {name!r} has biases"
             if (p := _rate(parts["lora_dropout"]._modules[name])) < 0:
-                return f"adapter {name!r} has a dropout of its own kind, or near 1"
+                return f"adapter {name!r} has an unknown kind of dropout, or a rate near 1"
             # One seed serves all terms of a product: their masks differ by adapter and column.
             stream = column * 64 + len(terms)
             terms.append(Term(A["weight"], B["weight"], scale, p, stream, column=column))
@@ -104,7 +104,7 @@ class PeftLinear(Swapped):
 
 
 def _rate(dropout: nn.Module) -> float:
-    """The probability to drop now; negative for a module that we do not know."""
+    """The dropout rate now; negative for a module that we do not know."""
     if type(dropout) is nn.Identity:
         return 0.0
     if type(dropout).forward not in _DROPOUTS or has_hooks(dropout):

@@ -1,7 +1,7 @@
-"""Modules that are given a class of ours in place, and their own class back.
+"""Gives modules a class of ours in place, and their own class back.
 
 The new class is a subclass of the module's own and has its name, so that `isinstance`, parameters,
-state dicts and the place in the model stay what they were. Only `type(module)` is another.
+state dicts and the place in the model stay what they were. Only `type(module)` changes.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from torch import Tensor, nn
 from fastlora.errors import UserError
 from fastlora.kernels import Dropout, Linear, Packed
 
-FEW_ELEMENTS = 16384  # from which the fast dropout is faster
+MIN_FAST_DROPOUT = 16384  # from which the fast dropout is faster
 _FORWARDS = ("forward", "_old_forward")  # the second is that of Hugging Face accelerate's hooks
 
 
 class Swapped(nn.Module):
-    """What all modules with a class of ours have in common."""
+    """Base class of all classes that `swap` gives to modules."""
 
     swapped_from: type[nn.Module]
 
-    def step_aside(self, reason: str) -> None:
-        """Warn, once a model and reason, that a call takes the module's own way."""
-        said = vars(self)["_said"]
-        if reason not in said:
-            said.add(reason)
+    def warn_fallback(self, reason: str) -> None:
+        """Warn that a call runs the module's own forward; once for each model and reason."""
+        warned = vars(self)["_warned"]
+        if reason not in warned:
+            warned.add(reason)
             self.warn(type(self).__name__, reason)
 
     @staticmethod
     def warn(name: str, reason: str) -> None:
-        """Say that modules of this class go their own way."""
-        text = f"fastlora.accelerate steps aside in {name}, which runs at its own speed: {reason}"
+        """Warn that modules of this class run their own forward."""
+        text = f"fastlora.accelerate does not apply to a call of {name}, run as before: {reason}"
         warnings.warn(text, stacklevel=4)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class has no place where it could be found by its name.
+        # pickle cannot find the class by its name.
         _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return (_new, (type(self).__mro__[1], type(self).swapped_from), *rest)
 
 
 @torch.compiler.assume_constant_result
-def say_compiled(name: str) -> None:
-    """Warn, while a model is compiled, that modules of this class go their own way in it."""
-    Swapped.warn(name, "a compiled model has the module's own forward")
+def warn_compiled(name: str) -> None:
+    """Warn, while a model is compiled, that modules of this class run their own forward in it."""
+    Swapped.warn(name, "a compiled model uses the module's own forward")
 
 
 class SwappedLinear(Swapped, Linear):
     """An `nn.Linear` of an accelerated encoder.
 
-    Where it has more inputs than outputs, it keeps packed copies of its frozen weight from its
-    first large input on: their products take 0.72 to 0.85 of the time on a CPU (of others mostly
-    0.92 to 0.98, which is not worth the memory). They are watched: nobody says when it changes.
+    If it has more inputs than outputs, it keeps packed copies of its frozen weight from its first
+    large input on: on a CPU they take 0.72 to 0.85 of a product's time (mostly 0.92 to 0.98 for
+    other shapes, which is not worth the memory). They are watched for changes of the weight.
     """
 
     def packed_for(self, input: Tensor) -> Packed | None:
@@ -74,15 +74,15 @@ class SwappedDropout(Swapped, Dropout):
     """An `nn.Dropout` of an accelerated encoder."""
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """Drop elements of `input`, of few ones as PyTorch does."""
-        if input.numel() < FEW_ELEMENTS:
+        """Drop elements of `input`; if it has few elements, by PyTorch's own dropout."""
+        if input.numel() < MIN_FAST_DROPOUT:
             return nn.Dropout.forward(self, input)
         return super().forward(input)
 
 
 @cache
 def swapped_class(mixin: Any, base: Any) -> type[Swapped]:
-    """The class of `base` with the methods of `mixin` before its own."""
+    """A subclass of `base` whose methods are those of `mixin` first."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (mixin, base), {**names, "swapped_from": base})
 
@@ -97,10 +97,10 @@ def _new(mixin: Any, base: Any) -> Swapped:
     return cls.__new__(cls)
 
 
-def swap(module: nn.Module, mixin: Any, said: set[str]) -> None:
-    """Give a module the methods of a mixin; `said` is what its model has warned of."""
+def swap(module: nn.Module, mixin: Any, warned: set[str]) -> None:
+    """Give a module the methods of a mixin; `warned` has the warnings that its model has given."""
     module.__class__ = swapped_class(mixin, type(module))  # type: ignore[arg-type]
-    vars(module)["_said"] = said
+    vars(module)["_warned"] = warned
 
 
 def swap_back(modules: Iterable[nn.Module]) -> None:
@@ -123,7 +123,7 @@ def swap_back(modules: Iterable[nn.Module]) -> None:
             if _is_ours(module, vars(module).get(name)):
                 vars(module)[name] = MethodType(base.forward, module)
         module.__class__ = base  # type: ignore[assignment]
-        for name in ("_said", "packed"):
+        for name in ("_warned", "packed"):
             vars(module).pop(name, None)
 
 

@@ -20,7 +20,7 @@ _hooks = itemgetter(
 
 
 class Product(NamedTuple):
-    """What a call of a layer computes, where it is nothing but this: see `lora_grouped`."""
+    """The arguments of `lora_grouped` that compute exactly what a call of a layer computes."""
 
     weight: Tensor
     bias: Tensor | None
@@ -32,12 +32,12 @@ class Product(NamedTuple):
 def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Several layers of one input, side by side: x [..., in] -> [..., sum of out].
 
-    They are one product where each is a linear layer, with adapters or without, that does nothing
-    else when it is called; otherwise each is called.
+    If each is a linear layer, with or without adapters, whose call does nothing else, one product
+    computes them all; otherwise each layer is called.
     """
     width = sum(getattr(layer, "out_features", 0) for layer in layers)
     if getattr(layers[0], "packed", None) is None and is_small(x, width):
-        # Of few rows, a copy of the weights takes longer than the product.
+        # With few rows, concatenating the weights takes longer than the product.
         return torch.cat([layer(x) for layer in layers], -1)
     products: list[Product] = []
     for layer in layers:
@@ -55,11 +55,11 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def _product(layer: Any, x: Tensor, column: int) -> Product | None:
-    """What a layer adds to a product from this column on; None where its call is more than that."""
+    """The layer's part of a joint product, from this column on; None if its call does more."""
     if not isinstance(layer, nn.Linear):
         known = hasattr(layer, "product") and not has_hooks(layer)
         return layer.product(x, column) if known else None
-    if not is_bare(layer):
+    if not call_is_plain(layer):
         return None
     packed = layer.packed_for(x) if isinstance(layer, Linear) else None
     if isinstance(layer, LoRALinear):
@@ -67,7 +67,7 @@ def _product(layer: Any, x: Tensor, column: int) -> Product | None:
     return Product(layer.weight, layer.bias, packed=packed)
 
 
-def is_bare(layer: nn.Linear) -> bool:
+def call_is_plain(layer: nn.Linear) -> bool:
     """Whether a call of the layer is x W^T + b, with adapters or without, and nothing else."""
     ours, parameters = isinstance(layer, LoRALinear) and layer.base_is_plain, layer._parameters
     return bool(
@@ -79,6 +79,6 @@ def is_bare(layer: nn.Linear) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call does something that others have put there."""
+    """Whether a call runs hooks or a forward that was set on the instance."""
     own = vars(module)
     return any(_hooks(own)) or "forward" in own or _has_any_global_hook()

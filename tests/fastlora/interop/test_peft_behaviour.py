@@ -19,7 +19,7 @@ from survival import EXACT, classes
 import fastlora
 
 DENSE = ["query", "key", "value", "dense"]
-DORA = "adapter 'default' is no plain LoRA, but DoraLinearVariant"
+DORA = "adapter 'default' is not plain LoRA but DoraLinearVariant"
 BIASES = "adapter 'default' has biases"
 
 
@@ -79,7 +79,7 @@ KEPT = {
     ),
     "attention saved": (
         dict(targets=["dense"], modules_to_save=["attention.self"]),
-        "its layers have attention of another kind",
+        "its layers have attention that fastlora does not know",
     ),
 }
 

@@ -33,8 +33,8 @@ def test_warnings_once(pair):
         for _ in range(3):
             ours(**batch(), output_hidden_states=True)
         assert [str(w.message) for w in found] == [
-            "fastlora.accelerate steps aside in BertEncoder, which runs at its own speed: a call "
-            "with output_hidden_states needs the padded square"
+            "fastlora.accelerate does not apply to a call of BertEncoder, run as before: a call "
+            "with output_hidden_states needs the padded batch"
         ]
     expected = ["fastlora: PeftModelForSequenceClassification"]
     expected += ["  1 encoder on real tokens", "  4 LoRA layers of PEFT"]
@@ -44,7 +44,7 @@ def test_warnings_once(pair):
 def test_compiling_is_said(pair):
     fastlora.accelerate(pair[0])
     torch._dynamo.reset()
-    with pytest.warns(UserWarning, match="steps aside"):
+    with pytest.warns(UserWarning, match="does not apply"):
         torch.compile(pair[0].base_model.model.bert.encoder, backend="eager")(
             torch.ones(2, 3, 32, dtype=torch.double)
         )
