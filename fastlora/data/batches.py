@@ -1,9 +1,8 @@
-"""Batches: a seeded plan of each epoch, and the padded tensors of one batch of mixed tasks."""
+"""Batches of mixed tasks: the seeded plan of an epoch, and the padded tensors of one batch."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -41,12 +40,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's examples, all tasks in one [B, S] block of sequences.
+    """The examples of one step: the B sequences of all tasks, padded to the longest of them, S.
 
     `input_ids` and `token_type_ids` are int64 [B, S], `attention_mask` is bool [B, S]. `labels`
-    maps a task to int64 [n] (classes) or float32 [n] (values); `indices` maps it to the examples'
-    positions in their TaskData. With `rows`, an int64 list of the block's rows, spans count in
-    it, and `real` maps a task to float32 [n], 0 for an example that only fills up.
+    maps a task to int64 [n] (classes) or float32 [n] (values); `indices` maps it to the positions
+    of its n examples in their TaskData. A batch of `collate(..., positions)` also has `rows`, an
+    int64 list of sequences to which the spans' rows then refer, and `real`, which maps a task to
+    float32 [n]: 1 for an example, 0 for one that was added to reach a common number of them.
     """
 
     input_ids: Tensor
@@ -66,7 +66,7 @@ class Batch:
         return [t for t in (*tensors, *self.labels.values(), *self.real.values()) if t is not None]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy the tensors to a device, without waiting for the copy where that is possible."""
+        """Copy the tensors to a device; where possible, return before the copy is complete."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -85,18 +85,16 @@ def plan_epoch(
     seed: int,
     epoch: int,
     sampling: str = "proportional",
-    copies: int = 1,
 ) -> list[np.ndarray]:
-    """Plan the batches of one epoch: int64 [n, 2] each, rows (task index, example).
+    """Plan the batches of one epoch: an int64 array [n, 2] each, of rows (task index, example).
 
-    A pure function of its arguments, so (epoch, position) is all a resumed run has to know. A
-    batch mixes tasks, is of similar lengths and holds at most `tokens_per_batch` real tokens, or
-    one longer example. `sampling` shares the epoch's N examples out "proportional" to the tasks'
-    sizes, to their square roots ("sqrt") or equally ("uniform"), where small tasks repeat. With
-    `copies`, `datasets` holds the same tasks so many times, and a batch the same examples of each.
+    The plan is a function of its arguments alone, so a resumed run only has to know the epoch and
+    the position in it. A batch mixes tasks, has examples of similar lengths, and holds at most
+    `tokens_per_batch` real tokens, or one longer example. An epoch has as many examples as all
+    tasks together. `sampling` says what shares of them the tasks get: "proportional" to their
+    sizes, to the square roots of their sizes ("sqrt"), or equal ones ("uniform"). A task that has
+    fewer examples than its share repeats them.
     """
-    tasks = len(datasets) // copies
-    datasets = dict(islice(datasets.items(), tasks))
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     sizes = np.array([len(data) for data in datasets.values()])
     picks = []
@@ -106,17 +104,15 @@ def plan_epoch(
     pool = rng.permutation(_pool(datasets, picks))
     _, _, tokens, longest = pool.T
     window = np.cumsum(tokens) // (tokens_per_batch * WINDOW)
-    # Up in one window and down in the next: a batch across their border is of one length too.
+    # Lengths rise in one window and fall in the next, so that they are also similar in a batch
+    # across the border of two windows.
     order = np.lexsort((np.where(window % 2, -longest, longest), window))
     plan = list(_cut(pool[order], tokens_per_batch))
-    return [
-        np.concatenate([plan[i] + (copy * tasks, 0) for copy in range(copies)])
-        for i in rng.permutation(len(plan))
-    ]
+    return [plan[i] for i in rng.permutation(len(plan))]
 
 
 def eval_batches(datasets: Mapping[str, TaskData], tokens_per_batch: int) -> Iterator[Batch]:
-    """Yield every example once, shortest first; `Batch.indices` says where results belong."""
+    """Yield every example once, the shortest first; `Batch.indices` says which ones a batch has."""
     pool = _pool(datasets, [np.arange(len(data)) for data in datasets.values()])
     for part in _cut(pool[np.argsort(pool[:, 3], kind="stable")], tokens_per_batch):
         yield collate(datasets, part)
@@ -127,8 +123,9 @@ def collate(
 ) -> Batch:
     """Gather the planned examples ([n, 2], as `plan_epoch` gives them) into one Batch.
 
-    With an encoder's `positions`, sentences of no task and examples that are not real are added,
-    so that few shapes of batches occur: CUDA graphs are made for each shape.
+    `positions`, the longest sequence that the encoder takes, asks for batches of few different
+    shapes, as CUDA graphs need, which are captured for each shape: the batch gets sequences that
+    belong to no task, and examples that do not count (see `Batch`).
     """
     spans: list[Span] = []
     sequences: list[tuple[np.ndarray, ...]] = []
@@ -154,20 +151,20 @@ def collate(
         sequences.append((fill, zeros, zeros))
     lengths, flat_ids, flat_types = map(np.concatenate, zip(*sequences, strict=True))
     mask = np.arange(longest) < lengths[:, None]
-    # Padding is masked everywhere, so any id of the vocabulary does; 0 always is one.
+    # Padding is masked everywhere, so its id does not matter, as long as the vocabulary has it.
     padded = np.zeros((2, *mask.shape), np.int64)
     padded[0][mask] = flat_ids
     padded[1][mask] = flat_types
     ids, types = torch.from_numpy(padded)
     real = torch.from_numpy(mask)
-    # oneDNN makes a kernel for each number of tokens (3 ms, in bf16), and is faster at round ones.
+    # oneDNN compiles a kernel for each number of tokens (3 ms, bf16), and is faster at round ones.
     layout = Layout.of(real, real.shape, _grid(int(lengths.sum()), 16))
     batch = Batch(ids, real, types, layout, tuple(spans), labels, indices)
-    return _with_room(batch) if positions else batch
+    return _with_common_counts(batch) if positions else batch
 
 
-def _with_room(batch: Batch) -> Batch:
-    """The batch with as many examples a task as its sentences allow, those it lacks not real."""
+def _with_common_counts(batch: Batch) -> Batch:
+    """The batch with as many examples of each task as B sequences can hold, whatever it had."""
     spans: list[Span] = []
     rows, labels, real = [], {}, {}
     for span in batch.spans:
@@ -182,9 +179,9 @@ def _with_room(batch: Batch) -> Batch:
 
 
 def _fill(lengths: np.ndarray, positions: int) -> tuple[int, np.ndarray]:
-    """The length of a batch's square, and those of sentences to add to it.
+    """The S of a batch with sequences of these lengths, and the lengths of sequences to add to it.
 
-    Each has a token at least, for the mean over none is none, and the square has some padding.
+    At least one is added, with at least one token (there is no mean of none) and some padding.
     """
     length = min(positions, 32 * math.ceil(lengths.max() / 32))
     rows, tokens = _grid(len(lengths) + 1, 4), _grid(int(lengths.sum()) + 1, 16)
@@ -197,7 +194,7 @@ def _fill(lengths: np.ndarray, positions: int) -> tuple[int, np.ndarray]:
 
 
 def _grid(number: int, steps: int) -> int:
-    """`number` rounded up to one of `steps` numbers between powers of two."""
+    """`number` rounded up to one of `steps` evenly spaced numbers from a power of 2 to the next."""
     step = max(1, 2 ** (number.bit_length() - 1) // steps)
     return step * math.ceil(number / step)
 
@@ -214,7 +211,7 @@ def subset(data: TaskData, examples: np.ndarray) -> TaskData:
 
 
 def _gather(column: Encoded, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Take n sequences: their lengths [n], and the ids and types of all their tokens."""
+    """The sequences of n examples: their lengths [n], and the ids and types of all their tokens."""
     ends = column.offsets[examples + 1]
     lengths = ends - column.offsets[examples]
     positions = np.arange(lengths.sum()) + np.repeat(ends - np.cumsum(lengths), lengths)
@@ -226,12 +223,12 @@ def _shares(sizes: np.ndarray, sampling: str) -> np.ndarray:
     """Divide sizes.sum() examples among the tasks."""
     weights = sizes ** {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}[sampling]
     ends = np.cumsum(weights)
-    # The borders are rounded, not the shares: so the sum stays.
+    # The ends are rounded, not the shares, so that the shares add up to the sum of the sizes.
     return np.diff(np.round(sizes.sum() * ends / ends[-1]), prepend=0).astype(np.int64)
 
 
 def _pool(datasets: Mapping[str, TaskData], picks: Sequence[np.ndarray]) -> np.ndarray:
-    """[N, 4]: task index, example, its tokens, and those of its longest sequence."""
+    """[N, 4]: task index, example, its number of tokens, and that of its longest sequence."""
     parts = []
     for index, (data, examples) in enumerate(zip(datasets.values(), picks, strict=True)):
         lengths = np.stack([np.diff(column.offsets)[examples] for column in data.columns])

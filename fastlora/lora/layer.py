@@ -122,15 +122,13 @@ class LoRALinear(Linear):
             vars(self)[name] = base_forward or MethodType(base_class.forward, self)
         return self
 
-    def add_adapter(
-        self, name: str, config: LoraConfig, seed: int | None = None, draws_as: str | None = None
-    ) -> None:
+    def add_adapter(self, name: str, config: LoraConfig, seed: int | None = None) -> None:
         """Add an adapter of these settings.
 
-        Its initial weights depend only on the seed, the layer's stream and `draws_as` (by default
-        its name). Without a seed, PyTorch's generator draws one.
+        Its initial weights depend only on the seed, the layer's stream and its name. Without a
+        seed, PyTorch's generator draws one.
         """
-        key = crc32((draws_as or name).encode(), self.stream)
+        key = crc32(name.encode(), self.stream)
         seed = (draw_number() if seed is None else seed) ^ key
         # Not `self.weight`, because a parametrisation would be computed to get it.
         base = next(p for n, p in self.named_parameters() if "lora_" not in n)

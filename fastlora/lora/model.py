@@ -31,7 +31,6 @@ def inject(
     config: LoraConfig | Mapping[str, LoraConfig],
     *,
     train: Sequence[str] = (),
-    draws_as: Mapping[str, str] | None = None,
 ) -> dict[str, LoRALinear]:
     """Freeze `model` and put LoRA on its target linear layers, in place.
 
@@ -39,9 +38,8 @@ def inject(
     or parameters named in `train` (or by the end of their names) stay trainable. On a model that
     already has adapters, new ones are added; an adapter that a layer already has with the same
     settings is kept, and trainable parameters stay trainable. A single adapter is active; of
-    several, choose by `set_adapter` or `use_adapter`. `draws_as` maps an adapter to another whose
-    random numbers it uses. Pass the whole model that you will save: `save_pretrained` of a module
-    that contains it would write W0.
+    several, choose by `set_adapter` or `use_adapter`. Pass the whole model that you will save:
+    `save_pretrained` of a module that contains it would write W0.
 
     Returns the layers of these adapters by module name. Raises UserError, with nothing changed, for
     a target that matches nothing or cannot be adapted, and for a model whose parameters are
@@ -68,7 +66,7 @@ def inject(
                 layer = LoRALinear.from_linear(layer, crc32(name.encode()))
             injected[name] = layer
             if adapter not in layer.settings:
-                layer.add_adapter(adapter, settings, seed, (draws_as or {}).get(adapter))
+                layer.add_adapter(adapter, settings, seed)
                 added.append((layer, adapter))
     except Exception as error:  # for example, a subclass may refuse new attributes
         for layer, adapter in added:

@@ -124,7 +124,8 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     settings = info["settings"]
     for key, known in SETTINGS.items():
         check(f"settings.{key}", settings.get(key), settings.get(key) in known, " or ".join(known))
-    for key, value in (("base_model", info.get("base_model")), ("model", settings.get("model"))):
+    model = settings.get("model")
+    for key, value in (("base_model", info.get("base_model")), ("settings.model", model)):
         check(key, value, isinstance(value, str), "the encoder's name or folder")
     for name, table in info["tasks"].items():
         check(f"tasks.{name}", table, isinstance(table, dict), "a table")
@@ -146,13 +147,13 @@ def load_all(
     `fastlora.load_adapter` refuses, and for heads of other names or shapes.
     """
     info, places = folder / HEADS_INFO, {name: adapter_place(folder, name) for name in adapters}
-    files = [*(place / lora.WEIGHTS for place in places.values()), folder / HEADS]
-    found = {str(file.relative_to(folder)): read_tensors(file) for file in files}
+    paths = [*(place / lora.WEIGHTS for place in places.values()), folder / HEADS]
+    files = {str(path.relative_to(folder)): read_tensors(path) for path in paths}
     stored = read_json(info)["sha256"]
-    if found.keys() != stored.keys():
-        listed, needed = ", ".join(sorted(stored)), ", ".join(sorted(found))
+    if files.keys() != stored.keys():
+        listed, needed = ", ".join(sorted(stored)), ", ".join(sorted(files))
         raise UserError(f"{info}: sha256 names {listed} (expected, by its settings, {needed})")
-    for name, (tensors, facts) in found.items():
+    for name, (tensors, facts) in files.items():
         _check_base(folder / name, facts, base)
         if (sha256 := _sha256(tensors)) != stored[name]:
             raise UserError(
@@ -161,7 +162,7 @@ def load_all(
             )
     for name, place in places.items():
         lora.load_adapter(encoder, place, name)
-    copy_tensors(folder / HEADS, found[HEADS][0], heads.state_dict())
+    copy_tensors(folder / HEADS, files[HEADS][0], heads.state_dict())
 
 
 def _check_base(path: Path, facts: Mapping[str, str], base: BaseInfo) -> None:

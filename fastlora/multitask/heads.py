@@ -32,15 +32,21 @@ class SentenceHead(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """A linear regression on one sentence or on one pair that the encoder reads jointly."""
+    """A linear regression on one sentence or on one pair that the encoder reads jointly.
+
+    It starts with the middle of the range for every example.
+    """
 
     def __init__(self, hidden: int, task: Task, dropout: float) -> None:
         super().__init__()
         self.dropout = Dropout(dropout)
-        self.value = nn.Linear(hidden, 1)  # of mean 0 and variance 1 where labels spread evenly
+        self.value = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
 
     def forward(self, u: Tensor) -> Tensor:
         """[n, H] -> [n, 1]."""
+        # With targets of variance 1, for which AdamW's step is of the right size.
         return 0.5 + SPREAD * self.value(self.dropout(normalize(u)))
 
 

@@ -26,38 +26,25 @@ from fastlora.lora.routing import Segment
 from fastlora.lora.together import project_together
 from fastlora.multitask.heads import head_class
 
-VARIANT = "@"
-
-
-def plain(name: str) -> str:
-    """The adapter or task that `name` is a variant of: "sts@2" has the random numbers of "sts"."""
-    return name.partition(VARIANT)[0]
-
 
 def project(attention: SelfAttention, x: Tensor) -> Tensor:
-    """Query, key and value, with LoRA on any of them, in one product: [T, H] -> [T, 3H]."""
+    """Query, key and value, with LoRA on any of them, as one product: [T, H] -> [T, 3H]."""
     return project_together((attention.query, attention.key, attention.value), x)
 
 
-def adapt_encoder(encoder: BertModel, settings: Mapping[str, LoraConfig]) -> dict[str, LoRALinear]:
-    """Put LoRA on minBERT, whose query, key and value stay one product; returns the layers."""
-    fuse_projections(encoder)
-    return inject(encoder, settings, draws_as={name: plain(name) for name in settings})
-
-
 def fuse_projections(encoder: BertModel) -> None:
-    """Let query, key and value of each layer be one product."""
+    """Compute query, key and value of each layer as one product."""
     for module in encoder.modules():
         if isinstance(module, SelfAttention):
             module.projection = project
 
 
 class MultitaskBert(nn.Module):
-    """An encoder with a head per task, and LoRA adapters: one for all tasks, one each, or both.
+    """An encoder with a head for each task, and LoRA adapters: a shared one, one a task, or both.
 
-    The order of `tasks` is that of the rows in a batch; `pairs` is "separate" or "joint" encoding.
-    Tasks named "sts@0", "sts@1" are variants of one: each has its own adapters and head, and the
-    random numbers that "sts" alone would have. Raises UserError for a name that no module can have.
+    `pairs` says whether the encoder reads the two sentences of a pair "separate" or "joint". The
+    rows of a batch are in the order of `tasks`. Raises UserError for a task whose name
+    `nn.ModuleDict` cannot hold.
     """
 
     def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
@@ -66,8 +53,8 @@ class MultitaskBert(nn.Module):
         fuse_projections(encoder)
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict()
-        self.settings: dict[str, LoraConfig] = {}  # of the adapters
-        self.adapted: dict[str, LoRALinear] = {}  # the encoder's layers that have some
+        self.settings: dict[str, LoraConfig] = {}  # by adapter
+        self.adapted: dict[str, LoRALinear] = {}  # the encoder's layers with adapters, by name
         seed = draw_number()
         for name, task in tasks.items():
             if hasattr(self.heads, name):
@@ -75,21 +62,23 @@ class MultitaskBert(nn.Module):
             config, new_head = encoder.config, head_class(task, pairs)
             # A head's initial weights depend only on the seed and the task's name.
             with torch.random.fork_rng(devices=()):
-                torch.default_generator.manual_seed(seed ^ crc32(plain(name).encode()))
+                torch.default_generator.manual_seed(seed ^ crc32(name.encode()))
                 self.heads[name] = new_head(config.hidden_size, task, config.hidden_dropout_prob)
 
     def adapt(self, settings: Mapping[str, LoraConfig]) -> None:
-        """Freeze the encoder and put LoRA on it: "default" for all tasks, others for theirs."""
-        self.adapted = adapt_encoder(self.encoder, settings)
+        """Freeze the encoder and add adapters: "default" for all tasks, others named as a task."""
+        self.adapted = inject(self.encoder, settings)
         self.settings = dict(settings)
 
     def adapters(self, task: str) -> tuple[str, ...]:
-        """The adapters on a task's rows: the shared one, the task's own, or both."""
-        shared = DEFAULT + task[len(plain(task)) :]
-        return tuple(name for name in (shared, task) if name in self.settings)
+        """The names of the adapters on a task's rows: the shared one, the task's, or both."""
+        return tuple(name for name in (DEFAULT, task) if name in self.settings)
 
-    def unit(self, task: str) -> str:
-        """What trains a task: tasks of different units share no trainable parameter."""
+    def training_group(self, task: str) -> str:
+        """A name that two tasks have in common if, and only if, they may train a parameter jointly.
+
+        It is that of the adapter they share, or of the task's own; "" without adapters.
+        """
         return next(iter(self.adapters(task)), "")
 
     def embed(self, batch: Batch) -> Tensor:
@@ -102,8 +91,9 @@ class MultitaskBert(nn.Module):
         return sums / real.sum(1, keepdim=True)
 
     def _adapters_on(self, batch: Batch) -> AbstractContextManager[None]:
-        """A block in which each row of real tokens has its task's adapters."""
-        # Within a scope, the compiler would break its graph at each layer.
+        """A `with` block in which each row of real tokens uses its task's adapters."""
+        # Inside use_adapter, the compiler breaks its graph at each layer. The block is not needed
+        # for one shared adapter, which is active anyway.
         compiled = self.encoder.encoder._compiled_call_impl is not None
         if not self.settings or (compiled and self.settings.keys() == {DEFAULT}):
             return nullcontext()
@@ -113,15 +103,15 @@ class MultitaskBert(nn.Module):
             return use_adapter(self.adapted.values(), *together, seed=seed)
         segments = []
         for name in self.settings:
-            # One range: what shares an adapter stands together.
-            if own := [s for s in batch.spans if name in self.adapters(s.task)]:
-                segments.append(Segment(name, own[0].tokens[0], own[-1].tokens[1]))
+            # The shared adapter is on all rows, another one on its task's: one range of rows each.
+            if spans := [s for s in batch.spans if name in self.adapters(s.task)]:
+                segments.append(Segment(name, spans[0].tokens[0], spans[-1].tokens[1]))
         return use_adapter(self.adapted.values(), rows=segments, seed=seed)
 
     def forward(self, batch: Batch, pooled: Tensor | None = None) -> dict[str, Tensor]:
-        """Each task's outputs [n, outputs] for its examples in the batch.
+        """Each task's outputs [n, outputs] for its examples in the batch, as heads.py defines them.
 
-        `pooled` are its sentences' states [B, H], where they are known.
+        `pooled` are the states [B, H] that `embed` gives, where the caller has them already.
         """
         rows = self.embed(batch) if pooled is None else pooled
         rows = rows if batch.rows is None else rows.index_select(0, batch.rows)

@@ -58,16 +58,15 @@ class Trainer:
         self.setup, self.config, self.model = setup, setup.config, model.train()
         self.folder, self.ranks, self.log = folder, ranks, log
         self.device, self.stop = setup.device, setup.stop
-        self.optimizer = make_optimizer(model, setup.variants or (self.config,))
+        self.optimizer = make_optimizer(model, self.config)
         self.parameters = list(trainable(model).values())
         # Tasks that share parameters are a group. The loss is averaged and the gradients are
         # clipped by group, so that what shares nothing trains as it would alone.
-        group = {n: model.unit(t) for t in model.tasks for n in (t, *model.adapters(t))}
+        group = {n: model.training_group(t) for t in model.tasks for n in (t, *model.adapters(t))}
         self.groups: dict[str, list[nn.Parameter]] = {name: [] for name in group.values()}
         for name, parameter in trainable(model).items():
             self.groups[group.get(owner(name), "")].append(parameter)
         self.group_of = np.array([list(self.groups).index(group[task]) for task in setup.train])
-        self.diverged: list[nn.Parameter] = []  # of variants that are given up
         fp16 = self.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         # A scaler begins with its first loss, and a process may have none in the first step.
@@ -125,9 +124,9 @@ class Trainer:
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The batches of an epoch."""
-        config, copies = self.config, len(self.setup.variants) or 1
+        config = self.config
         tokens = config.tokens_per_batch
-        return plan_epoch(self.setup.train, tokens, config.seed, epoch, config.sampling, copies)
+        return plan_epoch(self.setup.train, tokens, config.seed, epoch, config.sampling)
 
     def epoch(self) -> None:
         """The rest of the current epoch, its scores on the dev data, and a checkpoint."""
@@ -167,8 +166,6 @@ class Trainer:
             if part < len(batch_plan):
                 self.seed_part(part, parts)
                 self.scaler.scale(self.loss(*self.inputs(batch_plan, part, parts))).backward()
-        for parameter in self.diverged:
-            parameter.grad = None
         stop = self.ranks.sum_gradients(self.parameters, self.stop.asked)
         self.update()
         return stop
@@ -244,11 +241,7 @@ class Trainer:
         pairs = zip(self.setup.train, sums, strict=True)
         losses = {name: total / count for name, (total, count) in pairs if count}
         progress = self.progress
-        diverged = [name for name, value in losses.items() if not math.isfinite(value)]
-        if self.setup.variants:  # the others go on
-            for name in diverged:
-                self.diverged += self.groups.pop(self.model.unit(name), [])
-        elif diverged:
+        if not all(map(math.isfinite, losses.values())):
             self.end_diverged(losses_text(losses))
         rate = progress.examples / progress.seconds
         lr = float(self.optimizer.param_groups[0]["lr"])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from fastlora.multitask.model import VARIANT, MultitaskBert
+from fastlora.multitask.model import MultitaskBert
 from fastlora.training.checkpoint import trainable
 from fastlora.training.config import TaskLoraConfig, TrainConfig
 
@@ -20,24 +19,20 @@ def owner(parameter: str) -> str:
     return parts[1] if parts[0] == "heads" else parts[-1]
 
 
-def make_optimizer(model: MultitaskBert, configs: Sequence[TrainConfig]) -> torch.optim.AdamW:
-    """AdamW over what trains: heads at their own rate, weight decay of matrices only.
-
-    `configs` are those of the model's variants, or the only one.
-    """
-    groups: dict[tuple[int, float, float, float], list[nn.Parameter]] = {}
+def make_optimizer(model: MultitaskBert, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what trains: heads at their own rate, weight decay of matrices only."""
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
-        task, _, variant = owner(name).partition(VARIANT)
-        config = configs[int(variant or 0)]
+        task = owner(name)
         special = config.task_settings(task) if task in (config.tasks or ()) else TaskLoraConfig()
         lr = config.peak_head_lr if name.startswith("heads.") else special.lr or config.peak_lr
         warmup = config.warmup if special.warmup is None else special.warmup
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((int(variant or 0), warmup, lr, decay), []).append(parameter)
+        groups.setdefault((warmup, lr, decay), []).append(parameter)
     settings = [
         {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
-        | {"config": replace(configs[variant], warmup=warmup)}
-        for (variant, warmup, lr, decay), params in groups.items()
+        | {"config": replace(config, warmup=warmup)}
+        for (warmup, lr, decay), params in groups.items()
     ]
     # BERT's own eps; a smaller one turns rounding of tiny gradients into steps.
     return torch.optim.AdamW(settings, eps=1e-6, fused=True)

@@ -57,7 +57,6 @@ class Setup:
     dev: dict[str, TaskData]
     device: torch.device
     loaded: Loaded | None = None  # an encoder for several runs to copy; else each loads it
-    variants: tuple[TrainConfig, ...] = ()  # trained side by side, see side_by_side.py
     stop: Stop = field(default_factory=Stop)  # what may end it early
 
     @property
@@ -123,17 +122,13 @@ def read_encoder(source: Source) -> Loaded:
 
 
 def build_model(
-    setup: Setup,
-    tasks: Mapping[str, Task],
-    config: TrainConfig,
-    settings: Mapping[str, LoraConfig] | None = None,
+    setup: Setup, tasks: Mapping[str, Task], config: TrainConfig
 ) -> tuple[MultitaskBert, str, list[str]]:
     """The model in fp32 with its trainable parts chosen by `config.mode`.
 
-    The encoder is a copy of `setup.loaded`, or loaded now; `settings` are those of the adapters,
-    by default the configuration's. Returns the model, the fingerprint of the encoder as loaded,
-    and notes on the checkpoint. Raises UserError when the encoder does not fit the tokenizer, the
-    targets, the pairs or the tasks' names.
+    The encoder is a copy of `setup.loaded`, or loaded now. Returns the model, the fingerprint of
+    the encoder as loaded, and notes on the checkpoint. Raises UserError when the encoder does not
+    fit the tokenizer, the targets, the pairs or the tasks' names.
     """
     base = deepcopy(setup.loaded) if setup.loaded else read_encoder(setup.inputs.source)
     encoder = base.encoder
@@ -155,7 +150,7 @@ def build_model(
         # Sentences are mean-pooled, so BERT's pooler is in no loss.
         encoder.pooler.requires_grad_(False)
     else:
-        model.adapt(settings or adapter_settings(config, tasks))
+        model.adapt(adapter_settings(config, tasks))
     return model, base.sha256, base.notes
 
 

@@ -212,13 +212,6 @@ def test_adapters_start_alike_in_whatever_order_they_come():
     assert not torch.equal(one["a"], one["b"])
 
 
-def test_adapters_that_draw_as_another_start_like_it():
-    model = two_layers()
-    inject(model, {"a": FIRST, "b": FIRST}, draws_as={"b": "a"})
-    assert torch.equal(model[0].lora_A["a"], model[0].lora_A["b"])
-    assert model[0].streams["a"] == model[0].streams["b"]
-
-
 def test_a_layer_in_two_places_is_adapted_once_in_both(fill):
     layer = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": nn.Linear(4, 4)})

@@ -1,8 +1,7 @@
-"""Per-task adapters, both kinds at once, and configurations trained side by side."""
+"""One training step: whose gradients and learning rates are whose, and what it waits for."""
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,16 +16,8 @@ from fastlora.training.checkpoint import trainable
 from fastlora.training.config import TaskLoraConfig
 from fastlora.training.distributed import Ranks
 from fastlora.training.inputs import find_inputs
-from fastlora.training.loop import LOG_EVERY, Trainer
+from fastlora.training.loop import Trainer
 from fastlora.training.setup import build_model, prepare
-from fastlora.training.side_by_side import side_by_side
-
-VARIANTS = [
-    {"r": 4, "dropout": 0.1, "lr": 2e-3},
-    {"r": 2, "dropout": 0.4, "targets": ("value",), "lr": 8e-3, "warmup": 0.3},
-    {"r": 8, "alpha": 32, "dropout": 0.0, "targets": ("query", "ffn_output"), "lr": 5e-4},
-    {"r": 4, "dropout": 0.1, "lr": 2e-3, "head_lr": 1e-2, "schedule": "constant"},
-]
 
 
 @pytest.fixture
@@ -44,36 +35,16 @@ def still(tiny_config, tiny_model, tmp_path):
     return make
 
 
-def alone(setup, config):
-    model, *_ = build_model(setup, setup.inputs.tasks, config)
-    return Trainer(replace(setup, config=config), model, None, Ranks(setup.device), Log(quiet=True))
-
-
-@pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
-def test_side_by_side_is_each_alone(still, adapters):
-    setup = still(adapters=adapters, epochs=2)
-    configs = [replace(setup.config, **variant) for variant in VARIANTS]
-    together = side_by_side(setup, configs, Log(quiet=True))
-    scores = together.run().scores
-    found = trainable(together.model)
-    for i, config in enumerate(configs):
-        single = alone(setup, config)
-        started = {name: p.detach().clone() for name, p in trainable(single.model).items()}
-        expected = single.run().scores
-        for task, value in expected.items():
-            assert scores[f"{task}@{i}"] == pytest.approx(value, abs=1e-4)
-        for name, parameter in trainable(single.model).items():
-            parts = name.split(".")
-            parts[1 if parts[0] == "heads" else -1] += f"@{i}"
-            torch.testing.assert_close(found[".".join(parts)], parameter, rtol=0, atol=1e-4)
-            assert not torch.equal(parameter, started[name])
+def make_trainer(setup):
+    model, *_ = build_model(setup, setup.inputs.tasks, setup.config)
+    return Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
 
 
 @pytest.mark.parametrize("others", [("quora", "sts"), ("sts",)])
 def test_a_tasks_gradients_do_not_change_in_company(still, others):
     """Mask, mean and clipping are the task's own: LoRA dropout is on."""
     setup = still(adapters="per-task", dropout=0.3)
-    trainer = alone(setup, setup.config)
+    trainer = make_trainer(setup)
     names = list(setup.train)
     sst = np.array([[names.index("sst"), i] for i in range(9)])
     rest = np.array([[names.index(name), i] for name in others for i in range(5)])
@@ -97,7 +68,7 @@ def test_a_tasks_gradients_do_not_change_in_company(still, others):
 def test_a_tasks_own_learning_rate(still):
     settings = {"lr": 1e-3, "head_lr": 3e-3, "sts": TaskLoraConfig(lr=5e-3)}
     setup = still(adapters="shared+per-task", **settings)
-    trainer = alone(setup, setup.config)
+    trainer = make_trainer(setup)
     of = {id(p): group["peak"] for group in trainer.optimizer.param_groups for p in group["params"]}
     for name, parameter in trainable(trainer.model).items():
         expected = 3e-3 if name.startswith("heads.") else 1e-3
@@ -109,33 +80,6 @@ def test_a_tasks_own_learning_rate(still):
 def test_a_tasks_own_settings_need_its_own_adapter(tiny_config):
     with pytest.raises(UserError, match="sts has settings of its own"):
         tiny_config(sts=TaskLoraConfig(r=2))
-
-
-def test_a_variant_that_diverges_leaves_the_others(still):
-    setup = still(tasks=("sts",), epochs=2)
-    good = setup.config
-    bad = replace(good, lr=1e30, head_lr=1e30)
-    together = side_by_side(setup, [bad, good], Log(quiet=True))
-    scores = together.run().scores
-    assert scores["sts@0"] is None
-    assert scores["sts@1"] == pytest.approx(alone(setup, good).run().scores["sts"], abs=1e-4)
-
-
-def test_in_fp16_a_variant_that_diverged_stops_the_others_for_a_while_only(still):
-    setup = still(tasks=("sts",), epochs=8, precision="fp16", lr=1e-3)
-    bad = replace(setup.config, lr=1e30, head_lr=1e30)
-    together = side_by_side(setup, [bad, setup.config], Log(quiet=True))
-    together.run()
-    steps = {
-        name: together.optimizer.state[p]["step"] for name, p in trainable(together.model).items()
-    }
-    good = next(steps[name] for name in steps if name.endswith("lora_B.default@1"))
-    assert together.progress.step - LOG_EVERY <= good < together.progress.step
-
-
-def test_a_search_keeps_what_saves_memory(still):
-    setup = still(tasks=("sts",), grad_checkpoint=True)
-    assert side_by_side(setup, [setup.config], Log(quiet=True)).model.encoder.encoder.recompute
 
 
 class Waits(TorchDispatchMode):
@@ -160,7 +104,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_waits_for_nothing_on_the_device(still, monkeypatch, adapters, precision):
     """Batches come from the host. No LoRA dropout, for a CPU's masks read their seed."""
     setup = still(adapters=adapters, precision=precision, dropout=0.0)
-    trainer = alone(setup, setup.config)
+    trainer = make_trainer(setup)
     plan = trainer.plan(0)[0]
     batch = collate(setup.train, plan)
     assert batch.layout.index is not None
