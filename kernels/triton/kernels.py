@@ -250,13 +250,13 @@ def lora_reduce(
     piece, rank = tl.program_id(0) // BLOCK_R, tl.program_id(0) % BLOCK_R
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-    for first in range(0, PARTIALS, BLOCK_C):
-        i = first + tl.arange(0, BLOCK_C)
-        entry = tiles_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
-        mine = tl.load(entry, mask=i < PARTIALS, other=-1) == piece
-        acc += load_tile(partial_ptr, i.to(tl.int64) * BLOCK_R + rank, K, k, 1, mine, k < K)
     offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
     if rank < ranks:
+        for first in range(0, PARTIALS, BLOCK_C):
+            i = first + tl.arange(0, BLOCK_C)
+            entry = tiles_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
+            mine = tl.load(entry, mask=i < PARTIALS, other=-1) == piece
+            acc += load_tile(partial_ptr, i.to(tl.int64) * BLOCK_R + rank, K, k, 1, mine, k < K)
         d_row = (offset + rank).to(tl.int64) * K
         tl.store(d_ptr + d_row + k, tl.sum(acc, 0), mask=k < K)
 

@@ -59,9 +59,15 @@ def backward(
         base = dx = grad @ call.weight if need_dx else None
     dA = outer(plan, x, v, A, base, dx)
     if fits_one_gemm(call.terms, M):
-        half = grad.is_cuda and grad.dtype != torch.float32
-        dB = torch.mm(grad.T, u, out_dtype=torch.float32) if half else grad.T.float() @ u.float()
-        return dx, _parts(dA, dB, call.terms)
+        # Each term's product reads its own columns of the gradient only.
+        half = dict(out_dtype=torch.float32) if grad.is_cuda and grad.dtype != torch.float32 else {}
+        g, u = (grad, u) if half else (grad.float(), u.float())
+        gradients: list[Tensor] = []
+        for term, first in zip(call.terms, rank_offsets(call.terms), strict=False):
+            (width, rank), column = term.lora_B.shape, term.column
+            own = g[:, column : column + width].T, u[:, first : first + rank]
+            gradients += [dA[first : first + rank], torch.mm(*own, **half)]
+        return dx, gradients
     widest = max(term.lora_B.shape[0] for term in call.terms)
     dB = outer(plan, grad, u, width=widest).T
     return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])

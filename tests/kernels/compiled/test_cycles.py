@@ -1,0 +1,75 @@
+"""The T4 cycle model of every shipped kernel, held against a committed table.
+
+After a change that is meant: `FASTLORA_WRITE_CYCLES=1 pytest` on this file writes the table anew.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from compiled import aot, sm75_cycles
+
+from fastlora.kernels.triton import tuning
+
+TABLE = Path(__file__).with_name("sm75_cycles.json")
+GATE = 0.05
+
+
+def measured():
+    """{kernel and flags: units taken and simulated cycles, a turn} of the sm_75 launches."""
+    table = {}
+    row = tuning.SHIPPED["75/fp16"]
+    for (kernel, constants), (arguments, blocks) in aot.variants(75, torch.float16, row).items():
+        compiled = aot.compile_launch(75, kernel, arguments, dict(constants), blocks)
+        body = sm75_cycles.main_loop(sm75_cycles.decode(compiled))
+        flags = [name for name, value in constants if value is True]
+        simulated = {
+            str(n): round(sm75_cycles.simulate(body, max(1, blocks.warps // 4) * n) / n)
+            for n in (2, 5)  # blocks on an SM
+        }
+        units = sm75_cycles.taken(body, blocks.warps)
+        table[" ".join((kernel.__name__, *sorted(flags)))] = units | simulated
+    return table
+
+
+@pytest.fixture(scope="module")
+def cycles():
+    return measured()
+
+
+def test_no_kernel_takes_other_cycles_than_the_table_says(cycles, capsys):
+    if os.environ.get("FASTLORA_WRITE_CYCLES"):
+        TABLE.write_text(json.dumps({"triton": triton.__version__, "cycles": cycles}, indent=1))
+    committed = json.loads(TABLE.read_text())
+    with capsys.disabled():
+        print("\ncycles of a T4's SM, a turn of one block (computed, not measured)")
+        for name, row in cycles.items():
+            print(f"{name:<36}", "  ".join(f"{unit} {value}" for unit, value in row.items()))
+    if committed["triton"] != triton.__version__:
+        pytest.skip(f"the table is of Triton {committed['triton']}, here is {triton.__version__}")
+    assert cycles.keys() == committed["cycles"].keys()
+    for name, row in cycles.items():
+        for unit, value in row.items():
+            known = committed["cycles"][name][unit]
+            assert abs(value - known) <= GATE * known, f"{name}: {unit} {known} -> {value}"
+
+
+def test_the_layer_added_up(cycles, capsys):
+    blocks = tuning.SHIPPED["75/fp16"]
+    rows = (
+        ("lora_down HAS_COPY HAS_DROPOUT", blocks.down),
+        ("lora_outer HAS_DROPOUT HAS_DX", blocks.outer),
+    )
+    own = [(cycles[name]["shared"], tile.m * tile.k) for name, tile in rows]
+    for clock in sm75_cycles.CLOCKS:
+        parts = sm75_cycles.layer(own, clock)
+        ratio = sum(parts.values()) / next(iter(parts.values()))
+        with capsys.disabled():
+            print(f"\nquery, key and value on a T4 at {clock / 1e9} GHz, computed: {ratio:.3f}x")
+            print("  ".join(f"{name} {value:.0f} us" for name, value in parts.items()))
+        assert ratio <= 1.24
+        # dx and dA are bound by their bytes, whatever the clock.
+        assert parts["dx and dA"] == pytest.approx(3 * 4096 * 768 * 2 / sm75_cycles.DRAM * 1e6)
