@@ -5,7 +5,8 @@ covers all rows, route "gemm" extends K and keeps [x | u]. Otherwise, and always
 the GEMM reads W0 as it is and kernels add the terms to y and dx.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,14 +61,11 @@ def backward(
     dA = outer(plan, x, v, A, base, dx)
     if fits_one_gemm(call.terms, M):
         # Each term's product reads its own columns of the gradient only.
-        half = dict(out_dtype=torch.float32) if grad.is_cuda and grad.dtype != torch.float32 else {}
+        half = grad.is_cuda and grad.dtype != torch.float32
+        mm = partial(torch.mm, out_dtype=torch.float32) if half else torch.mm
         g, u = (grad, u) if half else (grad.float(), u.float())
-        gradients: list[Tensor] = []
-        for term, first in zip(call.terms, rank_offsets(call.terms), strict=False):
-            (width, rank), column = term.lora_B.shape, term.column
-            own = g[:, column : column + width].T, u[:, first : first + rank]
-            gradients += [dA[first : first + rank], torch.mm(*own, **half)]
-        return dx, gradients
+        places = _places(call.terms)
+        return dx, [part for r, c in places for part in (dA[r], mm(g[:, c].T, u[:, r]))]
     widest = max(term.lora_B.shape[0] for term in call.terms)
     dB = outer(plan, grad, u, width=widest).T
     return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])
@@ -75,11 +73,14 @@ def backward(
 
 def _parts(A: Tensor, B: Tensor, terms: Sequence[Term]) -> list[Tensor]:
     """Each term's part of A [R, K] and of B [N, R]."""
-    parts = []
+    return [part for ranks, columns in _places(terms) for part in (A[ranks], B[columns, ranks])]
+
+
+def _places(terms: Sequence[Term]) -> Iterator[tuple[slice, slice]]:
+    """Each term's ranks among all R, and its columns of y."""
     for term, first in zip(terms, rank_offsets(terms), strict=False):
-        (width, rank), column = term.lora_B.shape, term.column
-        parts += [A[first : first + rank], B[column : column + width, first : first + rank]]
-    return parts
+        width, rank = term.lora_B.shape
+        yield slice(first, first + rank), slice(term.column, term.column + width)
 
 
 def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tensor, Tensor]:
