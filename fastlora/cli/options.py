@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "Search": {
         "budget": "Time, as 90s, 30m or 2h, after which no short run begins.",
         "trials": "Short runs of learning rate and warmup, 1 or more.",
+        "together": "Without effect: trials train one at a time.",
         "join": "Help with the search in --out that another process leads.",
     },
     "LoRA": {

@@ -69,6 +69,8 @@ def run_search(
     best = setup.config
     open_run(folder, best, FILE)
     log.facts([*facts_of(setup, Ranks(setup.device)), ("search", str(folder))])
+    if how.together is not None:
+        log.line("note       --together has no effect: trials train one at a time")
     shared = best.adapters == "shared"
     parts = {"jointly": best} if shared else {task: _alone(best, task) for task in setup.train}
     if how.budget:

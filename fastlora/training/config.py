@@ -197,6 +197,7 @@ class SearchConfig:
 
     budget: timedelta | None = None  # after which no short run begins
     trials: int = 10  # short runs of learning rate and warmup
+    together: int | None = None  # without effect: trials once trained side by side
     join: bool = False  # help with a search that another process leads
 
     def __post_init__(self) -> None:
