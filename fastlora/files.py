@@ -22,30 +22,46 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` to fill; it replaces `path` when the block ends well."""
+    """Yield a new folder beside `path` to fill; it replaces `path` when the block ends well.
+
+    A process that is killed while it replaces `path` leaves the old folder or the new one whole, if
+    not as `path` then beside it, with a name that begins with a dot.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    old = Path(f"{building}.old")
     try:
         building.chmod(0o755)
         yield building
-        for file in building.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+        for written in (*building.rglob("*"), building):
+            _sync(written)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(building, path)
+        _sync(path.parent)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)  # the new one could not take its place
+        for folder in (building, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def cache_folder() -> Path:
@@ -70,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     require(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__} (expected an object)")
@@ -90,5 +106,5 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomlkit.parse(file.read_text(encoding="utf-8-sig")).unwrap()
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomlkit.exceptions.TOMLKitError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomlkit.exceptions.TOMLKitError) as error:
         raise UserError(f"{file}: not a readable TOML file: {error}") from None

@@ -143,7 +143,7 @@ def evaluate(
     trained = load_trained(run, how.device, model)
     tasks = trained.tasks.values()
     folder, _ = find_data(how.data, tasks)
-    rules = {"pairs": trained.extra["pairs"], "quoting": how.quoting, "bad_rows": how.bad_rows}
+    rules = {"pairs": trained.settings["pairs"], "quoting": how.quoting, "bad_rows": how.bad_rows}
     datasets = load_tasks(folder, tasks, split, trained.tokenizer, **rules)
     log = Log(quiet=False)
     log.line(f"{run} on {folder}")
@@ -159,7 +159,7 @@ def predict_file(
         str | None, Parameter(help="The rows' task; else the only one, or their column `task`.")
     ] = None,
     out: Annotated[
-        Path | None, Parameter(help="File to write; by default NAME.predictions.csv beside it.")
+        Path | None, Parameter(help="File to write; by default INPUT.predictions.csv.")
     ] = None,
     settings: Annotated[PredictFlags, _FLAT] = PredictFlags(),  # noqa: B008
     model: Encoder = None,
@@ -167,7 +167,7 @@ def predict_file(
     """Predict the labels of a file's rows; labels in the file are not needed."""
     if not input.is_file():
         raise UserError(f"{input}: no such file")
-    out = out or input.with_name(f"{input.stem}.predictions.csv")
+    out = out or input.with_name(f"{input.name}.predictions.csv")
     if out.is_dir() or (out.exists() and out.samefile(input)):
         what = "a folder" if out.is_dir() else "the input itself"
         raise UserError(f"--out is {out}, {what} (expected the name of a file to write)")

@@ -23,15 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NO_PLOTS = "There are no plots: matplotlib is not installed."
-# Okabe and Ito's, which colour-blind readers can tell apart.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
-STYLE: dict[Any, Any] = {
-    "axes.prop_cycle": f"cycler('color', {COLOURS})",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a class may be named "$5 to $9"
-}
+TEMPLATES = Path(__file__).parent / "templates"
 
 Block = str | list[str] | dict[str, Any]
 
@@ -69,7 +61,7 @@ def plot(
     from matplotlib.figure import Figure  # not pyplot's: no window, no global list
 
     rows, picture = math.ceil(panels / 3), BytesIO()
-    with rc_context(STYLE):
+    with rc_context(fname=TEMPLATES / "plots.mplstyle"):
         figure = Figure(figsize=(8, 3 * rows), dpi=150, layout="constrained")
         columns = math.ceil(panels / rows)
         draw(figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)])
@@ -107,7 +99,7 @@ def render(template: str, **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tomlkit
 import torch
 from torch import Tensor
@@ -23,16 +22,7 @@ from fastlora.lora.config import LoraConfig, is_target
 from fastlora.lora.files import read_config
 from fastlora.lora.layer import DEFAULT
 from fastlora.multitask.files import adapter_names, adapter_place, read_heads
-from fastlora.runs.pages import (
-    Block,
-    code,
-    heading,
-    plot,
-    render,
-    table,
-    without_folders,
-    write_pages,
-)
+from fastlora.runs import pages
 from fastlora.tensors import read_tensors
 
 if TYPE_CHECKING:
@@ -52,11 +42,11 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self.folder, self.adapter = folder, folder / "adapter"
         self.name = folder.resolve().name
-        self.settings = without_folders(read_toml(folder / "run.toml"))
+        self.settings = pages.without_folders(read_toml(folder / "run.toml"))
         self.environment = read_json(folder / "env.json")
         self.result = read_json(folder / "result.json")
         base = read_json(self.adapter / "heads.json")["base_model"]
-        self.base = without_folders(base)
+        self.base = pages.without_folders(base)
         self.base_is_local = self.base != base or Path(base).is_dir()
         tasks, settings = read_heads(self.adapter)
         # Tasks that --add-to took over from an earlier run were not trained in this one.
@@ -79,20 +69,19 @@ def write_report(folder: str | Path) -> None:
     OSError when one of those files is missing or broken.
     """
     run = _Run(Path(folder))
-    environment = ([key, str(value or "none")] for key, value in run.environment.items())
     blocks = [
         _summary(run),
-        heading("Dev scores"),
-        table(*run.result["table"]),
+        pages.heading("Dev scores"),
+        pages.table(*run.result["table"]),
         *_training(run),
         *_predictions(run),
         *(block for adapter in run.adapters for block in _ranks(run, adapter)),
-        heading("Configuration"),
-        code(tomlkit.dumps(run.settings)),
-        heading("Environment"),
-        table(["name", "value"], environment),
+        pages.heading("Configuration"),
+        pages.code(tomlkit.dumps(run.settings)),
+        pages.heading("Environment"),
+        pages.table(["name", "value"], ([k, str(v or "none")] for k, v in run.environment.items())),
     ]
-    write_pages(run.folder, run.name, blocks)
+    pages.write_pages(run.folder, run.name, blocks)
     with atomic_open(run.adapter / "README.md") as file:
         file.write(_model_card(run))
 
@@ -119,7 +108,7 @@ def _summary(run: _Run) -> str:
     )
 
 
-def _training(run: _Run) -> Iterator[Block | None]:
+def _training(run: _Run) -> Iterator[pages.Block | None]:
     history = run.result["history"]
     lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [line for line in map(json.loads, lines) if "loss" in line]
@@ -141,23 +130,23 @@ def _training(run: _Run) -> Iterator[Block | None]:
         [str(x["epoch"] + 1), str(x["step"]), *(number(x["scores"][t]) for t in run.tasks)]
         for x in history
     ]
-    yield table(["epoch", "step", *run.tasks], rows)
-    yield plot(run.folder, "training", 2, draw)
+    yield pages.table(["epoch", "step", *run.tasks], rows)
+    yield pages.plot(run.folder, "training", 2, draw)
 
 
-def _predictions(run: _Run) -> Iterator[Block | None]:
+def _predictions(run: _Run) -> Iterator[pages.Block | None]:
     def draw(_figure: Figure, panels: list[Axes]) -> None:
         for axes, (name, task) in zip(panels, run.tasks.items(), strict=True):
             (_draw_confusion if task.labels else _draw_scatter)(axes, task, run.dev_rows[name])
             axes.set_title(f"{name}: {task.metric} {number(run.result['scores'][name])}")
 
-    yield heading("Dev predictions")
-    yield plot(run.folder, "predictions", len(run.tasks), draw)
+    yield pages.heading("Dev predictions")
+    yield pages.plot(run.folder, "predictions", len(run.tasks), draw)
     for name, task in run.tasks.items():
         if 0 < len(task.labels) <= 5:
             counts = Counter(run.dev_rows[name])
             rows = ([a, *(f"{counts[a, b]:,}" for b in task.labels)] for a in task.labels)
-            yield table([f"{name}: label", *(f"predicted {b}" for b in task.labels)], rows)
+            yield pages.table([f"{name}: label", *(f"predicted {b}" for b in task.labels)], rows)
 
 
 def _draw_confusion(axes: Axes, task: Task, rows: list[tuple[str, str]]) -> None:
@@ -185,34 +174,18 @@ def _draw_scatter(axes: Axes, task: Task, rows: list[tuple[str, str]]) -> None:
     axes.set(xlabel="label", ylabel="prediction", xlim=ends, ylim=ends, box_aspect=1)
 
 
-def _ranks(run: _Run, adapter: str) -> Iterator[Block | None]:
+def _ranks(run: _Run, adapter: str) -> Iterator[pages.Block | None]:
     settings = run.adapters[adapter]
     spectra = _spectra(adapter_place(run.adapter, adapter), settings)
     layers = sorted({layer for layer, _ in spectra})
 
-    def draw(figure: Figure, panels: list[Axes]) -> None:
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-
-        colours = ScalarMappable(Normalize(layers[0], layers[-1]), "viridis")
-        top = max(float(values[0]) for values in spectra.values())
-        for (layer, target), values in spectra.items():
-            axes = panels[settings.targets.index(target)]
-            colour = colours.to_rgba(np.array(layer))
-            axes.plot(range(1, len(values) + 1), values, ".-", color=colour)
-            axes.set(title=target, xlabel="index", ylabel="singular value")
-            axes.set_ylim(0, 1.05 * top or 1)
-            axes.locator_params("x", integer=True, min_n_ticks=1)
-        figure.colorbar(colours, ax=panels, label="layer", ticks=layers[:: 1 + len(layers) // 13])
-
-    yield heading("Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}"))
+    yield pages.heading("Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}"))
     yield (
-        f"Singular values of each update scale B A (r = {settings.r}), and its effective rank: "
-        "how many of them hold 90% of their squared sum."
+        f"The effective rank of each update B A (r = {settings.r}): how many of its singular "
+        "values hold 90% of their squared sum."
     )
     rows = ([str(i), *(str(_effective(spectra[i, t])) for t in settings.targets)] for i in layers)
-    yield table(["layer", *settings.targets], rows)
-    yield plot(run.folder, f"ranks-{adapter}", len(settings.targets), draw)
+    yield pages.table(["layer", *settings.targets], rows)
 
 
 def _spectra(folder: Path, settings: LoraConfig) -> dict[tuple[int, str], Tensor]:
@@ -248,12 +221,12 @@ def _model_card(run: _Run) -> str:
         library_name="peft" if run.adapters else "fastlora",
         tags=["lora", "fastlora"] if run.adapters else ["fastlora"],
     )
-    return render(
+    return pages.render(
         "README.md",
         card_data=data.to_yaml(),
         title=run.name,
         subject=_subject(run),
-        scores=table(*run.result["table"]),
+        scores=pages.table(*run.result["table"]),
         folders=[adapter_place(Path("adapter"), name).as_posix() for name in run.adapters],
-        settings=code(tomlkit.dumps(run.settings)),
+        settings=pages.code(tomlkit.dumps(run.settings)),
     )

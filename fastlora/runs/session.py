@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from shlex import quote
 
@@ -15,27 +16,20 @@ from fastlora.bert.weights import save_encoder
 from fastlora.console import Log
 from fastlora.data.tasks import Task
 from fastlora.errors import Interrupted, UserError
-from fastlora.files import atomic_folder, atomic_open
+from fastlora.files import atomic_folder, atomic_open, read_json
 from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
-from fastlora.multitask.files import (
-    BaseInfo,
-    adapter_place,
-    fingerprint,
-    load_all,
-    read_heads,
-    save_adapter,
-    save_heads,
-)
+from fastlora.multitask import files as adapters
+from fastlora.multitask.files import BaseInfo
 from fastlora.multitask.model import MultitaskBert
 from fastlora.multitask.predictor import predict, score_table, write_predictions
-from fastlora.runs.folder import default_folder, describe_gpu, open_run
+from fastlora.runs.folder import default_folder, describe_gpu, fingerprints, open_run, owned
 from fastlora.runs.report import write_report
+from fastlora.training.checkpoint import check_finite, trainable
 from fastlora.training.config import TaskLoraConfig, TrainConfig
 from fastlora.training.distributed import Ranks
 from fastlora.training.inputs import Inputs, adapter_folder, find_inputs
-from fastlora.training.loop import Result, Trainer
-from fastlora.training.optimizer import owner
+from fastlora.training.loop import Result, Trainer, owner
 from fastlora.training.setup import Setup, build_model, find_route, prepare, to_compute, training
 from fastlora.training.stopping import Stop
 
@@ -77,20 +71,38 @@ def run_prepared(
 
 
 def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
-    folder, inputs = setup.config.out or default_folder(setup.config), setup.inputs
-    config, old = _finished(setup.config, inputs.tasks)
+    """Build the model, and train it in its folder."""
+    folder, inputs = Path(setup.config.out or default_folder(setup.config)), setup.inputs
+    config, old = _add_to(setup.config, inputs.tasks)
     tasks = {**old, **inputs.tasks}
     model, base_sha, notes = build_model(setup, tasks, config)
     base = BaseInfo(inputs.source.name, base_sha, setup.tokenizer.fingerprint)
     if config.add_to:
         _keep(model, adapter_folder(config.add_to), old, base)
-    if ranks.first and not dry_run:
-        open_run(folder, setup.config)
-        log.file = folder / "train.log"
-    ranks.barrier()
-    _banner(setup, model, folder, notes, ranks, log)
     if dry_run:
+        _banner(setup, model, folder, notes, ranks, log)
         return None
+    setup = replace(setup, fingerprints=fingerprints(setup, base_sha, model.encoder.config))
+    with owned(folder) if ranks.first else nullcontext():
+        if ranks.first:
+            open_run(folder, setup.config, setup.fingerprints)
+        ranks.barrier()
+        if (folder / "adapter" / "README.md").is_file():  # the last file that a run writes
+            return _report_finished(folder, log)
+        if ranks.first:
+            log.file = folder / "train.log"
+        _banner(setup, model, folder, notes, ranks, log)
+        result = _train(setup, model, folder, base, ranks, log)
+        ranks.barrier()
+    if log.brief and setup.stop.asked:
+        raise Interrupted  # too late to stop this run, but others were to follow
+    return result
+
+
+def _train(
+    setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo, ranks: Ranks, log: Log
+) -> Result:
+    """Train from the start or the newest checkpoint to the end; write what the run leaves."""
     to_compute(model, setup.config, setup.device)
     trainer = Trainer(setup, model, folder, ranks, log)
     if trainer.resume():
@@ -103,28 +115,33 @@ def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
         raise
     if ranks.first:
         _finish(trainer, result, folder, base)
-    ranks.barrier()
-    if log.brief and trainer.stop.asked:
-        raise Interrupted  # too late to stop this run, but others were to follow
     return result
 
 
-def _finished(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig, dict[str, Task]]:
-    """The tasks of the run to add to, and the configuration with their adapters' settings.
+def _report_finished(folder: Path, log: Log) -> Result:
+    """Say how a finished run ended; its files stay as they are."""
+    record = read_json(folder / "result.json")
+    log.line(f"{folder}: this run is finished; its scores are:")
+    log.table(*record["table"])
+    return Result(**{field.name: record[field.name] for field in fields(Result)})
 
-    Raises UserError when it has no adapters per task, or has a new task already.
+
+def _add_to(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig, dict[str, Task]]:
+    """The tasks of the run of --add-to, and the configuration with their adapters' settings.
+
+    Raises UserError when that run has no adapters per task, or has a new task already.
     """
     if config.add_to is None:
         return config, {}
     folder = adapter_folder(config.add_to)
-    old, extra = read_heads(folder)
+    old, theirs = adapters.read_heads(folder)
     for key, ours in (("mode", "lora"), ("adapters", "per-task"), ("pairs", config.pairs)):
-        if extra[key] != ours:
-            raise UserError(f"{config.add_to}: trained with {key} {extra[key]!r}, not {ours!r}")
+        if theirs[key] != ours:
+            raise UserError(f"{config.add_to}: trained with {key} {theirs[key]!r}, not {ours!r}")
     if again := old.keys() & new:
         raise UserError(f"{config.add_to}: has task {min(again)!r}; name new ones with --tasks")
     for name in old:
-        settings = read_config(adapter_place(folder, name))
+        settings = read_config(adapters.adapter_place(folder, name))
         config = config.with_task_settings(name, TaskLoraConfig.of(settings))
     return config, old
 
@@ -132,7 +149,7 @@ def _finished(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig
 def _keep(model: MultitaskBert, folder: Path, old: dict[str, Task], base: BaseInfo) -> None:
     """Load a finished run's adapters and heads into the model, and freeze them."""
     heads = nn.ModuleDict({name: model.heads[name] for name in old})
-    load_all(folder, model.encoder, old, heads, base)
+    adapters.load_all(folder, model.encoder, old, heads, base)
     for name, parameter in model.named_parameters():
         if owner(name) in old:
             parameter.requires_grad_(False)
@@ -179,8 +196,8 @@ def facts_of(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
 def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> None:
     """Write adapter, heads, predictions, scores and the report; print the table."""
     setup, model, log = trainer.setup, trainer.model, trainer.log
-    save_trained(setup, model, folder / "adapter", base)
-    # A finished run that is started again has evaluated nothing yet.
+    save_trained(setup, model, folder / "adapter", base, result.steps)
+    # A run that was stopped after its last step has evaluated nothing yet.
     outputs = trainer.outputs or predict(model, setup.dev, trainer.dev_features)
     for name, data in setup.dev.items():
         write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
@@ -198,16 +215,23 @@ def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> N
     )
 
 
-def save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo) -> None:
-    """Write what was trained: heads, and the adapter, one sub-folder a task, or the encoder."""
+def save_trained(
+    setup: Setup, model: MultitaskBert, folder: str | Path, base: BaseInfo, step: int
+) -> None:
+    """Write what was trained: heads, and the adapter, one sub-folder a task, or the encoder.
+
+    Raises RunError, and writes nothing, for a value that is not finite.
+    """
     config = setup.config
-    extra = {k: getattr(config, k) for k in ("mode", "adapters", "pairs", "model")}
-    with atomic_folder(folder) as building:
+    check_finite(trainable(model), step)
+    settings = {key: getattr(config, key) for key in ("mode", "adapters", "pairs", "model")}
+    with atomic_folder(Path(folder)) as building:
         if config.mode == "full":
             save_encoder(model.encoder, building / ENCODER)
             setup.inputs.source.copy_tokenizer(building / ENCODER)
-            base = replace(base, encoder_sha256=fingerprint(model.encoder))
+            base = replace(base, encoder_sha256=adapters.fingerprint(model.encoder))
         elif config.mode == "lora":
             for name in model.settings:
-                save_adapter(adapter_place(building, name), model.encoder, name, base)
-        save_heads(building, model.heads, model.tasks, base, extra)
+                place = adapters.adapter_place(building, name)
+                adapters.save_adapter(place, model.encoder, name, base)
+        adapters.save_heads(building, model.heads, model.tasks, base, settings)

@@ -44,7 +44,7 @@ class Trained:
     tokenizer: Tokenizer
     source: Source
     tasks: dict[str, Task]
-    extra: dict[str, Any]
+    settings: dict[str, Any]  # of the run: mode, adapters, pairs, model
 
 
 @torch.random.fork_rng([])  # layers are drawn before they are read
@@ -55,23 +55,23 @@ def load_trained(path: str | Path, device: str = "auto", model: str | None = Non
     anything is missing or belongs to another encoder or tokenizer.
     """
     folder = adapter_folder(Path(path))
-    tasks, extra = adapters.read_heads(folder)
-    full = extra["mode"] == "full"
-    source = resolve(str(folder / ENCODER) if full else model or extra["model"])
+    tasks, settings = adapters.read_heads(folder)
+    full = settings["mode"] == "full"
+    source = resolve(str(folder / ENCODER) if full else model or settings["model"])
     tokenizer = Tokenizer.from_folder(source.folder)
     encoder, _ = load_encoder(source.folder, PARTS)
     use_measured_blocks()
     base = adapters.BaseInfo(source.name, adapters.fingerprint(encoder), tokenizer.fingerprint)
-    net = MultitaskBert(encoder, tasks, extra["pairs"])
+    net = MultitaskBert(encoder, tasks, settings["pairs"])
     names = []
-    if extra["mode"] == "lora":
-        names = adapters.adapter_names(extra["adapters"], tasks)
+    if settings["mode"] == "lora":
+        names = adapters.adapter_names(settings["adapters"], tasks)
         places = {name: adapters.adapter_place(folder, name) for name in names}
         net.adapt({name: read_config(place) for name, place in places.items()})
     adapters.load_all(folder, net.encoder, names, net.heads, base)
     net = net.to(local_device(device)).eval()
     pack(net.encoder)  # nobody else changes its frozen weights
-    return Trained(net, tokenizer, source, tasks, extra)
+    return Trained(net, tokenizer, source, tasks, settings)
 
 
 def predict_rows(
@@ -88,7 +88,7 @@ def predict_rows(
         mixed = () if task else names
         rows = read_rows(path, own, labelled=False, quoting=quoting, mixed=mixed)
         if rows.ids:
-            data[name] = encode_rows(rows, own, trained.tokenizer, trained.extra["pairs"])
+            data[name] = encode_rows(rows, own, trained.tokenizer, trained.settings["pairs"])
             numbers[name] = rows.positions
     if not data:
         raise UserError(f"{path}: no rows")
@@ -109,10 +109,10 @@ def merge_encoder(trained: Trained, task: str | None, out: str | Path) -> float:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; name a new folder or remove it")
-    extra, net = trained.extra, trained.model
-    if extra["mode"] != "lora":
-        raise UserError(f"the run was trained with --mode {extra['mode']}: no adapter to merge")
-    shared = extra["adapters"] == "shared"
+    settings, net = trained.settings, trained.model
+    if settings["mode"] != "lora":
+        raise UserError(f"the run was trained with --mode {settings['mode']}: no adapter")
+    shared = settings["adapters"] == "shared"
     if task not in trained.tasks and not (shared and task is None):
         raise UserError(f"--task is {task!r} (the run's tasks are {', '.join(trained.tasks)})")
     probe = {}
@@ -120,7 +120,7 @@ def merge_encoder(trained: Trained, task: str | None, out: str | Path) -> float:
         if shared or name == task:
             texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(own.columns)))
             rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
-            probe[name] = encode_rows(rows, own, trained.tokenizer, extra["pairs"])
+            probe[name] = encode_rows(rows, own, trained.tokenizer, settings["pairs"])
     before = predict(net, probe)
     merge(net.encoder, *net.adapters(task or next(iter(trained.tasks))))
     after = predict(net, probe)

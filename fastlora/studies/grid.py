@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from fastlora.console import Log, number
 from fastlora.errors import Interrupted, RunError
 from fastlora.files import atomic_open, read_json
-from fastlora.runs.folder import open_run
 from fastlora.runs.pages import plot, table, without_folders, write_pages
 from fastlora.runs.session import facts_of, run_prepared
 from fastlora.studies.paper_tables import COURSE, TABLES, Row
@@ -95,10 +94,8 @@ def run_once(setup: Setup, label: str, log: Log) -> dict[str, Any]:
     """The result.json of a run in `setup.config.out`, which is trained unless it is complete."""
     folder = setup.config.out
     assert folder is not None
-    if (folder / "adapter" / "README.md").is_file():  # the last file that a run writes
-        open_run(folder, setup.config)  # raises where it has other settings
-        return read_json(folder / "result.json")
-    try:
+    new = not (folder / "adapter" / "README.md").is_file()  # the last file that a run writes
+    try:  # a finished run is left as it is, and refused where its settings or its data differ
         run_prepared(setup, quiet=log.console.quiet, brief=True)
     except Interrupted:
         log.line(f"{label}  stopped, saved; the same command continues from there")
@@ -106,8 +103,9 @@ def run_once(setup: Setup, label: str, log: Log) -> dict[str, Any]:
     # A finished run needs no checkpoint, and a study has many runs.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     result = read_json(folder / "result.json")
-    scores = "  ".join(f"{task} {number(score)}" for task, score in result["scores"].items())
-    log.line(f"{label}  {scores}  {result['seconds']:.1f} s")
+    if new:
+        scores = "  ".join(f"{task} {number(score)}" for task, score in result["scores"].items())
+        log.line(f"{label}  {scores}  {result['seconds']:.1f} s")
     return result
 
 

@@ -23,7 +23,7 @@ from fastlora.console import Log
 from fastlora.data.tasks import BUILTIN
 from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_open
-from fastlora.runs.folder import default_folder, open_run, write_config
+from fastlora.runs.folder import default_folder, fingerprints, open_run, write_config
 from fastlora.runs.pages import Block, code, heading, plot, table, without_folders, write_pages
 from fastlora.runs.session import facts_of
 from fastlora.studies.grid import cell
@@ -62,12 +62,13 @@ def run_search(
     if config.mode != "lora" or config.adapters == "shared+per-task" or config.add_to:
         raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
     log, setup = Log(quiet), prepare(config, inputs)
-    setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop or Stop())
+    loaded = read_encoder(inputs.source)
+    setup = replace(setup, loaded=loaded, stop=stop or Stop())
     folder = config.out or default_folder(config)
     if how.join and not (folder / FILE).is_file():
         raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
     best = setup.config
-    open_run(folder, best, FILE)
+    open_run(folder, best, fingerprints(setup, loaded.sha256, loaded.encoder.config), FILE)
     log.facts([*facts_of(setup, Ranks(setup.device)), ("search", str(folder))])
     if how.together is not None:
         log.line("note       --together has no effect: trials train one at a time")

@@ -6,7 +6,6 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from fastlora.multitask.model import MultitaskBert, task_losses
 from fastlora.multitask.predictor import Features, predict, scores_of
 from fastlora.training.checkpoint import (
     Progress,
+    check_finite,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -89,10 +89,13 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest valid checkpoint; returns whether there was one."""
-        path = latest_checkpoint(self.folder / "checkpoints") if self.folder else None
+        path = None
+        if self.folder:
+            path = latest_checkpoint(self.folder / "checkpoints", self.log.line)
         if path is None:
             return False
-        self.progress = load_checkpoint(path, self.model, self.optimizer, self.scaler)
+        state = (self.model, self.optimizer, self.scaler)
+        self.progress = load_checkpoint(path, *state, self.setup.fingerprints)
         if self.progress.sums and self.ranks.first:  # they are those of all ranks
             self.sums.copy_(torch.tensor(self.progress.sums))
         return True
@@ -242,20 +245,16 @@ class Trainer:
         losses = {name: total / count for name, (total, count) in pairs if count}
         progress = self.progress
         if not all(map(math.isfinite, losses.values())):
-            self.end_diverged(losses_text(losses))
+            raise Diverged(
+                f"the loss diverged by step {progress.step} ({losses_text(losses)}); lower --lr "
+                f"(it is {self.config.lr:g}) or raise --warmup"
+            )
         rate = progress.examples / progress.seconds
         lr = float(self.optimizer.param_groups[0]["lr"])
         if self.metrics:
             values = {"epoch": progress.epoch, "lr": lr, "loss": losses, "examples_per_s": rate}
             self.metrics.write(progress.step, values)
         self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {losses_text(losses)}")
-
-    def end_diverged(self, what: str) -> NoReturn:
-        """End the run with Diverged, which says what is not finite, and what to do."""
-        raise Diverged(
-            f"the loss diverged by step {self.progress.step} ({what}); lower --lr (it is "
-            f"{self.config.lr:g}) or raise --warmup"
-        )
 
     def evaluate(self) -> None:
         """Score the dev data. Each process computes all of it, as waiting would take as long."""
@@ -274,13 +273,13 @@ class Trainer:
         if self.folder is None:
             return
         self.stop_clock()
-        if not torch.stack([p.detach().isfinite().all() for p in self.parameters]).all():
-            self.end_diverged("a weight is not finite")
+        check_finite(trainable(self.model), self.progress.step)
         self.progress.sums = self.ranks.sum(self.sums.clone()).tolist()
         if self.ranks.first:
             folder = self.folder / "checkpoints"
+            state = (self.model, self.optimizer, self.scaler, self.progress)
             try:
-                save_checkpoint(folder, self.model, self.optimizer, self.scaler, self.progress)
+                save_checkpoint(folder, *state, self.setup.fingerprints)
             except (OSError, SafetensorError) as error:
                 raise RunError(f"{folder}: cannot be written to: {error}") from error
         self.ranks.barrier()

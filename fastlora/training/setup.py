@@ -58,6 +58,7 @@ class Setup:
     device: torch.device
     loaded: Loaded | None = None  # an encoder for several runs to copy; else each loads it
     stop: Stop = field(default_factory=Stop)  # what may end it early
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of what the run reads
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,9 @@
+import os
+
 import pytest
 
-from fastlora.files import atomic_folder, atomic_open
+from fastlora.errors import UserError
+from fastlora.files import atomic_folder, atomic_open, read_json, read_toml
 
 
 def test_folder_appears_when_it_is_complete(tmp_path):
@@ -33,3 +36,60 @@ def test_failed_file_leaves_the_old_one(tmp_path):
         raise OSError("disk full")
     assert target.read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, monkeypatch, at):
+    """The process ends before the first or the second renaming, and cleans up no more."""
+    target, renamed = tmp_path / "adapter", []
+    with atomic_folder(target) as building:
+        (building / "a").write_text("1")
+    replace = os.replace
+
+    def killed(source, to):
+        renamed.append(to)
+        if len(renamed) > at:
+            os._exit(9)
+        replace(source, to)
+
+    if not (child := os.fork()):
+        monkeypatch.setattr(os, "replace", killed)
+        with atomic_folder(target) as building:
+            (building / "b").write_text("2")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert sorted(path.name for path in tmp_path.rglob("[ab]")) == ["a", "b"]
+    assert target.exists() == (at == 0)
+    with atomic_folder(target) as building:
+        (building / "c").write_text("3")
+    assert [path.name for path in target.iterdir()] == ["c"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    target = tmp_path / "adapter"
+    with atomic_folder(target) as building:
+        (building / "a").write_text("1")
+    replace = os.replace
+
+    def refuse(source, to):
+        if to == target and not str(source).endswith(".old"):
+            raise OSError("no")
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no"), atomic_folder(target) as building:
+        (building / "b").write_text("2")
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "a"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ', "[]", "\xff"])
+def test_json_that_is_none_is_a_user_error(tmp_path, text):
+    (tmp_path / "x.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("text", ["a = 1\na = 2", "[s]\nr = 1\nr = 2", "a = ", "\xff"])
+def test_toml_that_is_none_is_a_user_error(tmp_path, text):
+    (tmp_path / "x.toml").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"x\.toml"):
+        read_toml(tmp_path / "x.toml")

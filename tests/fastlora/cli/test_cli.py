@@ -245,7 +245,7 @@ def test_predict_writes_a_row_for_each_row(finished, tmp_path, capsys):
     file.write_text('sentence\n a good film .\n""\nnot very good\n')
     code, out, _ = call(["predict", finished, file, "--task", "sst"], capsys)
     assert code == 0 and "3 predictions in" in out and "(0 texts truncated)" in out
-    lines = (tmp_path / "new.predictions.csv").read_text().splitlines()
+    lines = (tmp_path / "new.csv.predictions.csv").read_text().splitlines()
     assert lines[0] == "id,task,prediction" and len(lines) == 4
 
 

@@ -194,10 +194,10 @@ def test_report_of_a_shared_adapter(tiny_config, capsys):
     shared = {key: Path(settings[key]).name for key in ("data", "model")}
     assert tomlkit.parse(toml).unwrap() == settings | shared
     assert f"| torch | {torch.__version__} |" in text
-    plots = {f"plots/{name}.png" for name in ("training", "predictions", "ranks-default")}
+    plots = {f"plots/{name}.png" for name in ("training", "predictions")}
     assert {str(p.relative_to(folder)) for p in folder.glob("plots/*")} == plots
     page = Page(read(folder / "report.html"))
-    assert len(page.addresses) == 3
+    assert len(page.addresses) == 2
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert not {"script", "link", "iframe"} & set(page.tags)
 
@@ -233,7 +233,6 @@ def test_report_of_adapters_by_task(tiny_config):
         "## Learned ranks: sst",
         "## Learned ranks: sts",
     ]
-    assert (folder / "plots" / "ranks-sst.png").is_file()
     load_trained(folder, "cpu")
     card = read(folder / "adapter" / "README.md")
     assert 'from_pretrained(encoder, "adapter/sst")' in card

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from fastlora.cli import main
 from fastlora.errors import RunError
 from fastlora.files import read_toml
+from fastlora.runs import session
 from fastlora.runs.pages import NO_PLOTS
-from fastlora.studies import grid
 from fastlora.studies.paper_tables import COURSE, TABLES, Row, Table
 from fastlora.training import setup
 from fastlora.training.config import TrainConfig
@@ -71,7 +71,7 @@ def no_training(monkeypatch):
     def fail(*_args, **_options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(grid, "run_prepared", fail)
+    monkeypatch.setattr(session, "_train", fail)
 
 
 def results(out, row):
@@ -203,7 +203,7 @@ def test_a_failed_row_stops_no_other(finished, flags, tmp_path, capsys, monkeypa
     def fail(*_args, **_options):
         raise RunError("the loss diverged")
 
-    monkeypatch.setattr(grid, "run_prepared", fail)
+    monkeypatch.setattr(session, "_train", fail)
     code, printed, errors = call([*flags, "--out", tmp_path], capsys)
     assert code == 1 and "1 of the rows failed" in errors
     assert "LoRA shared  seed 1 failed: the loss diverged" in printed

@@ -18,7 +18,6 @@ from fastlora.devices import local_device
 from fastlora.errors import RunError, UserError
 from fastlora.multitask.predictor import predict, scores_of
 from fastlora.runs import session
-from fastlora.runs.folder import open_run
 from fastlora.runs.trained import load_trained, merge_encoder
 from fastlora.training import loop as train
 from fastlora.training.checkpoint import Progress, latest_checkpoint, save_checkpoint
@@ -250,11 +249,11 @@ def test_a_run_of_a_version_without_an_option_goes_on(tiny_config):
     run(config)
     file = config.out / "run.toml"
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(line for line in lines if not line.startswith("cuda_graphs")))
+    file.write_text("".join(line for line in lines if not line.startswith("compile")))
     assert file.read_text().count("\n") == len(lines) - 1
     run(config)
-    with pytest.raises(UserError, match="cuda_graphs False -> True"):
-        open_run(config.out, replace(config, cuda_graphs=True))
+    with pytest.raises(UserError, match="compile False -> True"):
+        run(replace(config, compile=True))
 
 
 def test_another_configuration_does_not_touch_a_run(tiny_config):
@@ -337,7 +336,7 @@ def test_the_newest_checkpoint_is_that_of_most_steps(tmp_path):
     optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
     (tmp_path / ".step-000007-killed").mkdir()
     for step in (999_999, 1_000_000, 1_000_001):
-        save_checkpoint(tmp_path, model, optimizer, scaler, Progress(step=step))
+        save_checkpoint(tmp_path, model, optimizer, scaler, Progress(step=step), {})
     assert latest_checkpoint(tmp_path).name == "step-1000001"
     assert {path.name for path in tmp_path.iterdir()} == {"step-1000000", "step-1000001"}
 

@@ -119,14 +119,14 @@ def test_rows_of_mixed_tasks(finished, tmp_path, capsys, monkeypatch, suffix):
     with pytest.raises(SystemExit) as exit:
         main(["predict", str(finished), str(path), "--device", "cpu"])
     assert exit.value.code == 0 and len(passes) == 1
-    found = rows_of(tmp_path / "rows.predictions.csv")
+    found = rows_of(tmp_path / f"rows.{suffix}.predictions.csv")
     assert [(row["id"], row["task"]) for row in found] == [(r["id"], r["task"]) for r in MIXED]
     for row, given in zip(found, MIXED, strict=True):
         single = tmp_path / "single.jsonl"
         single.write_text(json.dumps(given))
         with pytest.raises(SystemExit):
             main(["predict", str(finished), str(single), "--task", row["task"], "--device", "cpu"])
-        (alone,) = rows_of(tmp_path / "single.predictions.csv")
+        (alone,) = rows_of(tmp_path / "single.jsonl.predictions.csv")
         if row["task"] == "sts":
             assert float(alone["prediction"]) == pytest.approx(float(row["prediction"]), abs=2e-4)
         else:
@@ -139,7 +139,7 @@ def test_a_file_of_one_task_needs_its_columns_only(finished, tmp_path):
     with pytest.raises(SystemExit) as exit:
         main(["predict", str(finished), str(path), "--device", "cpu"])
     assert exit.value.code == 0
-    assert [row["task"] for row in rows_of(tmp_path / "rows.predictions.csv")] == ["sst"]
+    assert [row["task"] for row in rows_of(tmp_path / "rows.csv.predictions.csv")] == ["sst"]
 
 
 @pytest.mark.parametrize(
