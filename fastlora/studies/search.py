@@ -121,6 +121,7 @@ def findings_of(search: Search, best: Params) -> dict[str, Any]:
     better = p_value is not None and mean(scores["best"]) > mean(scores["defaults"])
     return {
         "best": best if better else search.defaults,
+        "given": search.defaults,
         "scores": scores,
         "p_value": p_value,
         "ranks": search.stage("ranks", []).user_attrs["ranks"],
@@ -172,9 +173,10 @@ def _verdict(facts: Mapping[str, Any]) -> list[str]:
     compared = "The settings given are the best that was found"
     if facts["scores"]["best"]:
         ours, theirs = (f"{mean(s):.4f} ± {stdev(s):.4f}" for s in facts["scores"].values())
+        kept = "; those given are kept" if facts["best"] == facts["given"] else ""
         compared = (
             f"Mean score over {len(facts['scores']['best'])} seeds, on dev examples that chose "
-            f"nothing: {ours}, of the settings given {theirs} (paired t test: p = {p_value:.2f})"
+            f"nothing: {ours}, of those given {theirs} (paired t test: p = {p_value:.2f}){kept}"
         )
     return [
         f"The best: {', '.join(f'{key} {cell(value)}' for key, value in facts['best'].items())}.",
