@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,22 +62,19 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that `to` copies."""
-        block = (self.input_ids, self.attention_mask, self.token_type_ids, self.rows)
-        tensors = (*block, self.layout.index, self.layout.mask)
-        return [t for t in (*tensors, *self.labels.values(), *self.real.values()) if t is not None]
+        values = (*vars(self).values(), self.layout.index, self.layout.mask)
+        values += (*self.labels.values(), *self.real.values())
+        return [value for value in values if isinstance(value, Tensor)]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device; where possible, return before the copy is complete."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            token_type_ids=self.token_type_ids.to(device, non_blocking=True),
-            layout=self.layout.to(device),
-            labels={t: y.to(device, non_blocking=True) for t, y in self.labels.items()},
-            rows=None if self.rows is None else self.rows.to(device, non_blocking=True),
-            real={t: r.to(device, non_blocking=True) for t, r in self.real.items()},
-        )
+
+        def copy(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: copy(item) for key, item in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return Batch(**copy(vars(self) | {"layout": self.layout.to(device)}))
 
 
 def plan_epoch(
@@ -128,33 +126,38 @@ def collate(
     belong to no task, and examples that do not count (see `Batch`).
     """
     spans: list[Span] = []
-    sequences: list[tuple[np.ndarray, ...]] = []
+    sequences: list[Encoded] = []
     labels: dict[str, Tensor] = {}
     indices: dict[str, np.ndarray] = {}
+    rows = tokens = 0
     for index, (name, data) in enumerate(datasets.items()):
         examples = plan_batch[plan_batch[:, 0] == index, 1]
         if not len(examples):
             continue
-        gathered = [_gather(column, examples) for column in data.columns]
-        start, first = (spans[-1].stop, spans[-1].tokens[1]) if spans else (0, 0)
-        last = first + sum(len(ids) for _, ids, _ in gathered)
-        spans.append(Span(name, start, len(examples), len(gathered), (first, last)))
-        sequences += gathered
+        columns = [column.take(examples) for column in data.columns]
+        last = tokens + sum(len(column.ids) for column in columns)
+        spans.append(Span(name, rows, len(examples), len(columns), (tokens, last)))
+        rows, tokens = spans[-1].stop, last
+        sequences += columns
         indices[name] = examples
         if data.labels is not None:
             kind = np.int64 if data.task.kind == "classification" else np.float32
             labels[name] = torch.from_numpy(data.labels[examples].astype(kind))
-    longest = max(lengths.max() for lengths, _, _ in sequences)
+    longest = max(column.lengths.max() for column in sequences)
     if positions:
-        longest, fill = _fill(np.concatenate([lengths for lengths, _, _ in sequences]), positions)
-        zeros = np.zeros(fill.sum(), np.int8)
-        sequences.append((fill, zeros, zeros))
-    lengths, flat_ids, flat_types = map(np.concatenate, zip(*sequences, strict=True))
+        longest = min(positions, 32 * math.ceil(longest / 32))
+        added = _grid(rows + 1, 4) - rows
+        while (rows + added) * longest < _grid(tokens + added, 16):
+            added = _grid(rows + added + 1, 4) - rows
+        # The sequences that are added have one token each: there is no mean of none.
+        zeros = np.zeros(added, np.int8)
+        sequences.append(Encoded(zeros, np.arange(added + 1), zeros, 0))
+    lengths = np.concatenate([column.lengths for column in sequences])
     mask = np.arange(longest) < lengths[:, None]
     # Padding is masked everywhere, so its id does not matter, as long as the vocabulary has it.
     padded = np.zeros((2, *mask.shape), np.int64)
-    padded[0][mask] = flat_ids
-    padded[1][mask] = flat_types
+    padded[0][mask] = np.concatenate([column.ids for column in sequences])
+    padded[1][mask] = np.concatenate([column.types for column in sequences])
     ids, types = torch.from_numpy(padded)
     real = torch.from_numpy(mask)
     # oneDNN compiles a kernel for each number of tokens (3 ms, bf16), and is faster at round ones.
@@ -178,21 +181,6 @@ def _with_common_counts(batch: Batch) -> Batch:
     return replace(batch, spans=tuple(spans), rows=torch.cat(rows), labels=labels, real=real)
 
 
-def _fill(lengths: np.ndarray, positions: int) -> tuple[int, np.ndarray]:
-    """The S of a batch with sequences of these lengths, and the lengths of sequences to add to it.
-
-    At least one is added, with at least one token (there is no mean of none) and some padding.
-    """
-    length = min(positions, 32 * math.ceil(lengths.max() / 32))
-    rows, tokens = _grid(len(lengths) + 1, 4), _grid(int(lengths.sum()) + 1, 16)
-    while not (count := rows - len(lengths)) <= (rest := tokens - lengths.sum()) < count * length:
-        if rest < count:
-            tokens = _grid(tokens + 1, 16)
-        else:
-            rows = _grid(rows + 1, 4)
-    return length, rest // count + (np.arange(count) < rest % count)
-
-
 def _grid(number: int, steps: int) -> int:
     """`number` rounded up to one of `steps` evenly spaced numbers from a power of 2 to the next."""
     step = max(1, 2 ** (number.bit_length() - 1) // steps)
@@ -201,22 +189,9 @@ def _grid(number: int, steps: int) -> int:
 
 def subset(data: TaskData, examples: np.ndarray) -> TaskData:
     """The examples with these indices [n]."""
-    columns = []
-    for column in data.columns:
-        lengths, ids, types = _gather(column, examples)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        columns.append(Encoded(ids, offsets, None if column.types is None else types, 0))
+    columns = tuple(column.take(examples) for column in data.columns)
     labels = None if data.labels is None else data.labels[examples]
-    return replace(data, columns=tuple(columns), labels=labels, ids=[data.ids[i] for i in examples])
-
-
-def _gather(column: Encoded, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sequences of n examples: their lengths [n], and the ids and types of all their tokens."""
-    ends = column.offsets[examples + 1]
-    lengths = ends - column.offsets[examples]
-    positions = np.arange(lengths.sum()) + np.repeat(ends - np.cumsum(lengths), lengths)
-    types = np.zeros(len(positions), np.int8) if column.types is None else column.types[positions]
-    return lengths, column.ids[positions], types
+    return replace(data, columns=columns, labels=labels, ids=[data.ids[i] for i in examples])
 
 
 def _shares(sizes: np.ndarray, sampling: str) -> np.ndarray:
@@ -231,7 +206,7 @@ def _pool(datasets: Mapping[str, TaskData], picks: Sequence[np.ndarray]) -> np.n
     """[N, 4]: task index, example, its number of tokens, and that of its longest sequence."""
     parts = []
     for index, (data, examples) in enumerate(zip(datasets.values(), picks, strict=True)):
-        lengths = np.stack([np.diff(column.offsets)[examples] for column in data.columns])
+        lengths = np.stack([column.lengths[examples] for column in data.columns])
         task = np.full(len(examples), index)
         parts.append(np.stack([task, examples, lengths.sum(0), lengths.max(0)], axis=1))
     return np.concatenate(parts)

@@ -84,8 +84,7 @@ def read_rows(
     else:
         required = ["task"] if mixed else wanted  # columns of other tasks may be missing
         records = _csv_records(path, text, required, quoting, task if labelled else None)
-    ids: list[str] = []
-    texts, labels, positions, problems = [], [], [], []
+    found, problems = [], []
     for position, (line, record) in enumerate(records):
         try:
             if mixed and (name := _cells(record, ["task"])[0]) != task.name:
@@ -93,27 +92,28 @@ def read_rows(
                     raise ValueError(f"column 'task' is {name!r} (expected {' or '.join(mixed)})")
                 continue
             cells = _cells(record, wanted)
-            if labelled:
-                labels.append(task.parse_label(cells.pop()))
+            label = task.parse_label(cells.pop()) if labelled else None
             identity = record.get("id")
-            ids.append(identity if isinstance(identity, str) else str(position))
-            texts.append([cell.strip() for cell in cells])
-            positions.append(position)
+            name = identity if isinstance(identity, str) else str(position)
+            found.append((name, [cell.strip() for cell in cells], label, position))
         except ValueError as error:
             problems.append((line, str(error)))
     if problems and bad_rows != "skip":
         # `fastlora predict` has no such option.
         raise UserError(_complaint(path, problems) + " or pass --bad-rows skip" * labelled)
-    if not ids and not mixed:
+    if not found and not mixed:
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
-    ids, texts, labels = (_spread(items, limit) for items in (ids, texts, labels))
+    if limit is not None and limit < len(found):
+        # Evenly spaced: the SST files are sorted by label.
+        found = [found[i * len(found) // limit] for i in range(limit)]
+    ids, texts, labels, positions = zip(*found, strict=True) if found else ((),) * 4
     return Rows(
-        ids,
+        list(ids),
         texts=tuple(map(list, zip(*texts, strict=True))),
         labels=np.array(labels, np.float32) if labelled else None,
         dropped=len(problems),
         empty=sum(not all(row) for row in texts),
-        positions=tuple(positions),
+        positions=positions,
     )
 
 
@@ -126,13 +126,6 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "sepa
     columns = tuple(tokenizer.encode(*texts) for texts in sequences)
     truncated = sum(column.truncated for column in columns)
     return TaskData(task, columns, rows.labels, rows.ids, rows.dropped, truncated, rows.empty)
-
-
-def _spread(items: list[Any], most: int | None) -> list[Any]:
-    """Keep at most so many items, evenly spaced: the SST files are sorted by label."""
-    if most is None or len(items) <= most:
-        return items
-    return [items[i * len(items) // most] for i in range(most)]
 
 
 def _text(path: Path, content: bytes) -> str:
@@ -179,8 +172,8 @@ def _csv_records(
                 end = start + reader.line_num
                 if end > line + 1:
                     _check_span(row, lines[line:end], header, delimiter, task)
-                if not row and len(header) == 1:
-                    row = [""]  # in a file of one column, a blank line is an empty text
+                # In a file of one column, a blank line is an empty text.
+                row = row or [""] * (len(header) == 1)
                 if len(row) == len(header):
                     yield line + 1, dict(zip(header, row, strict=True))
                 elif row:
@@ -199,18 +192,16 @@ def _check_span(
     tabbed = delimiter == "\t"
     if tabbed and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in row):
         raise csv.Error("a quoted field spans lines and holds tabs")
-    # Read without quotes, are the first and the last line rows, with labels where there are some?
-    ends = [line.rstrip("\r\n").split(delimiter) for line in (lines[0], lines[-1])]
-    if len(header) == 1 or any(len(cells) != len(header) for cells in ends):
+    if len(header) == 1 or not (tabbed or task):
+        return  # commas without labels say little: texts have them, too
+    try:  # read the first and the last line without quotes, as rows
+        for line in (lines[0], lines[-1]):
+            cells = dict(zip(header, line.rstrip("\r\n").split(delimiter), strict=True))
+            if task:
+                task.parse_label(cells[task.label])
+    except ValueError:
         return
-    if task is not None:
-        try:
-            for cells in ends:
-                task.parse_label(cells[header.index(task.label)])
-        except ValueError:
-            return
-    if tabbed or task is not None:  # commas alone say little: texts have them, too
-        raise csv.Error("a quoted field spans lines that are rows themselves")
+    raise csv.Error("a quoted field spans lines that are rows themselves")
 
 
 def _json_records(text: str) -> Iterator[tuple[int, Any]]:

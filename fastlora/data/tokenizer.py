@@ -13,7 +13,6 @@ import tokenizers
 
 from fastlora.data.tokenizer_files import read_tokenizer
 from fastlora.errors import UserError
-from fastlora.files import read_json
 
 # Case, accents, Chinese, controls, punctuation, digits: any difference in the rules shows here.
 _PROBE = "The Café's naïve ÅNGSTRÖM, 東京 2.5\u00a0%\t\u200b[MASK] don't--STOP ﬁn 😀"
@@ -26,8 +25,21 @@ class Encoded:
 
     ids: np.ndarray  # int32 [T]
     offsets: np.ndarray  # int64 [N + 1]
-    types: np.ndarray | None  # int8 [T], 0 in the first text and 1 in the second
-    truncated: int  # how many of the N were cut to the maximum length
+    types: np.ndarray  # int8 [T], 0 in the first text and 1 in the second
+    truncated: int  # how many of the N were cut to the maximum length; 0 after `take`
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each sequence, int64 [N]."""
+        return np.diff(self.offsets)
+
+    def take(self, indices: np.ndarray) -> "Encoded":
+        """The sequences with these indices [n]."""
+        ends = self.offsets[indices + 1]
+        lengths = ends - self.offsets[indices]
+        offsets = np.append(0, np.cumsum(lengths))
+        positions = np.arange(offsets[-1]) + np.repeat(ends - offsets[1:], lengths)
+        return Encoded(self.ids[positions], offsets, self.types[positions], 0)
 
 
 class Tokenizer:
@@ -37,10 +49,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        max_length: int = 512,
-        truncation_side: str = "right",
+        self, backend: tokenizers.Tokenizer, max_length: int, truncation_side: str
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -61,15 +70,8 @@ class Tokenizer:
         How long a sequence may be is in the model's ``config.json`` beside it, else 512. Raises
         UserError when the folder has no tokenizer, another class's, or a broken file.
         """
-        folder = Path(folder)
-        config = folder / "config.json"
-        longest = read_json(config).get("max_position_embeddings", 512) if config.exists() else 512
-        if type(longest) is not int or not 3 <= longest < 2**31:
-            expected = "expected a whole number, 3 or more"
-            raise UserError(f"{config}: max_position_embeddings is {longest!r} ({expected})")
         try:
-            backend, truncation_side = read_tokenizer(folder)
-            return cls(backend, longest, truncation_side)
+            return cls(*read_tokenizer(Path(folder)))
         except (UserError, KeyboardInterrupt):
             raise
         # For a malformed file the Rust side raises a bare Exception, or panics.
@@ -104,13 +106,12 @@ class Tokenizer:
         for start in range(0, len(inputs), _CHUNK):
             for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):
                 ids.extend(encoding.ids)
-                if b is not None:
-                    types.extend(encoding.type_ids)
+                types.extend(encoding.type_ids)
                 lengths.append(len(encoding))
                 truncated += bool(encoding.overflowing)
         return Encoded(
             ids=np.array(ids, np.int32),
             offsets=np.cumsum(lengths, dtype=np.int64),
-            types=None if b is None else np.array(types, np.int8),
+            types=np.array(types, np.int8),
             truncated=truncated,
         )

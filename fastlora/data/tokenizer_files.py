@@ -20,19 +20,26 @@ _BERT_SPECIAL = {
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, str]:
+def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, int, str]:
     """Build the tokenizer of a folder in Hugging Face layout.
 
     Returns:
-        The tokenizer, and the side on which it cuts long texts: "right" or "left".
+        The tokenizer, the longest sequence that the model beside it takes (512 without a model),
+        and the side on which long texts are cut: "right" or "left".
 
     Raises:
-        UserError: for a tokenizer class that is not reproduced here, or without a vocabulary.
+        UserError: for a tokenizer class that is not reproduced here, without a vocabulary, or for a
+            length that is none.
         Exception: whatever the ``tokenizers`` library raises for a broken file.
     """
-    settings = _read_if_there(folder / "tokenizer_config.json")
-    stored = _read_if_there(folder / "tokenizer.json")
-    config = _read_if_there(folder / "config.json")
+    settings, stored, config = (
+        _read_if_there(folder / f"{name}.json")
+        for name in ("tokenizer_config", "tokenizer", "config")
+    )
+    longest = config.get("max_position_embeddings", 512)
+    if type(longest) is not int or not 3 <= longest < 2**31:
+        where = f"{folder / 'config.json'}: max_position_embeddings"
+        raise UserError(f"{where} is {longest!r} (expected a whole number, 3 or more)")
     if not stored and not (folder / "vocab.txt").exists():
         raise UserError(f"{folder}: found neither tokenizer.json nor vocab.txt")
     if "added_tokens_decoder" not in settings:
@@ -50,7 +57,7 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, str]:
         raise UserError(f"{folder}: tokenizer_class is {name!r} (expected {expected})")
     backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
     side = (stored.get("truncation") or {}).get("direction", "right")
-    return backend, settings.get("truncation_side", side).lower()
+    return backend, longest, settings.get("truncation_side", side).lower()
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
@@ -62,14 +69,12 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or {}
     values = {key: value for key, value in settings.items() if key.endswith("_token")}
     values |= extra if isinstance(extra, dict) else {f"extra {i}": t for i, t in enumerate(extra)}
-    tokens = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            rules = {k: v for k, v in value.items() if k not in ("__type", "special")}
-            tokens[key] = AddedToken(**rules, special=True)
-        elif isinstance(value, str):
-            tokens[key] = AddedToken(value, special=True)
-    return tokens
+    tokens = {k: {"content": v} if isinstance(v, str) else v for k, v in values.items()}
+    return {k: _token(v | {"special": True}) for k, v in tokens.items() if isinstance(v, dict)}
+
+
+def _token(rules: dict[str, Any]) -> AddedToken:
+    return AddedToken(**{k: v for k, v in rules.items() if k not in ("id", "__type")})
 
 
 def _declared_tokens(
@@ -78,14 +83,14 @@ def _declared_tokens(
     """The tokens that the files add to the vocabulary, by id."""
     if "added_tokens_decoder" in settings:
         rules = settings["added_tokens_decoder"]
-        return [AddedToken(**rules[number]) for number in sorted(rules, key=int)]
+        return [_token(rules[number]) for number in sorted(rules, key=int)]
     names = {token.content for token in special.values()}
     declared = {
         number: AddedToken(content, normalized=content not in names, special=content in names)
         for content, number in _read_if_there(folder / "added_tokens.json").items()
     }
     for token in stored.get("added_tokens", ()):
-        declared[token["id"]] = AddedToken(**{k: v for k, v in token.items() if k != "id"})
+        declared[token["id"]] = _token(token)
     return [declared[number] for number in sorted(declared)]
 
 
@@ -93,14 +98,12 @@ def _add_tokens(
     backend: tokenizers.Tokenizer, declared: list[AddedToken], special: dict[str, AddedToken]
 ) -> None:
     """Add the declared tokens and the special ones, in the order that gives the same ids."""
-    present = backend.get_added_tokens_decoder().values()
-    adding = [token for token in declared if repr(token) not in set(map(repr, present))]
     names = {token.content for token in special.values()}
-    for token in adding:
+    for token in declared:
         token.special = token.special or token.content in names
-    contents = {token.content for token in (*present, *adding)}
-    adding += [token for token in special.values() if token.content not in contents]
-    backend.add_tokens(adding)
+    present = [*backend.get_added_tokens_decoder().values(), *declared]
+    contents = {token.content for token in present}
+    backend.add_tokens([*declared, *(t for t in special.values() if t.content not in contents)])
 
 
 def _bert_tokenizer(

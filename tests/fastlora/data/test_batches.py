@@ -21,7 +21,7 @@ def task_data(name, lengths, seed=0, joint=False):
     for column in range(1 if joint or not task.is_pair else 2):
         offsets = np.concatenate([[0], np.cumsum(lengths + column)]).astype(np.int64)
         ids = rng.integers(1, 1000, offsets[-1]).astype(np.int32)
-        types = (ids % 2).astype(np.int8) if joint else None
+        types = (ids % 2 if joint else 0 * ids).astype(np.int8)
         columns.append(Encoded(ids, offsets, types, 0))
     labels = rng.integers(0, 2, len(lengths)).astype(np.float32)
     ids = [str(i) for i in range(len(lengths))]

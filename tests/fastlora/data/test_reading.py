@@ -45,12 +45,12 @@ class LetterTokenizer:
 
     def encode(self, texts, second=None, max_length=6):
         if second is not None:
-            joined = self.encode([x + y for x, y in zip(texts, second, strict=True)], None, 512)
-            return Encoded(joined.ids, joined.offsets, np.zeros(len(joined.ids), np.int8), 0)
+            return self.encode([x + y for x, y in zip(texts, second, strict=True)], None, 512)
         lengths = [min(len(text) + 2, max_length) for text in texts]
         offsets = np.cumsum([0, *lengths])
         cut = sum(len(text) + 2 > max_length for text in texts)
-        return Encoded(np.arange(offsets[-1], dtype=np.int32), offsets, None, cut)
+        ids = np.arange(offsets[-1], dtype=np.int32)
+        return Encoded(ids, offsets, np.zeros(len(ids), np.int8), cut)
 
 
 def test_plain_rows(tmp_path):
@@ -287,7 +287,6 @@ def test_encoding_pairs_apart_and_joint(tmp_path):
     assert [np.diff(column.offsets).tolist() for column in apart.columns] == [[5, 6], [4, 2]]
     joint = encode_rows(rows, QUORA, LetterTokenizer(), pairs="joint")
     assert (len(joint.columns), joint.columns[0].offsets[1]) == (1, 7)
-    assert joint.columns[0].types is not None
 
 
 def test_tasks_that_are_there_have_both_files(tmp_path):
