@@ -34,7 +34,16 @@ def negated(model):
     encoder(model).layer[0].output.dense.weight.data.neg_()
 
 
-@pytest.mark.parametrize("write", [rolled, negated])
+def negated_key(model):
+    encoder(model).layer[0].attention.self.key.weight.data.neg_()
+
+
+def moved_value_bias(model):
+    value = encoder(model).layer[0].attention.self.value
+    value.get_parameter("base_layer.bias").detach().numpy()[:] += 1
+
+
+@pytest.mark.parametrize("write", [rolled, negated, negated_key, moved_value_bias])
 def test_packed_weights_follow_writes_that_keep_sums(pair, write):
     ours, theirs = (model.float() for model in pair)  # oneDNN packs no double precision
     fastlora.accelerate(ours)
