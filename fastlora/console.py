@@ -1,4 +1,4 @@
-"""What a person sees of a run: banner, progress, final table; and train.log, the same in plain."""
+"""A command's output in the terminal, and the same as plain text in a run's train.log."""
 
 from __future__ import annotations
 
@@ -11,31 +11,34 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-LINE_EVERY = 10.0  # seconds between progress lines when there is no terminal
+LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 
 class Log:
-    """Lines to the terminal (unless quiet, or brief: only progress) and to a run's train.log."""
+    """Writes lines and tables to the terminal and, where `file` is set, to a run's train.log.
 
-    def __init__(self, quiet: bool, shown: bool = True, brief: bool = False) -> None:
-        # No highlighting or wrapping: a line should look the same in a pipe and be greppable.
-        self.console = Console(quiet=quiet or not shown, highlight=False, soft_wrap=True)
+    The terminal gets nothing if `quiet`, and only the progress bar if `brief`.
+    """
+
+    def __init__(self, quiet: bool, brief: bool = False) -> None:
+        # Without highlighting and wrapping, lines are the same in a pipe and easy to search.
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.brief = brief
         self.file: Path | None = None
 
     def line(self, text: str) -> None:
-        """One line of text."""
+        """Write a line of text."""
         if not self.brief:
             self.console.print(text, markup=False)
         self._keep(text)
 
-    def facts(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Aligned "name  text" lines."""
+    def fields(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Write a line for each name and its text, with the texts aligned."""
         for name, text in pairs:
             self.line(f"{name:<10} {text}")
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
-        """A table; plain columns in the log."""
+        """Write a table; its columns are plain text in train.log."""
         table = Table(*header, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
         for column in table.columns[2:]:
             column.justify = "right"
@@ -53,7 +56,7 @@ class Log:
 
 
 class Bar:
-    """A progress bar in a terminal; a plain line now and then elsewhere."""
+    """A progress bar in a terminal, or a line every `LINE_EVERY` seconds elsewhere."""
 
     def __init__(self, log: Log, total: int, done: int) -> None:
         self.log, self.total, self.last = log, total, time.monotonic()
@@ -74,12 +77,12 @@ class Bar:
             self.log.line(f"step {step}/{self.total}  {status}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.progress.stop()
 
 
 def number(value: float | None) -> str:
-    """A score with three decimals, or "n/a" where it is not defined."""
+    """A score with three decimals, or "n/a" if it is not defined."""
     return "n/a" if value is None else f"{value:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""The device that a command computes on, and what to do where its memory runs out."""
+"""The device that a command computes on, its clock, and errors when its memory runs out."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastlora.errors import RunError, UserError
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a GPU's or the machine's memory ran out."""
+    """Whether an error was raised because the memory of a GPU or of the machine ran out."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "allocate memory" in str(error)  # a RuntimeError of PyTorch's on a CPU
+    return known or "allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
 
 
 def finished_time(device: torch.device) -> float:
-    """The seconds on a clock that is read once the device has done all work that it was given."""
+    """The clock's time in seconds, once the device has finished all work queued so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -28,7 +28,7 @@ def finished_time(device: torch.device) -> float:
 
 @contextmanager
 def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
-    """Turn what says that memory ran out into a RunError that says what to do."""
+    """Raise RunError with `advice` in place of an error that says that memory ran out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -39,7 +39,7 @@ def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
 
 
 def local_device(name: str) -> torch.device:
-    """This process's device for "auto", "cpu", "cuda" or "cuda:N"; UserError when not there."""
+    """This process's device for "auto", "cpu", "cuda" or "cuda:N"; UserError if there is none."""
     available = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if available else "cpu"

@@ -1,28 +1,28 @@
-"""The ways in which a command ends badly; the command line turns them into exit codes."""
+"""The errors that end a command; the command line turns them into exit codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Usage, configuration or data is wrong, found before training starts: exit code 2."""
+    """A wrong argument, configuration or data file, reported before training: exit code 2."""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved: exit code 130."""
+    """A run that was asked to stop has saved its state: exit code 130."""
 
 
 class RunError(Exception):
-    """A run that had started could not go on (diverged, out of memory, I/O): exit code 1."""
+    """A run that had started cannot continue (divergence, memory, input or output): exit code 1."""
 
 
 class Diverged(RunError):
-    """A loss is no longer a finite number."""
+    """A loss is not finite any more."""
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn the ValueError that the kernels, which know no users, raise into UserError."""
+    """Raise UserError in place of ValueError, which the kernels raise for wrong arguments."""
     try:
         yield
     except ValueError as error:

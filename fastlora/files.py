@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,7 +16,7 @@ from fastlora.errors import UserError
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[TextIO]:
-    """Open a text file for writing; it takes its name only when the block ends well."""
+    """Open a text file for writing; it replaces `path` only if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -31,10 +31,10 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` to fill; it replaces `path` when the block ends well.
+    """Yield a new folder to fill; it replaces `path` only if the block ends without an error.
 
-    A process that is killed while it replaces `path` leaves the old folder or the new one whole, if
-    not as `path` then beside it, with a name that begins with a dot.
+    If the process is killed during the replacement, the old folder or the new one is complete:
+    under the name `path`, or beside it under a name that begins with a dot.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -50,13 +50,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         if old.exists() and not path.exists():
-            os.replace(old, path)  # the new one could not take its place
+            os.replace(old, path)  # the new folder could not be renamed
         for folder in (building, old):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,14 +65,14 @@ def _sync(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where files that can be made again are kept: $FASTLORA_CACHE or the user's cache."""
-    if own := os.environ.get("FASTLORA_CACHE"):
-        return Path(own)
+    """The folder of files that can be computed again: $FASTLORA_CACHE or the user's cache."""
+    if folder := os.environ.get("FASTLORA_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlora"
 
 
 def require(path: Path) -> None:
-    """Raise UserError when a file is not there, naming a pickle that may be in its place."""
+    """Raise UserError if a file does not exist; the message names a pickle that lies beside it."""
     if path.is_file():
         return
     hint = "expected the folder of a saved model or adapter"
@@ -82,7 +82,7 @@ def require(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError when there is none."""
+    """Read the JSON object in a file; UserError if the file does not hold one."""
     require(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -93,14 +93,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object to a file that appears only when it is complete."""
+    with atomic_open(path) as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """A TOML file as plain types; UserError when it is not there or not TOML."""
-    import tomlkit  # which the LoRA library does without
+    """Read a TOML file into plain Python types; UserError if it is missing or not valid TOML."""
+    import tomlkit  # imported here because the LoRA library does not need it
 
     try:
         return tomlkit.parse(file.read_text(encoding="utf-8-sig")).unwrap()

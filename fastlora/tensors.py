@@ -1,4 +1,4 @@
-"""Tensors on disk, as safetensors only: nothing is unpickled, and loading is all or nothing."""
+"""Tensors in safetensors files. Pickles are never read, and loading changes all tensors or none."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,20 +12,20 @@ from fastlora.errors import UserError
 from fastlora.files import require
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], **facts: str) -> None:
-    """Write a safetensors file, with `facts` in its metadata, and its folder if need be.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file with `metadata`, and create its folder if it does not exist.
 
-    The file is not atomic: write into a folder that is moved in place when it is complete.
+    The file is not written atomically: use a folder of `atomic_folder`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Copies: safetensors refuses parameters that share storage, as query, key and value do.
-    owned = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    # Not save_file, whose files nobody but their owner may read.
-    path.write_bytes(save(owned, metadata={"format": "pt", **facts}))
+    copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+    # The files of safetensors' save_file could be read by their owner only.
+    path.write_bytes(save(copies, metadata={"format": "pt", **metadata}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata; UserError if it is not one."""
+    """Read the tensors and the metadata of a safetensors file; UserError if it is not one."""
     require(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -35,27 +35,30 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-def copy_tensors(path: Path, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy `found` (read from `path`) in place, all of it or, as `check_tensors`, nothing."""
-    check_tensors(path, found, into)
+def copy_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Copy `tensors`, read from `path`, into those of `into` with the same names.
+
+    Raises UserError as `check_tensors`, before anything is copied.
+    """
+    check_tensors(path, tensors, into)
     with torch.no_grad():
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             into[name].copy_(tensor)
 
 
-def check_tensors(path: Path, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless `found` (read from `path`) fits, tensor by tensor.
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless `tensors`, read from `path`, can be copied into those of `into`.
 
-    Refuses missing, unexpected, misshapen, integer and non-finite tensors by name.
+    It names a tensor that is missing, unexpected, of another shape, of integers or not finite.
     """
     for problem, names in (
-        ("is missing", into.keys() - found.keys()),
-        ("is unexpected: the model has no place for it", found.keys() - into.keys()),
+        ("is missing", into.keys() - tensors.keys()),
+        ("is unexpected: the model has no place for it", tensors.keys() - into.keys()),
     ):
         if names:
             more = f" ({len(names) - 1} more such)" if len(names) > 1 else ""
             raise UserError(f"{path}: tensor {min(names)!r} {problem}{more}")
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         integer = into[name].is_floating_point() and not tensor.is_floating_point()
         if tensor.shape != into[name].shape or integer:
             raise UserError(

@@ -246,7 +246,7 @@ def doctor() -> None:
     name, why = find_route(*compute_of("auto", "auto"))
     pairs = [(key, str(value)) for key, value in values.items()]
     pairs += [("gpu", gpu) for gpu in gpus] + [("kernels", f"{name} ({why})")]
-    Log(quiet=False).facts(pairs)
+    Log(quiet=False).fields(pairs)
 
 
 @app.command

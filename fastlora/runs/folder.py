@@ -1,4 +1,4 @@
-"""The run folder: what a run writes while it goes, and how it is found again."""
+"""The run folder: its name, its lock, and the files that bind a run to its settings and inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,26 +23,26 @@ import torch
 from fastlora.bert.config import BertConfig
 from fastlora.data.reading import TaskData
 from fastlora.errors import UserError
-from fastlora.files import atomic_open, read_json, read_toml
+from fastlora.files import atomic_open, read_json, read_toml, write_json
 from fastlora.training.checkpoint import check_inputs
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import Setup
 
 PACKAGES = ("fastlora-bert", "torch", "triton", "numpy", "tokenizers", "safetensors")
-# A run may go on elsewhere, or save more often, and still be the same run.
+# Settings that may change while a run is continued, for they do not change its result.
 FREE_KEYS = ("device", "save_every", "grad_checkpoint")
 SETTINGS, ENVIRONMENT, INPUTS, LOCK = "run.toml", "env.json", "inputs.json", "run.lock"
 
 
 def default_folder(config: TrainConfig) -> Path:
-    """runs/DATE_TIME_rR, or the mode in place of the rank."""
+    """runs/DATE_TIME_rR, with the mode in place of the rank where the mode is not LoRA."""
     name = f"r{config.lora.r}" if config.mode == "lora" else config.mode
     return Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
 
 
 def fingerprints(setup: Setup, encoder_sha256: str, encoder_config: BertConfig) -> dict[str, str]:
-    """The sha256 of the encoder, the tokenizer and the data that a run reads, by their names."""
+    """The sha256 of each input of a run: the encoder, the tokenizer and the data of each task."""
     values = {
         "the encoder's weights": encoder_sha256,
         "the encoder's configuration": _sha256(json.dumps(asdict(encoder_config)).encode()),
@@ -58,7 +58,7 @@ def fingerprints(setup: Setup, encoder_sha256: str, encoder_config: BertConfig) 
 
 
 def _data_sha256(data: TaskData) -> str:
-    """Of a dataset's ids, classes, labels and tokens: all that a run takes from its file."""
+    """The sha256 of a dataset's ids, classes, labels and tokens, which are all that a run reads."""
     sequences = [(column.ids, column.offsets, column.types) for column in data.columns]
     arrays = [array for array in (data.labels, *chain(*sequences)) if array is not None]
     return _sha256(json.dumps([data.ids, data.task.labels]).encode(), *arrays)
@@ -73,17 +73,19 @@ def _sha256(*parts: bytes | np.ndarray) -> str:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Make a run folder if need be, and keep other processes out of it until the block ends.
+    """Create a run folder if it does not exist, and lock it until the block ends.
 
-    Raises UserError naming the process that has it, and for a folder of other things.
+    Raises UserError if another process holds the lock, or if the folder holds other files than a
+    run's.
     """
     _check_is_ours(folder, SETTINGS)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            import fcntl  # there is none on Windows
+            import fcntl  # Windows does not have it
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process
+            # The system releases this lock when the process ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
@@ -99,69 +101,73 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def open_run(
-    folder: str | Path,
-    config: TrainConfig,
-    inputs: Mapping[str, str],
-    settings: str = SETTINGS,
+    folder: Path, config: TrainConfig, inputs: Mapping[str, str], settings: str = SETTINGS
 ) -> None:
-    """Fill a new run folder, or check that the run in it has these settings and fingerprints.
+    """Write the first files of a new run, or check that the run in a folder has the same settings.
 
-    Raises UserError naming what differs, or where the folder holds other things.
+    `inputs` are its `fingerprints`, and `settings` names the file of its settings. Raises UserError
+    naming the settings or inputs that differ, or if the folder holds other files than a run's.
     """
-    folder = Path(folder)
     file = folder / settings
     if file.exists():
-        # A file of an earlier version lacks options that came later.
+        # A file of an earlier version lacks the options that were added since.
         stored = {**TrainConfig().to_table(), **read_toml(file)}
         given = config.to_table()
-        keys = [k for k in {**stored, **given} if k not in FREE_KEYS]
-        differing = [k for k in keys if stored.get(k) != given.get(k)]
-        if differing:
-            what = ", ".join(f"{k} {stored.get(k)!r} -> {given.get(k)!r}" for k in differing)
-            raise UserError(f"{folder}: holds a run with other settings ({what}); use a new --out")
+        changes = [
+            f"{key} {stored.get(key)!r} -> {given.get(key)!r}"
+            for key in {**stored, **given}
+            if key not in FREE_KEYS and stored.get(key) != given.get(key)
+        ]
+        if changes:
+            changed = ", ".join(changes)
+            raise UserError(
+                f"{folder}: holds a run with other settings ({changed}); use a new --out"
+            )
         check_inputs(folder, read_json(folder / INPUTS), inputs)
         return
     _check_is_ours(folder, settings)
     started = f"{datetime.now():%Y-%m-%d %H:%M}"
-    for name, value in ((ENVIRONMENT, {"started": started, **environment()}), (INPUTS, inputs)):
-        with atomic_open(folder / name) as out:
-            json.dump(value, out, indent=1)
-    write_config(file, config)  # last: a folder without it has not been started
+    write_json(folder / ENVIRONMENT, {"started": started, **environment()})
+    write_json(folder / INPUTS, inputs)
+    write_config(file, config)  # last, because a folder without this file counts as not started
 
 
 def write_config(file: Path, config: TrainConfig) -> None:
-    """Write the settings of a run, for --config."""
+    """Write settings as a file for --config."""
     with atomic_open(file) as out:
         out.write(f"# Train with it: fastlora-train --config {file.name}\n")
         out.write(tomlkit.dumps(config.to_table()))
 
 
 def _check_is_ours(folder: Path, settings: str) -> None:
-    """Raise UserError for a folder that no run began, and that is not empty."""
+    """Raise UserError if a folder has no file of settings but other files than a run's first."""
     if folder.exists() and not (folder / settings).is_file():
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
-        # A process that was killed may have left these, or their temporaries, as .env.json.123.
-        started = (LOCK, ENVIRONMENT, INPUTS, settings)
-        if not all(name.lstrip(".").startswith(started) for name in names):
-            what = f"exists and holds other things (no {settings})"
-            raise UserError(f"{folder}: {what}; use a new --out")
+        # A process that was killed may have left these, or temporary files such as .env.json.123.
+        first = (LOCK, ENVIRONMENT, INPUTS, settings)
+        if not all(name.lstrip(".").startswith(first) for name in names):
+            raise UserError(
+                f"{folder}: exists and holds other things (no {settings}); use a new --out"
+            )
 
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for env.json and `fastlora doctor`."""
-    facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = None
-    facts["cpu_threads"] = torch.get_num_threads()
-    facts["cores"] = os.cpu_count()
-    facts["gpus"] = [describe_gpu(i) for i in range(torch.cuda.device_count())]
-    return facts
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **versions,
+        "cpu_threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpus": [describe_gpu(index) for index in range(torch.cuda.device_count())],
+    }
 
 
 def describe_gpu(index: int) -> str:
-    """A GPU's name and capability, as "NVIDIA H100 (sm_90)"."""
+    """A GPU's name and compute capability, such as "NVIDIA H100 (sm_90)"."""
     major, minor = torch.cuda.get_device_capability(index)
     return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"

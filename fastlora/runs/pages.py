@@ -1,7 +1,7 @@
-"""Reports as lists of blocks, written as Markdown and as one HTML page.
+"""Reports: lists of blocks that are written as Markdown and as one HTML page.
 
-A block is a string (a paragraph), a list of strings (bullets), or a heading, code, table or plot of
-the functions below. What it holds is plain text: the templates escape it.
+A block is a string (a paragraph), a list of strings (a bulleted list), or what `heading`, `code`,
+`table` or `plot` returns. Its texts are plain text, which the templates escape.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.files import atomic_open
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+if TYPE_CHECKING:  # matplotlib is optional; other modules take these names from here
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
 NO_PLOTS = "There are no plots: matplotlib is not installed."
 TEMPLATES = Path(__file__).parent / "templates"
@@ -29,19 +29,19 @@ Block = str | list[str] | dict[str, Any]
 
 
 def heading(text: str, level: int = 2) -> Block:
-    """A section's heading; the page's title has level 1."""
+    """The heading of a section; level 1 is the page's title."""
     return {"kind": "heading", "text": text, "level": level}
 
 
 def code(text: str, language: str = "toml") -> Block:
-    """Text that is shown as it is, in a language whose colours a viewer may know."""
+    """A block of code; `language` is for the viewer's syntax highlighting."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return {"kind": "code", "text": text.rstrip("\n"), "language": language, "fence": fence}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Block:
-    """A table; columns of numbers are flush right."""
+    """A table, in which columns of numbers are aligned right."""
     rows = list(rows)
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
     numeric = [all(re.fullmatch(r"[\d.,%+-]*|n/a", cell) for cell in column) for column in columns]
@@ -51,14 +51,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Block:
 def plot(
     folder: str | Path, name: str, panels: int, draw: Callable[[Figure, list[Axes]], None]
 ) -> Block | None:
-    """Draw `panels` empty panels with `draw`, in rows of up to three, as `folder`/plots/NAME.png.
+    """Write `folder`/plots/NAME.png: `panels` panels in rows of up to three, which `draw` fills.
 
-    Without matplotlib writes nothing and returns None.
+    Where matplotlib is not installed, writes nothing and returns None.
     """
     if not find_spec("matplotlib"):
         return None
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # not pyplot's: no window, no global list
+    from matplotlib.figure import Figure  # pyplot would keep the figure in a global list
 
     rows, picture = math.ceil(panels / 3), BytesIO()
     with rc_context(fname=TEMPLATES / "plots.mplstyle"):
@@ -72,9 +72,9 @@ def plot(
 
 
 def write_pages(folder: str | Path, title: str, blocks: Iterable[Block | None]) -> None:
-    """Write `folder`/report.md and the self-contained `folder`/report.html.
+    """Write `folder`/report.md and `folder`/report.html, which contains its plots.
 
-    Missing blocks (None) are left out. Where matplotlib is missing, both end with how to get plots.
+    Blocks that are None are left out. If matplotlib is not installed, both pages say so.
     """
     shown = [block for block in blocks if block]
     if not find_spec("matplotlib"):
@@ -85,7 +85,7 @@ def write_pages(folder: str | Path, title: str, blocks: Iterable[Block | None]) 
 
 
 def without_folders(value: Any) -> Any:
-    """Settings to show others: of an absolute path, as of `data`, only the last part is left."""
+    """Settings for a report: of an absolute path, such as that of `data`, only the name is kept."""
     if isinstance(value, dict):
         return {k: v if k == "labels" else without_folders(v) for k, v in value.items()}
     if isinstance(value, (str, Path)) and str(value).startswith(("/", "~")):
@@ -94,8 +94,8 @@ def without_folders(value: Any) -> Any:
 
 
 def render(template: str, **values: Any) -> str:
-    """The text that a file of templates/ makes of values; HTML is escaped by itself."""
-    # Imported here: only the end of a command writes a page.
+    """Fill in a file of templates/; the values are escaped in .html files."""
+    # Imported here because only the end of a command writes a page.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -111,7 +111,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text on one line in which nothing is Markdown or HTML."""
+    """Text on one line, with everything escaped that Markdown or HTML would interpret."""
     text = re.sub(r"([\\`*_\[\]~|$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-    # At the start of a line also headings, lists and rules; a number like -0.5 is none.
+    # Headings, lists and rules at the start of a line, but not numbers such as -0.5.
     return re.sub(r"^(\d*)([#=+.)-])(?!\d)", r"\1\\\2", text)

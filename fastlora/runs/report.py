@@ -1,4 +1,4 @@
-"""The report of a finished run and its model card, from the files of the run's folder."""
+"""The report of a finished run and its model card, from the files in the run's folder."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomlkit
 import torch
@@ -25,18 +25,15 @@ from fastlora.multitask.files import adapter_names, adapter_place, read_heads
 from fastlora.runs import pages
 from fastlora.tensors import read_tensors
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 MODES = {"lora": "LoRA on", "frozen": "Heads on the frozen", "full": "Full fine-tuning of"}
 A_KEY = re.compile(r"base_model\.model\.encoder\.layer\.(\d+)\.(.+)\.lora_A\.weight")
 
 
 class _Run:
-    """What the files of a finished run say.
+    """The contents of a finished run's files.
 
-    `dev_rows` has the label and the prediction of each row of a task's dev file, as texts.
+    `adapters` has the settings of each adapter, and `dev_rows` the label and the prediction of each
+    example of a task's dev file, as texts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,11 +46,12 @@ class _Run:
         self.base = pages.without_folders(base)
         self.base_is_local = self.base != base or Path(base).is_dir()
         tasks, settings = read_heads(self.adapter)
-        # Tasks that --add-to took over from an earlier run were not trained in this one.
+        # The tasks of the run of --add-to were not trained in this run.
         self.tasks = {name: task for name, task in tasks.items() if name in self.result["scores"]}
         names = adapter_names(settings["adapters"], tasks) if settings["mode"] == "lora" else ()
-        places = {name: adapter_place(self.adapter, name) for name in names}
-        self.adapters: dict[str, Any] = {n: read_config(place) for n, place in places.items()}
+        self.adapters: dict[str, Any] = {
+            name: read_config(adapter_place(self.adapter, name)) for name in names
+        }
         self.dev_rows = {}
         for name in self.tasks:
             path = folder / "predictions" / f"{name}-dev.csv"
@@ -63,10 +61,10 @@ class _Run:
 
 
 def write_report(folder: str | Path) -> None:
-    """Write report.md, report.html, plots/ and adapter/README.md of a finished run's folder.
+    """Write report.md, report.html, plots/ and adapter/README.md in a finished run's folder.
 
-    They say what its other files say, but no path of this machine. Raises UserError, ValueError or
-    OSError when one of those files is missing or broken.
+    They are made from its other files, without the absolute paths in those. Raises UserError,
+    ValueError or OSError if one of those files is missing or damaged.
     """
     run = _Run(Path(folder))
     blocks = [
@@ -86,8 +84,23 @@ def write_report(folder: str | Path) -> None:
         file.write(_model_card(run))
 
 
+def throughput(result: Mapping[str, Any]) -> str:
+    """The steps, examples and seconds of a run, by its result, in words."""
+    speed = result["examples"] / max(result["seconds"], 1e-9)
+    return (
+        f"{result['steps']:,} steps, {result['examples']:,} examples in {result['seconds']:.0f} s "
+        f"of training ({speed:.0f} examples/s)"
+    )
+
+
+def trained_share(counts: Mapping[str, int]) -> tuple[int, float]:
+    """How many parameters were trained, by a `parameter_report`, and their percentage of all."""
+    trained = counts["lora"] + counts["other trainable"]
+    return trained, 100 * trained / (trained + counts["frozen"])
+
+
 def _subject(run: _Run) -> str:
-    """What was trained, on which encoder and tasks."""
+    """Which encoder and tasks were trained, and in which mode."""
     parts = [
         f"{'' if name == DEFAULT else f'{name}: '}r {s.r}, alpha {s.alpha:g}, {'/'.join(s.targets)}"
         for name, s in run.adapters.items()
@@ -97,14 +110,10 @@ def _subject(run: _Run) -> str:
 
 
 def _summary(run: _Run) -> str:
-    result, counts = run.result, run.result["parameters"]
-    speed = result["examples"] / max(result["seconds"], 1e-9)
-    trained = counts["lora"] + counts["other trainable"]
-    share = 100 * trained / (trained + counts["frozen"])
+    trained, share = trained_share(run.result["parameters"])
     return (
-        f"{_subject(run)}, started {run.environment['started']}. {result['steps']:,} steps, "
-        f"{result['examples']:,} examples in {result['seconds']:.0f} s of training "
-        f"({speed:.0f} examples/s); {trained:,} trainable parameters ({share:.2f}%)."
+        f"{_subject(run)}, started {run.environment['started']}. {throughput(run.result)}; "
+        f"{trained:,} trainable parameters ({share:.2f}%)."
     )
 
 
@@ -113,7 +122,7 @@ def _training(run: _Run) -> Iterator[pages.Block | None]:
     lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [line for line in map(json.loads, lines) if "loss" in line]
 
-    def draw(figure: Figure, panels: list[Axes]) -> None:
+    def draw(figure: pages.Figure, panels: list[pages.Axes]) -> None:
         losses, scores = panels
         for task in run.tasks:
             of_task = [line for line in logged if task in line["loss"]]
@@ -135,7 +144,7 @@ def _training(run: _Run) -> Iterator[pages.Block | None]:
 
 
 def _predictions(run: _Run) -> Iterator[pages.Block | None]:
-    def draw(_figure: Figure, panels: list[Axes]) -> None:
+    def draw(_figure: pages.Figure, panels: list[pages.Axes]) -> None:
         for axes, (name, task) in zip(panels, run.tasks.items(), strict=True):
             (_draw_confusion if task.labels else _draw_scatter)(axes, task, run.dev_rows[name])
             axes.set_title(f"{name}: {task.metric} {number(run.result['scores'][name])}")
@@ -143,29 +152,25 @@ def _predictions(run: _Run) -> Iterator[pages.Block | None]:
     yield pages.heading("Dev predictions")
     yield pages.plot(run.folder, "predictions", len(run.tasks), draw)
     for name, task in run.tasks.items():
-        if 0 < len(task.labels) <= 5:
+        if 0 < len(task.labels) <= 6:
             counts = Counter(run.dev_rows[name])
             rows = ([a, *(f"{counts[a, b]:,}" for b in task.labels)] for a in task.labels)
             yield pages.table([f"{name}: label", *(f"predicted {b}" for b in task.labels)], rows)
 
 
-def _draw_confusion(axes: Axes, task: Task, rows: list[tuple[str, str]]) -> None:
-    """Shares of each label's examples, and the counts where there is room for them."""
+def _draw_confusion(axes: pages.Axes, task: Task, rows: list[tuple[str, str]]) -> None:
+    """Draw the share of each label's examples by prediction."""
     counts, totals = Counter(rows), Counter(label for label, _ in rows)
     shares = [[counts[a, b] / max(1, totals[a]) for b in task.labels] for a in task.labels]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for y, a in enumerate(task.labels if len(task.labels) <= 6 else ()):
-        for x, b in enumerate(task.labels):
-            colour = "white" if shares[y][x] > 0.6 else "black"
-            axes.text(x, y, f"{counts[a, b]}", ha="center", va="center", color=colour, size="small")
     names = [a if len(a) < 10 else f"{a[:8]}\u2026" for a in task.labels]
-    places, size = range(len(names)), min(10, 90 / len(names))
-    axes.set_xticks(places, names, size=size, rotation=90 if max(map(len, names)) > 3 else 0)
-    axes.set_yticks(places, names, size=size)
+    ticks, size = range(len(names)), min(10, 90 / len(names))
+    axes.set_xticks(ticks, names, size=size, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.set_yticks(ticks, names, size=size)
     axes.set(xlabel="prediction", ylabel="label")
 
 
-def _draw_scatter(axes: Axes, task: Task, rows: list[tuple[str, str]]) -> None:
+def _draw_scatter(axes: pages.Axes, task: Task, rows: list[tuple[str, str]]) -> None:
     labels, predictions = zip(*((float(a), float(b)) for a, b in rows), strict=True)
     margin = 0.05 * (task.high - task.low)
     ends = (task.low - margin, task.high + margin)
@@ -181,17 +186,17 @@ def _ranks(run: _Run, adapter: str) -> Iterator[pages.Block | None]:
 
     yield pages.heading("Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}"))
     yield (
-        f"The effective rank of each update B A (r = {settings.r}): how many of its singular "
-        "values hold 90% of their squared sum."
+        f"The effective rank of each update B A (r = {settings.r}): how many of its largest "
+        "singular values hold 90% of their squared sum."
     )
     rows = ([str(i), *(str(_effective(spectra[i, t])) for t in settings.targets)] for i in layers)
     yield pages.table(["layer", *settings.targets], rows)
 
 
 def _spectra(folder: Path, settings: LoraConfig) -> dict[tuple[int, str], Tensor]:
-    """The singular values [min(r, in, out)] of scale B A, largest first, by layer and target.
+    """The singular values [min(r, in, out)] of each update scale B A, by layer and target.
 
-    With B = P R and A^T = Q S (QR), they are those of the small scale R S^T: B A is never formed.
+    With the QR decompositions B = P R and A^T = Q S, they are those of the small scale R S^T.
     """
     tensors, _ = read_tensors(folder / "adapter_model.safetensors")
     spectra = {}
@@ -205,18 +210,18 @@ def _spectra(folder: Path, settings: LoraConfig) -> dict[tuple[int, str], Tensor
 
 
 def _effective(values: Tensor) -> int:
-    """How many of the singular values hold 90% of their squared sum; 0 of an update of zero."""
+    """How many of the largest singular values hold 90% of their squared sum; 0 if all are zero."""
     energy = values.square().cumsum(0)
     return int((energy < 0.9 * energy[-1]).sum() + (energy[-1] > 0))
 
 
 def _model_card(run: _Run) -> str:
     """A Hugging Face model card."""
-    # Imported here: it takes a while, and only the end of a run writes a card.
+    # Imported here because it is slow, and only the end of a run writes a card.
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        # A folder of this machine is no model of the hub.
+        # A local folder is not a model of the hub.
         base_model=None if run.base_is_local else run.base,
         library_name="peft" if run.adapters else "fastlora",
         tags=["lora", "fastlora"] if run.adapters else ["fastlora"],

@@ -1,10 +1,8 @@
-"""One training run from configuration to adapter on disk: what `fastlora-train` does."""
+"""One training run, from a configuration to the files in its folder: `fastlora-train`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from shlex import quote
@@ -16,7 +14,7 @@ from fastlora.bert.weights import save_encoder
 from fastlora.console import Log
 from fastlora.data.tasks import Task
 from fastlora.errors import Interrupted, UserError
-from fastlora.files import atomic_folder, atomic_open, read_json
+from fastlora.files import atomic_folder, read_json, write_json
 from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
 from fastlora.multitask import files as adapters
@@ -24,7 +22,7 @@ from fastlora.multitask.files import BaseInfo
 from fastlora.multitask.model import MultitaskBert
 from fastlora.multitask.predictor import predict, score_table, write_predictions
 from fastlora.runs.folder import default_folder, describe_gpu, fingerprints, open_run, owned
-from fastlora.runs.report import write_report
+from fastlora.runs.report import throughput, trained_share, write_report
 from fastlora.training.checkpoint import check_finite, trainable
 from fastlora.training.config import TaskLoraConfig, TrainConfig
 from fastlora.training.distributed import Ranks
@@ -44,15 +42,16 @@ def run_training(
     dry_run: bool = False,
     stop: Stop | None = None,
 ) -> Result | None:
-    """Run a configuration, continuing an unfinished run in `config.out`; returns how it ended.
+    """Train a configuration, or continue the unfinished run in `config.out`; returns its result.
 
-    With `dry_run`, builds everything, prints what would run, writes nothing and returns None.
-    Signals, malloc and random states are left alone; the command's settings are in host.py.
+    With `dry_run`, builds the model, prints what would be trained, writes nothing and returns None.
+    The process's signal handlers, memory settings and random state are left as they are.
 
     Raises:
-        UserError: before training, for a wrong configuration or wrong data.
-        RunError: when the run cannot go on.
-        Interrupted: when `stop` asked for it, with the state saved, the resume command printed.
+        UserError: before training, if the configuration or the data are wrong.
+        RunError: if the run cannot continue.
+        Interrupted: if `stop` asked for it; the state is saved, and the command that continues the
+            run is printed.
     """
     setup = replace(prepare(config, inputs or find_inputs(config)), stop=stop or Stop())
     return run_prepared(setup, quiet=quiet, dry_run=dry_run)
@@ -61,132 +60,123 @@ def run_training(
 def run_prepared(
     setup: Setup, *, quiet: bool = False, brief: bool = False, dry_run: bool = False
 ) -> Result | None:
-    """`run_training` with inputs that are read; `brief` shows the progress bar alone."""
+    """`run_training` for a prepared setup; with `brief`, only the progress bar is shown."""
     ranks = Ranks(setup.device)
-    try:
-        with training(setup):
-            return _run(setup, ranks, Log(quiet, shown=ranks.first, brief=brief), dry_run)
-    finally:
-        ranks.close()
-
-
-def _run(setup: Setup, ranks: Ranks, log: Log, dry_run: bool) -> Result | None:
-    """Build the model, and train it in its folder."""
-    folder, inputs = Path(setup.config.out or default_folder(setup.config)), setup.inputs
-    config, old = _add_to(setup.config, inputs.tasks)
-    tasks = {**old, **inputs.tasks}
-    model, base_sha, notes = build_model(setup, tasks, config)
-    base = BaseInfo(inputs.source.name, base_sha, setup.tokenizer.fingerprint)
-    if config.add_to:
-        _keep(model, adapter_folder(config.add_to), old, base)
-    if dry_run:
-        _banner(setup, model, folder, notes, ranks, log)
-        return None
-    setup = replace(setup, fingerprints=fingerprints(setup, base_sha, model.encoder.config))
-    with owned(folder) if ranks.first else nullcontext():
-        if ranks.first:
-            open_run(folder, setup.config, setup.fingerprints)
-        ranks.barrier()
-        if (folder / "adapter" / "README.md").is_file():  # the last file that a run writes
-            return _report_finished(folder, log)
-        if ranks.first:
-            log.file = folder / "train.log"
-        _banner(setup, model, folder, notes, ranks, log)
-        result = _train(setup, model, folder, base, ranks, log)
-        ranks.barrier()
-    if log.brief and setup.stop.asked:
-        raise Interrupted  # too late to stop this run, but others were to follow
+    log = Log(quiet or not ranks.first, brief)
+    folder = Path(setup.config.out or default_folder(setup.config))
+    with closing(ranks), training(setup):
+        model, base, notes = _build(setup)
+        banner = _banner(setup, model, folder, ranks) + [("note", note) for note in notes]
+        if dry_run:
+            log.fields(banner)
+            return None
+        hashes = fingerprints(setup, base.encoder_sha256, model.encoder.config)
+        setup = replace(setup, fingerprints=hashes)
+        with owned(folder) if ranks.first else nullcontext():
+            if ranks.first:
+                open_run(folder, setup.config, hashes)
+            ranks.barrier()
+            if is_finished(folder):
+                return _report_finished(folder, log)
+            if ranks.first:
+                log.file = folder / "train.log"
+            log.fields(banner)
+            to_compute(model, setup.config, setup.device)
+            result = _train(Trainer(setup, model, folder, ranks, log), folder, base)
+            ranks.barrier()
+    if brief and setup.stop.asked:
+        raise Interrupted  # this run is complete, but the study's next runs must not start
     return result
 
 
-def _train(
-    setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo, ranks: Ranks, log: Log
-) -> Result:
-    """Train from the start or the newest checkpoint to the end; write what the run leaves."""
-    to_compute(model, setup.config, setup.device)
-    trainer = Trainer(setup, model, folder, ranks, log)
+def _train(trainer: Trainer, folder: Path, base: BaseInfo) -> Result:
+    """Train from the start, or from the newest checkpoint, and write the results."""
+    log = trainer.log
     if trainer.resume():
         log.line(f"continuing after step {trainer.progress.step}")
     try:
         result = trainer.run()
     except Interrupted:
-        log.line(f"stopped after step {trainer.progress.step}, saved; go on with:")
+        log.line(f"stopped after step {trainer.progress.step}, saved; continue with:")
         log.line(f"  fastlora-train --resume {quote(str(folder))}")
         raise
-    if ranks.first:
+    if trainer.ranks.first:
         _finish(trainer, result, folder, base)
     return result
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run folder has the last file that a run writes."""
+    return (folder / "adapter" / "README.md").is_file()
+
+
 def _report_finished(folder: Path, log: Log) -> Result:
-    """Say how a finished run ended; its files stay as they are."""
+    """Print the scores of a finished run, whose files stay as they are."""
     record = read_json(folder / "result.json")
     log.line(f"{folder}: this run is finished; its scores are:")
     log.table(*record["table"])
     return Result(**{field.name: record[field.name] for field in fields(Result)})
 
 
-def _add_to(config: TrainConfig, new: Mapping[str, Task]) -> tuple[TrainConfig, dict[str, Task]]:
-    """The tasks of the run of --add-to, and the configuration with their adapters' settings.
+def _build(setup: Setup) -> tuple[MultitaskBert, BaseInfo, list[str]]:
+    """The model, with the frozen adapters and heads of the run of --add-to if there is one.
 
-    Raises UserError when that run has no adapters per task, or has a new task already.
+    Also returns the identity of its encoder and tokenizer, and notes on the encoder's checkpoint.
+    Raises UserError if that run has no adapters per task, or already has one of the new tasks.
     """
-    if config.add_to is None:
-        return config, {}
-    folder = adapter_folder(config.add_to)
-    old, theirs = adapters.read_heads(folder)
-    for key, ours in (("mode", "lora"), ("adapters", "per-task"), ("pairs", config.pairs)):
-        if theirs[key] != ours:
-            raise UserError(f"{config.add_to}: trained with {key} {theirs[key]!r}, not {ours!r}")
-    if again := old.keys() & new:
-        raise UserError(f"{config.add_to}: has task {min(again)!r}; name new ones with --tasks")
-    for name in old:
-        settings = read_config(adapters.adapter_place(folder, name))
-        config = config.with_task_settings(name, TaskLoraConfig.of(settings))
-    return config, old
-
-
-def _keep(model: MultitaskBert, folder: Path, old: dict[str, Task], base: BaseInfo) -> None:
-    """Load a finished run's adapters and heads into the model, and freeze them."""
-    heads = nn.ModuleDict({name: model.heads[name] for name in old})
-    adapters.load_all(folder, model.encoder, old, heads, base)
-    for name, parameter in model.named_parameters():
-        if owner(name) in old:
-            parameter.requires_grad_(False)
+    config, new, source = setup.config, setup.inputs.tasks, setup.inputs.source
+    earlier: dict[str, Task] = {}
+    if config.add_to:
+        folder = adapter_folder(config.add_to)
+        earlier, settings = adapters.read_heads(folder)
+        for key, value in (("mode", "lora"), ("adapters", "per-task"), ("pairs", config.pairs)):
+            if settings[key] != value:
+                found = f"trained with {key} {settings[key]!r}, not {value!r}"
+                raise UserError(f"{config.add_to}: {found}")
+        if again := earlier.keys() & new:
+            raise UserError(f"{config.add_to}: has task {min(again)!r}; name new ones with --tasks")
+        for name in earlier:
+            adapter = read_config(adapters.adapter_place(folder, name))
+            config = config.with_task_settings(name, TaskLoraConfig.of(adapter))
+    model, encoder_sha256, notes = build_model(setup, {**earlier, **new}, config)
+    base = BaseInfo(source.name, encoder_sha256, setup.tokenizer.fingerprint)
+    if earlier:
+        heads = nn.ModuleDict({name: model.heads[name] for name in earlier})
+        adapters.load_all(folder, model.encoder, earlier, heads, base)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and owner(name) not in earlier)
+    return model, base, notes
 
 
 def _banner(
-    setup: Setup, model: MultitaskBert, folder: Path, notes: list[str], ranks: Ranks, log: Log
-) -> None:
-    report = parameter_report(model)
-    training = report["lora"] + report["other trainable"]
-    share = 100 * training / (training + report["frozen"])
-    parts = f"LoRA {report['lora']:,}, heads and others {report['other trainable']:,}"
-    trainable = f"{share:.2f}%: {parts}; frozen {report['frozen']:,}"
-    device, *others = facts_of(setup, ranks)
-    log.facts([device, ("trainable", trainable), *others, ("run", str(folder))])
-    for note in notes:
-        log.line(f"note       {note}")
+    setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks
+) -> list[tuple[str, str]]:
+    """The lines that a run starts with, as (name, text)."""
+    counts = parameter_report(model)
+    parts = f"LoRA {counts['lora']:,}, heads and others {counts['other trainable']:,}"
+    share = f"{trained_share(counts)[1]:.2f}%: {parts}; frozen {counts['frozen']:,}"
+    device, *others = run_description(setup, ranks)
+    return [device, ("trainable", share), *others, ("run", str(folder))]
 
 
-def facts_of(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
-    """What a run computes on and with, and why, as the banner's lines."""
+def run_description(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
+    """The lines of the banner that say what a run computes on and with, as (name, text)."""
     inputs, device = setup.inputs, setup.device
-    name, why = find_route(device, setup.dtype)
+    kernels, reason = find_route(device, setup.dtype)
     hardware = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = describe_gpu(device.index or 0)
     if ranks.world > 1:
         hardware += f", {ranks.world} processes"
     examples = []
-    for task, data in setup.train.items():
+    for task, train in setup.train.items():
         dev = setup.dev[task]
-        line = f"{task} {len(data):,} train, {len(dev):,} dev"
-        for what in ("dropped", "truncated", "empty"):
-            line += f", {getattr(data, what) + getattr(dev, what)} {what}"
+        line = f"{task} {len(train):,} train, {len(dev):,} dev"
+        for kind in ("dropped", "truncated", "empty"):
+            line += f", {getattr(train, kind) + getattr(dev, kind)} {kind}"
         examples.append(line)
     return [
-        ("device", f"{hardware}, {setup.config.precision}, kernels: {name} ({why})"),
+        ("device", f"{hardware}, {setup.config.precision}, kernels: {kernels} ({reason})"),
         ("model", f"{inputs.model} ({inputs.why_model}) from {inputs.source.folder}"),
         ("data", f"{inputs.folder} ({inputs.why_data})"),
         ("examples", "; ".join(examples)),
@@ -194,44 +184,38 @@ def facts_of(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
 
 
 def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> None:
-    """Write adapter, heads, predictions, scores and the report; print the table."""
+    """Write what was trained, and the run's predictions, scores and report.
+
+    Raises RunError, and writes nothing, if a trained value is not finite.
+    """
     setup, model, log = trainer.setup, trainer.model, trainer.log
-    save_trained(setup, model, folder / "adapter", base, result.steps)
-    # A run that was stopped after its last step has evaluated nothing yet.
+    check_finite(trainable(model), result.steps)
+    _save_trained(setup, model, folder / "adapter", base)
+    # A run that was stopped after its last step, and then continued, has predicted nothing yet.
     outputs = trainer.outputs or predict(model, setup.dev, trainer.dev_features)
     for name, data in setup.dev.items():
         write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
-    shown = score_table(setup.dev, outputs, "dev")
-    facts = {"history": trainer.progress.scores, "parameters": parameter_report(model)}
-    with atomic_open(folder / "result.json") as file:
-        json.dump({**facts, "table": shown, **vars(result)}, file, indent=1)
+    table = score_table(setup.dev, outputs, "dev")
+    record = {"history": trainer.progress.scores, "parameters": parameter_report(model)}
+    write_json(folder / "result.json", {**record, "table": table, **vars(result)})
     write_report(folder)
-    log.table(*shown)
-    speed = result.examples / max(result.seconds, 1e-9)
+    log.table(*table)
     log.line(
-        f"{result.steps} steps, {result.examples:,} examples in {result.seconds:.0f} s of training "
-        f"({speed:.0f} examples/s); adapter and heads in {folder / 'adapter'}, report in "
+        f"{throughput(vars(result))}; adapter and heads in {folder / 'adapter'}, report in "
         f"{folder / 'report.html'}"
     )
 
 
-def save_trained(
-    setup: Setup, model: MultitaskBert, folder: str | Path, base: BaseInfo, step: int
-) -> None:
-    """Write what was trained: heads, and the adapter, one sub-folder a task, or the encoder.
-
-    Raises RunError, and writes nothing, for a value that is not finite.
-    """
+def _save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo) -> None:
+    """Write the heads and, by the run's mode, the adapters or the encoder."""
     config = setup.config
-    check_finite(trainable(model), step)
     settings = {key: getattr(config, key) for key in ("mode", "adapters", "pairs", "model")}
-    with atomic_folder(Path(folder)) as building:
+    with atomic_folder(folder) as building:
         if config.mode == "full":
             save_encoder(model.encoder, building / ENCODER)
             setup.inputs.source.copy_tokenizer(building / ENCODER)
             base = replace(base, encoder_sha256=adapters.fingerprint(model.encoder))
-        elif config.mode == "lora":
-            for name in model.settings:
-                place = adapters.adapter_place(building, name)
-                adapters.save_adapter(place, model.encoder, name, base)
+        for name in model.settings:  # there are no adapters in the other modes
+            place = adapters.adapter_place(building, name)
+            adapters.save_adapter(place, model.encoder, name, base)
         adapters.save_heads(building, model.heads, model.tasks, base, settings)

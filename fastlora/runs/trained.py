@@ -1,4 +1,4 @@
-"""A trained run, loaded back: for evaluation, prediction and merging."""
+"""A finished run, loaded for evaluation, prediction and merging."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastlora.bert.weights import load_encoder, save_encoder
-from fastlora.data.reading import Rows, encode_rows, read_rows
+from fastlora.data.reading import Rows, TaskData, encode_rows, read_rows
 from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import Task
 from fastlora.data.tokenizer import Tokenizer
@@ -38,21 +38,22 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in fp32 and evaluation mode, with what it takes to feed it."""
+    """A trained model, in fp32 and evaluation mode, with its tokenizer and its run's settings."""
 
     model: MultitaskBert
     tokenizer: Tokenizer
     source: Source
     tasks: dict[str, Task]
-    settings: dict[str, Any]  # of the run: mode, adapters, pairs, model
+    settings: dict[str, Any]  # the run's "mode", "adapters", "pairs" and "model"
 
 
-@torch.random.fork_rng([])  # layers are drawn before they are read
+@torch.random.fork_rng([])  # new layers draw random weights before theirs are read
 def load_trained(path: str | Path, device: str = "auto", model: str | None = None) -> Trained:
-    """Load a finished run, or its adapter folder; fp32 logits are bit-equal to the trained model's.
+    """Load a finished run from its folder, or from its adapter folder.
 
-    `model` says where the encoder lies, if not where the run found it. Raises UserError when
-    anything is missing or belongs to another encoder or tokenizer.
+    In fp32, the logits are bit-equal to those of the model that was trained. `model` is the
+    encoder's name or folder, by default that of the run. Raises UserError if a file is missing or
+    belongs to another encoder or tokenizer.
     """
     folder = adapter_folder(Path(path))
     tasks, settings = adapters.read_heads(folder)
@@ -63,48 +64,50 @@ def load_trained(path: str | Path, device: str = "auto", model: str | None = Non
     use_measured_blocks()
     base = adapters.BaseInfo(source.name, adapters.fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, settings["pairs"])
-    names = []
     if settings["mode"] == "lora":
         names = adapters.adapter_names(settings["adapters"], tasks)
-        places = {name: adapters.adapter_place(folder, name) for name in names}
-        net.adapt({name: read_config(place) for name, place in places.items()})
-    adapters.load_all(folder, net.encoder, names, net.heads, base)
+        net.adapt({name: read_config(adapters.adapter_place(folder, name)) for name in names})
+    adapters.load_all(folder, net.encoder, net.settings, net.heads, base)
     net = net.to(local_device(device)).eval()
-    pack(net.encoder)  # nobody else changes its frozen weights
+    pack(net.encoder)  # which is safe because nobody else changes its frozen weights
     return Trained(net, tokenizer, source, tasks, settings)
 
 
 def predict_rows(
     trained: Trained, path: str | Path, task: str | None, quoting: str = "minimal"
 ) -> tuple[list[tuple[str, str, str]], int]:
-    """The id, task and prediction of each row of a file, in its order, and the texts cut.
+    """The id, task and prediction of each row of a file, in the file's order.
 
-    Without `task`, a column "task" says whose a row is; rows of all tasks share encoder passes.
+    Also returns how many texts were truncated. If `task` is None, the column "task" of the file
+    names the task of each row. Raises UserError if the file has no rows.
     """
-    names = [task] if task else list(trained.tasks)
-    data, numbers = {}, {}
+    names, data, positions = [task] if task else list(trained.tasks), {}, {}
     for name in names:
-        own = trained.tasks[name]
         mixed = () if task else names
-        rows = read_rows(path, own, labelled=False, quoting=quoting, mixed=mixed)
+        rows = read_rows(path, trained.tasks[name], labelled=False, quoting=quoting, mixed=mixed)
         if rows.ids:
-            data[name] = encode_rows(rows, own, trained.tokenizer, trained.settings["pairs"])
-            numbers[name] = rows.positions
+            positions[name] = rows.positions
+            data[name] = _encode(trained, name, rows)
     if not data:
         raise UserError(f"{path}: no rows")
-    found: list[tuple[int, str, str, str]] = []
+    predictions: list[tuple[int, str, str, str]] = []
     for name, outputs in predict(trained.model, data).items():
-        predictions = predicted_labels(data[name], outputs)
-        found += zip(numbers[name], data[name].ids, repeat(name), predictions)
-    return [row[1:] for row in sorted(found)], sum(own.truncated for own in data.values())
+        labels = predicted_labels(data[name], outputs)
+        predictions += zip(positions[name], data[name].ids, repeat(name), labels)
+    truncated = sum(examples.truncated for examples in data.values())
+    return [row[1:] for row in sorted(predictions)], truncated
+
+
+def _encode(trained: Trained, task: str, rows: Rows) -> TaskData:
+    return encode_rows(rows, trained.tasks[task], trained.tokenizer, trained.settings["pairs"])
 
 
 def merge_encoder(trained: Trained, task: str | None, out: str | Path) -> float:
-    """Write the encoder with a task's adapters merged (in fp32) as a Hugging Face folder.
+    """Merge a task's adapters into the encoder, in fp32, and write it as a Hugging Face folder.
 
-    `task` may be None where all tasks share one adapter. Returns the largest absolute
-    difference of logits between the merged and the adapted model. Raises UserError when there is
-    nothing to merge, no such adapter, or `out` is not empty.
+    `task` may be None if all tasks share one adapter. Returns the largest absolute difference
+    between the logits before and after merging. Raises UserError if the run has no such adapter, or
+    if `out` is not empty.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -116,13 +119,14 @@ def merge_encoder(trained: Trained, task: str | None, out: str | Path) -> float:
     if task not in trained.tasks and not (shared and task is None):
         raise UserError(f"--task is {task!r} (the run's tasks are {', '.join(trained.tasks)})")
     probe = {}
-    for name, own in trained.tasks.items():
-        if shared or name == task:
-            texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(own.columns)))
-            rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
-            probe[name] = encode_rows(rows, own, trained.tokenizer, settings["pairs"])
+    first = task or next(iter(trained.tasks))
+    for name in trained.tasks if shared else [first]:
+        columns = range(len(trained.tasks[name].columns))
+        texts = tuple([*PROBE[i:], *PROBE[:i]] for i in columns)
+        ids = [str(i) for i in range(len(PROBE))]
+        probe[name] = _encode(trained, name, Rows(ids, texts, None, 0, 0))
     before = predict(net, probe)
-    merge(net.encoder, *net.adapters(task or next(iter(trained.tasks))))
+    merge(net.encoder, *net.adapters(first))
     after = predict(net, probe)
     with atomic_folder(out) as building:
         save_encoder(net.encoder, building)

@@ -1,1 +1,1 @@
-"""Many runs: the search of LoRA settings and the tables of the paper."""
+"""Series of runs: the search of LoRA settings, and the tables of the paper."""

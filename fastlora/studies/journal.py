@@ -1,4 +1,4 @@
-"""The file that holds a search's trials: an Optuna journal that several processes append to."""
+"""The file of a search's trials: an Optuna journal, to which several processes may append."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlora.errors import UserError
 
 
 class _CountedLines(JournalFileBackend):
-    """A journal file that remembers which line was read last."""
+    """A journal file that keeps the number of the line that was read last."""
 
     line = 0
 
@@ -26,16 +26,16 @@ class _CountedLines(JournalFileBackend):
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """The storage in a file, which is created if it does not exist.
+    """Open the journal in a file, which is created if it does not exist.
 
-    An unfinished last line, as a full disk leaves it, is cut off. Raises UserError, with the line's
-    number, when the file is damaged elsewhere.
+    An incomplete last line, such as a full disk leaves, is removed. Raises UserError with the
+    number of the line if another line is damaged.
     """
-    # Optuna's lock is a symbolic link to this path. Relative, it would be broken, and Optuna could
-    # not see that the process which held the lock is gone.
+    # Optuna's lock is a symbolic link to this path. If the path were relative, the link would be
+    # broken, and Optuna could not read its age to see that the process that held it has ended.
     path = path.resolve()
     backend, lock = _CountedLines(str(path)), JournalFileSymlinkLock(str(path))
-    lock.acquire()  # nobody else is in the middle of a line now
+    lock.acquire()  # so that no other process is writing a line
     try:
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)
@@ -45,7 +45,7 @@ def open_journal(path: Path) -> JournalStorage:
         storage = JournalStorage(backend)
         read_all = backend.line > content.count(b"\n")
         damage: Exception | None = None if read_all else ValueError("not JSON")
-    except Exception as error:  # whatever Optuna raises where an entry is not as it expects
+    except Exception as error:  # Optuna raises many kinds for an entry that it does not expect
         damage = error
     if damage is not None:
         raise UserError(

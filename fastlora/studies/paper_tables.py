@@ -1,8 +1,8 @@
 """The paper's tables as data: rows of settings, and the scores that the paper gives for them.
 
-Rows train at this library's own learning rates, since the paper's is not known, except each table's
-last row, which has the 1e-5 of the course that the paper was written for. Nothing here imports
-PyTorch, so that mistakes in a command are answered at once.
+The paper does not give its learning rate, so rows use this library's default. The last row of each
+table uses 1e-5, the rate of the course that the paper was written for. This module does not import
+PyTorch, so that a mistake in a command is reported at once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ COURSE = "lr 1e-5"
 
 
 class Row(NamedTuple):
-    """What a row changes in a configuration, and the paper's scores by task.
+    """The settings that a row changes in a configuration, and the paper's scores by task.
 
-    `name` is its folder's; in the plot it is a point (`setting`) on a line (`variant`).
+    Its runs are in the folder `name`. In the plot, it is the point `setting` of the line `variant`.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """One of the paper's tables; `note` says what the paper leaves open."""
+    """One of the paper's tables; `note` tells what the paper does not say."""
 
     title: str
     tasks: tuple[str, ...]
@@ -76,13 +76,13 @@ def _task_row(task: str, targets: tuple[str, ...], dropout: float, r: int) -> Ro
 
 def _task_table(task: str) -> Table:
     settings = product((("value",), ("query", "value")), DROPOUTS, RANKS)
-    rows = [_task_row(task, *own) for own in settings]
-    note = "The paper gives its best score and the dropout, not the rank: it stands at each rank."
+    rows = [_task_row(task, *values) for values in settings]
+    note = "The paper gives its best score with the dropout but not the rank: each rank shows it."
     rows.append(_course("r8", "r=8", adapters="per-task"))
     return Table(f"an adapter for {task} alone", (task,), rows, note if task in BEST else "")
 
 
-BEST = {"sst": (0.452, 0.1), "quora": (0.702, 0.2)}  # score and dropout, on query and value
+BEST = {"sst": (0.452, 0.1), "quora": (0.702, 0.2)}  # score and dropout, for query and value
 TABLES = {
     "table1": Table(
         "frozen encoder and full fine-tuning",
@@ -97,7 +97,7 @@ TABLES = {
     "table2": Table(
         "one LoRA adapter for all tasks, on query and value",
         DEFAULT_TASKS,
-        [*(_shared_row(*own) for own in product(RANKS, ALPHAS)), _course("r8", "r=8")],
+        [*(_shared_row(*values) for values in product(RANKS, ALPHAS)), _course("r8", "r=8")],
     ),
     "table3": _task_table("sst"),
     "table4": _task_table("quora"),

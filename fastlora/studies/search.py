@@ -1,18 +1,14 @@
-"""`fastlora search`: its command, and what it leaves: search.json, best.toml, a report with plots.
-
-How it searches is in stages.py.
-"""
+"""`fastlora search`: runs the searches of stages.py; writes search.json, best.toml and a report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import tomlkit
@@ -22,10 +18,10 @@ from optuna.trial import TrialState
 from fastlora.console import Log
 from fastlora.data.tasks import BUILTIN
 from fastlora.errors import Interrupted, UserError
-from fastlora.files import atomic_open
+from fastlora.files import write_json
+from fastlora.runs import pages
 from fastlora.runs.folder import default_folder, fingerprints, open_run, write_config
-from fastlora.runs.pages import Block, code, heading, plot, table, without_folders, write_pages
-from fastlora.runs.session import facts_of
+from fastlora.runs.session import run_description
 from fastlora.studies.grid import cell
 from fastlora.studies.stages import Params, Search, value_of
 from fastlora.training.config import SearchConfig, TaskLoraConfig, TrainConfig
@@ -34,17 +30,15 @@ from fastlora.training.inputs import Inputs
 from fastlora.training.setup import prepare, read_encoder, training
 from fastlora.training.stopping import Stop
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-FILE = "search.toml"  # the settings of trial 0
-COLUMNS = ("stage", "trial", "lr", "warmup", "r", "dropout", "targets", "seed")
+FILE = "search.toml"  # the settings given, which trial 0 trains
+SETTINGS = ("lr", "warmup", "r", "dropout", "targets", "seed")
+COLUMNS = ("stage", "trial", *SETTINGS, "share", "score", "parameters", "seconds")
 SCORES = """\
 The stages rates, ranks and shapes are scored on one half of the dev examples (short runs on at most
-400 of a task), the stages defaults and best on the other half, on which nothing was chosen."""
+400 of a task), the stages defaults and best on the other half, which no choice was based on."""
 RANKED = """\
-Ranks, from one run that is truncated. The error is that of the distance to the best rank."""
+Ranks, by truncation of the adapters of one run. The error is the standard error of the difference
+from the best rank's score."""
 
 
 def run_search(
@@ -57,19 +51,19 @@ def run_search(
 ) -> None:
     """Search in `config.out`, for all tasks jointly or for each task's adapter in turn.
 
-    Raises as `Search` and `Search.lead` do, and UserError before it begins.
+    Raises UserError before training if the configuration or the data are wrong, and RunError and
+    Interrupted as `Search.lead`.
     """
     if config.mode != "lora" or config.adapters == "shared+per-task" or config.add_to:
         raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
-    log, setup = Log(quiet), prepare(config, inputs)
-    loaded = read_encoder(inputs.source)
-    setup = replace(setup, loaded=loaded, stop=stop or Stop())
+    log, loaded = Log(quiet), read_encoder(inputs.source)
+    setup = replace(prepare(config, inputs), loaded=loaded, stop=stop or Stop())
     folder = config.out or default_folder(config)
     if how.join and not (folder / FILE).is_file():
         raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
     best = setup.config
     open_run(folder, best, fingerprints(setup, loaded.sha256, loaded.encoder.config), FILE)
-    log.facts([*facts_of(setup, Ranks(setup.device)), ("search", str(folder))])
+    log.fields([*run_description(setup, Ranks(setup.device)), ("search", str(folder))])
     if how.together is not None:
         log.line("note       --together has no effect: trials train one at a time")
     shared = best.adapters == "shared"
@@ -77,10 +71,10 @@ def run_search(
     if how.budget:
         how = replace(how, budget=how.budget / len(parts))
     findings = {}
-    for part, own in parts.items():
-        place = folder if shared else folder / part
-        place.mkdir(exist_ok=True)
-        search = Search(setup.narrow(own), place, how, log)
+    for part, part_config in parts.items():
+        part_folder = folder if shared else folder / part
+        part_folder.mkdir(exist_ok=True)
+        search = Search(setup.narrow(part_config), part_folder, how, log)
         try:
             with training(search.setup):
                 if how.join:
@@ -98,22 +92,22 @@ def run_search(
 
 
 def _alone(config: TrainConfig, task: str) -> TrainConfig:
-    """The configuration of a run with a task's adapter as its only one."""
-    own = config.task_settings(task)
+    """The configuration that trains a task alone, with the settings of its adapter."""
+    changes = config.task_settings(task).changes()
     for name in (*BUILTIN, *config.task):
         config = config.with_task_settings(name, TaskLoraConfig())
-    return replace(config, adapters="shared", tasks=(task,), **own.changes())
+    return replace(config, adapters="shared", tasks=(task,), **changes)
 
 
 def findings_of(search: Search, best: Params) -> dict[str, Any]:
-    """What a search ended with, in JSON's types; the settings given stay if they are not beaten."""
+    """The results of a search in JSON's types; "best" are the settings given unless others won."""
     scores = {}
     for stage in ("best", "defaults"):
         runs = search.trials(TrialState.COMPLETE, stage=stage)
         scores[stage] = [value_of(run) for run in sorted(runs, key=lambda run: run.params["seed"])]
     p_value = None
     if scores["best"]:
-        # Imported here: it takes most of a second.
+        # Imported here because it takes most of a second.
         from scipy.stats import ttest_rel
 
         same = scores["best"] == scores["defaults"]
@@ -137,59 +131,62 @@ def findings_of(search: Search, best: Params) -> dict[str, Any]:
 def write_search(
     folder: Path, config: TrainConfig, findings: Mapping[str, dict[str, Any]], log: Log
 ) -> None:
-    """Write and print findings, one of all tasks or one of each; `config` is the best of all."""
+    """Write and print the findings for all tasks, or for each; `config` has the best settings."""
     write_config(folder / "best.toml", config)
-    with atomic_open(folder / "search.json") as file:
-        json.dump(findings, file, indent=1)
-    blocks: list[Block | None] = [SCORES]
-    for name, facts in findings.items():
-        lines = _verdict(facts)
-        for line in lines:
+    write_json(folder / "search.json", findings)
+    blocks: list[pages.Block | None] = [SCORES]
+    for name, finding in findings.items():
+        summary = _summary(finding)
+        for line in summary:
             log.line(f"{name}: {line}")
-        ranks = [[str(rank), *map(cell, found)] for rank, found in facts["ranks"]]
-        columns = [*COLUMNS, "share", "score", "parameters", "seconds"]
-        trained = [{**trial, "score": trial["rungs"][-1]} for trial in _trained(facts)]
-        cells = [[cell(trial[column]) for column in columns] for trial in trained]
-        blocks += [heading(name), lines, plot(folder, name, 3, partial(_draw, facts))]
-        blocks += [RANKED, table(["rank", "score", "error"], ranks), table(columns, cells)]
-    blocks += [
-        heading("The best configuration"),
-        code(tomlkit.dumps(without_folders(config.to_table()))),
-    ]
-    write_pages(folder, "Search of LoRA settings", blocks)
+        ranks = [[str(rank), *map(cell, score)] for rank, score in finding["ranks"]]
+        trials = [{**trial, "score": trial["rungs"][-1]} for trial in _trained(finding)]
+        cells = [[cell(trial[column]) for column in COLUMNS] for trial in trials]
+        blocks += [
+            pages.heading(name),
+            summary,
+            pages.plot(folder, name, 3, partial(_draw, finding)),
+            RANKED,
+            pages.table(["rank", "score", "error"], ranks),
+            pages.table(COLUMNS, cells),
+        ]
+    settings = tomlkit.dumps(pages.without_folders(config.to_table()))
+    blocks += [pages.heading("The best configuration"), pages.code(settings)]
+    pages.write_pages(folder, "Search of LoRA settings", blocks)
     log.line(f"train with it: fastlora-train --config {folder / 'best.toml'}")
     log.line(f"report in {folder / 'report.html'}")
 
 
-def _trained(facts: Mapping[str, Any], *stages: str) -> list[dict[str, Any]]:
-    """The trials of these stages, by default of all, that a budget's end did not leave out."""
-    trials = facts["trials"]
-    return [t for t in trials if t["rungs"] and (not stages or t["stage"] in stages)]
+def _trained(finding: Mapping[str, Any], stage: str | None = None) -> list[dict[str, Any]]:
+    """The trials of a stage, or of all, that were trained before the budget was spent."""
+    trials = finding["trials"]
+    return [trial for trial in trials if trial["rungs"] and stage in (None, trial["stage"])]
 
 
-def _verdict(facts: Mapping[str, Any]) -> list[str]:
+def _summary(finding: Mapping[str, Any]) -> list[str]:
     """The best settings, how they compare with those given, and the cost, in words."""
-    seconds, full, p_value = facts["seconds"], facts["trials"][0]["seconds"], facts["p_value"]
-    compared = "The settings given are the best that was found"
-    if facts["scores"]["best"]:
-        ours, theirs = (f"{mean(s):.4f} ± {stdev(s):.4f}" for s in facts["scores"].values())
-        kept = "; those given are kept" if facts["best"] == facts["given"] else ""
-        compared = (
-            f"Mean score over {len(facts['scores']['best'])} seeds, on dev examples that chose "
-            f"nothing: {ours}, of those given {theirs} (paired t test: p = {p_value:.2f}){kept}"
+    seconds, full, p_value = finding["seconds"], finding["trials"][0]["seconds"], finding["p_value"]
+    comparison = "No other settings were better than those given"
+    if finding["scores"]["best"]:
+        new, given = (f"{mean(s):.4f} ± {stdev(s):.4f}" for s in finding["scores"].values())
+        kept = "; the settings given are kept" if finding["best"] == finding["given"] else ""
+        comparison = (
+            f"Mean score over {len(finding['scores']['best'])} seeds, on dev examples that no "
+            f"choice was based on: {new} for the settings found, {given} for those given (paired t "
+            f"test: p = {p_value:.2f}){kept}"
         )
     return [
-        f"The best: {', '.join(f'{key} {cell(value)}' for key, value in facts['best'].items())}.",
-        f"{compared}.",
-        f"The search took {seconds:.0f} s, as {seconds / full:.1f} full runs do.",
+        f"The best: {', '.join(f'{key} {cell(value)}' for key, value in finding['best'].items())}.",
+        f"{comparison}.",
+        f"The search took {seconds:.0f} s, the time of {seconds / full:.1f} full runs.",
     ]
 
 
-def _draw(facts: Mapping[str, Any], _: Figure, panels: list[Axes]) -> None:
-    for rank, (score, error) in reversed(facts["ranks"]):
+def _draw(finding: Mapping[str, Any], _: pages.Figure, panels: list[pages.Axes]) -> None:
+    for rank, (score, error) in reversed(finding["ranks"]):
         panels[0].errorbar(str(rank), score, error, marker="o", capsize=3, color="C0")
     panels[0].set(title="ranks: one run, truncated", xlabel="rank", ylabel="score")
-    rates, shapes = _trained(facts, "rates"), _trained(facts, "shapes")
+    rates, shapes = _trained(finding, "rates"), _trained(finding, "shapes")
     shares = importance(rates, ("lr", "warmup")) | importance(shapes, ("dropout", "targets"))
     panels[1].barh(list(shares), list(shares.values()))
     panels[1].set(title="importance in its stage", xlabel="share", xlim=(0, 1))
@@ -201,7 +198,7 @@ def _draw(facts: Mapping[str, Any], _: Figure, panels: list[Axes]) -> None:
 
 
 def importance(trials: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    """Optuna's importance of settings for the score of the first rung, which all trials have."""
+    """Optuna's importance of settings for the score on the first rung, which all trials reached."""
     study = optuna.create_study(direction="maximize")
     space: dict[str, BaseDistribution] = {
         name: CategoricalDistribution(sorted({trial[name] for trial in trials})) for name in names
@@ -210,6 +207,6 @@ def importance(trials: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
         params = {name: trial[name] for name in names}
         value = trial["rungs"][0]
         study.add_trial(optuna.create_trial(params=params, distributions=space, value=value))
-    # Which settings bring a trial into the better half: with so few, a smaller part says little.
+    # The importance for being in the better half: of so few trials, a smaller part says little.
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
     return optuna.importance.get_param_importances(study, evaluator=evaluator)

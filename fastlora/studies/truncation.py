@@ -1,4 +1,4 @@
-"""The score of every smaller rank of a trained adapter, without training: truncations of B A."""
+"""The score of a trained adapter at every smaller rank, by truncating the update B A."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RESAMPLES = 200
 def sweep(
     model: MultitaskBert, dev: Mapping[str, TaskData], ranks: Collection[int] = RANKS
 ) -> dict[int, tuple[float, float]]:
-    """The mean score of the tasks with all adapters cut to each rank, and its error.
+    """The mean score of the tasks, and its error, with all adapters truncated to each rank.
 
-    The error is the standard error of the score's distance to the best rank's score, on the same
-    examples (paired bootstrap, Efron & Tibshirani 1993). The adapters are left at the lowest rank.
+    The error is the standard error of the difference from the best rank's score (paired bootstrap
+    over the examples, Efron & Tibshirani 1993). The adapters are left at the lowest rank.
     """
     ordered, outputs = sorted(ranks, reverse=True), []
     for rank in ordered:
@@ -44,9 +44,9 @@ def _mean_scores(
     outputs: Sequence[Mapping[str, np.ndarray]],
     rows: Mapping[str, np.ndarray],
 ) -> np.ndarray:
-    """Each rank's mean score of the tasks on these examples, [ranks]."""
+    """The mean score of the tasks at each rank on the examples `rows`, [ranks]."""
     parts = [
-        [score(data.task, of[name][rows[name]], data.labels[rows[name]]) or 0.0 for of in outputs]
+        [score(data.task, o[name][rows[name]], data.labels[rows[name]]) or 0.0 for o in outputs]
         for name, data in dev.items()
         if data.labels is not None
     ]
@@ -55,7 +55,7 @@ def _mean_scores(
 
 @torch.no_grad()
 def truncate(model: MultitaskBert, rank: int) -> None:
-    """Replace every adapter's B A by its best approximation of a rank (Eckart & Young 1936)."""
+    """Replace each adapter's B A by its best approximation of rank `rank` (Eckart & Young 1936)."""
     for layer in lora_layers(model).values():
         for name in layer.settings:
             A, B = layer.lora_A[name], layer.lora_B[name]
@@ -65,7 +65,7 @@ def truncate(model: MultitaskBert, rank: int) -> None:
 
 
 def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A' [rank, in] and B' [out, rank] with B' A' nearest to B A, which is never formed."""
+    """A' [rank, in] and B' [out, rank] whose product is nearest to B A, without forming B A."""
     Qa, Ra = torch.linalg.qr(A.T)  # [in, r], [r, r]
     Qb, Rb = torch.linalg.qr(B)  # [out, r], [r, r]
     U, S, V = torch.linalg.svd(Rb @ Ra.T)
@@ -74,6 +74,6 @@ def low_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def smallest_within_error(scores: Mapping[int, tuple[float, float]]) -> int:
-    """The smallest rank whose score is within its error of the best."""
+    """The smallest rank whose score differs from the best by at most its error."""
     best = max(score for score, _ in scores.values())
     return min(rank for rank, (score, error) in scores.items() if score >= best - error)

@@ -1,7 +1,7 @@
-"""Checkpoints: atomic folders of everything a run needs to go on bit for bit.
+"""Checkpoints: folders with everything that a run needs to continue bit for bit.
 
-Random numbers need no state here: a part of a step seeds torch from (seed, step, part), and the
-plan of an epoch is a function of (seed, epoch).
+They hold no random state: each part of a step seeds PyTorch with (seed, step, part), and the plan
+of an epoch follows from (seed, epoch).
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from torch import Tensor, nn
 
 from fastlora.errors import RunError, UserError
 from fastlora.files import atomic_folder, read_json, write_json
-from fastlora.tensors import read_tensors
+from fastlora.tensors import copy_tensors, read_tensors
 
 KEEP = 2
 WEIGHTS, MOMENTS, STATE = FILES = "model.safetensors", "optim.safetensors", "state.json"
-MANIFEST = "MANIFEST.json"
-# A process that was killed while it replaced a checkpoint leaves a whole one under the second name.
-NAME = re.compile(r"step-(\d+)|\.step-(\d+)-\w+(?:\.old)?")
+MANIFEST = "MANIFEST.json"  # the sha256 of each of those files
+# A process that is killed while it replaces a checkpoint may leave a complete one whose name begins
+# with a dot.
+NAME = re.compile(r"(\.)?step-(\d+)(?(1)-\w+(?:\.old)?)")
 
 
 @dataclass
 class Progress:
-    """Where a run is: `position` batches of epoch `epoch` are done, `step` in all.
+    """How far a run is: `position` batches of epoch `epoch` are done, and `step` batches in all.
 
-    `seconds` were spent in steps on `examples`. `sums` are each task's [summed loss, examples]
-    since the last log line, and `scores` those of the epochs.
+    Training these took `seconds` and `examples`. `sums` holds each task's [summed loss, examples]
+    since the last logged step, and `scores` the dev scores of each finished epoch.
     """
 
     step: int = 0
@@ -47,12 +48,12 @@ class Progress:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
+    """The parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
-    """Raise RunError for a tensor with a value that is not finite: it must not be saved."""
+    """Raise RunError if a tensor that is about to be saved has a value that is not finite."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RunError(
@@ -62,15 +63,15 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
 
 
 def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
-    """Raise UserError naming what a run reads that is not what it read when it started.
+    """Raise UserError naming the inputs of a run that have changed since it started.
 
-    `recorded` and `inputs` are sha256 by what they are of, then and now.
+    `recorded` and `inputs` map the name of each input to its sha256, at the start and now.
     """
-    known = recorded if isinstance(recorded, dict) else {}
-    if changed := [name for name in {**known, **inputs} if known.get(name) != inputs.get(name)]:
+    before = recorded if isinstance(recorded, dict) else {}
+    if changed := [n for n in {**before, **inputs} if before.get(n) != inputs.get(n)]:
         raise UserError(
             f"{path}: the run started with other inputs than these: {', '.join(changed)} differ; "
-            "put back what it started with, or use a new --out"
+            "restore what it started with, or use a new --out"
         )
 
 
@@ -82,46 +83,48 @@ def save_checkpoint(
     progress: Progress,
     inputs: Mapping[str, str],
 ) -> None:
-    """Write `folder`/step-NNNNNN and remove all but the newest two.
+    """Write `folder`/step-NNNNNN and remove all but the newest two checkpoints.
 
-    `inputs` are the sha256 of what the run reads, see `check_inputs`.
+    `inputs` maps the name of each input of the run to its sha256.
     """
     parameters = trainable(model)
+    moments = {
+        f"{name}|{slot}": value
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
     with atomic_folder(folder / f"step-{progress.step:06d}") as building:
-        moments = {
-            f"{name}|{slot}": value
-            for name, parameter in parameters.items()
-            for slot, value in optimizer.state.get(parameter, {}).items()
-        }
         for file, tensors in ((WEIGHTS, parameters), (MOMENTS, moments)):
             on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             save_file(on_cpu, building / file)
         state = {"progress": asdict(progress), "scaler": scaler.state_dict(), "inputs": inputs}
         write_json(building / STATE, state)
-        digests = {name: _digest(building / name) for name in FILES}
-        write_json(building / MANIFEST, digests)
-    left_by_killed = list(folder.glob(".step-*"))
-    complete = [path for path in _checkpoints(folder) if path not in left_by_killed]
-    for old in (*complete[:-KEEP], *left_by_killed):
+        write_json(building / MANIFEST, _digests(building))
+    complete = [path for path in _checkpoints(folder) if not path.name.startswith(".")]
+    for old in (*complete[:-KEEP], *folder.glob(".step-*")):
         shutil.rmtree(old)
 
 
 def latest_checkpoint(folder: Path, note: Callable[[str], object] = lambda _: None) -> Path | None:
-    """The newest checkpoint whose files are as its manifest says, or None where there are none.
+    """The newest checkpoint whose files match its manifest, or None if there is no checkpoint.
 
-    `note` is told of newer ones that are damaged. Raises RunError when all are.
+    `note` is called with a line on each newer one that is damaged. Raises RunError if all are.
     """
     damaged: list[str] = []
     for path in reversed(_checkpoints(folder)):
-        if not (reason := _damage(path)):
-            for line in damaged:
-                note(f"passed over a damaged checkpoint: {line}")
-            return path
-        if not path.name.startswith("."):  # else it was never complete
+        try:
+            if read_json(path / MANIFEST) == _digests(path):
+                return path
+            reason = f"its files do not match {MANIFEST}"
+        except (OSError, UserError) as error:
+            reason = str(error)
+        if not path.name.startswith("."):  # what a killed process left may be incomplete
             damaged.append(f"{path}: {reason}")
+            note(f"passed over a damaged checkpoint: {damaged[-1]}")
     if damaged:
-        what = "; ".join(damaged)
-        raise RunError(f"every checkpoint is damaged: {what}; restore one or use a new --out")
+        raise RunError(
+            f"every checkpoint is damaged: {'; '.join(damaged)}; restore one or use a new --out"
+        )
     return None
 
 
@@ -132,47 +135,32 @@ def load_checkpoint(
     scaler: torch.amp.GradScaler,
     inputs: Mapping[str, str],
 ) -> Progress:
-    """Put a checkpoint in place; returns where the run was.
+    """Load a checkpoint into a model, its optimizer and its scaler; returns the run's progress.
 
-    Raises UserError as `check_inputs`, and RunError for other parameters than the model trains.
+    Raises UserError if the run's inputs have changed, and RunError if the checkpoint does not fit
+    the model.
     """
     state = read_json(path / STATE)
     check_inputs(path, state.get("inputs"), inputs)
-    weights, _ = read_tensors(path / WEIGHTS)
-    moments, _ = read_tensors(path / MOMENTS)
     parameters = trainable(model)
-    if {k: p.shape for k, p in parameters.items()} != {k: w.shape for k, w in weights.items()}:
-        raise RunError(f"{path}: holds other parameters than this run trains; use a new --out")
     try:
-        progress = Progress(**state["progress"])
-        for key, tensor in moments.items():
+        copy_tensors(path / WEIGHTS, read_tensors(path / WEIGHTS)[0], parameters)
+        for key, tensor in read_tensors(path / MOMENTS)[0].items():
             name, _, slot = key.rpartition("|")
             optimizer.state[parameters[name]][slot] = tensor.to(parameters[name].device)
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path}: is no checkpoint of this run: {error!r}") from error
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    return progress
+        return Progress(**state["progress"])
+    except (KeyError, TypeError, UserError) as error:
+        raise RunError(f"{path}: is not a checkpoint of this run ({error!r})") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first; other names, as of backups, are left alone."""
-    steps = {p: m for p in folder.glob("*step-*") if (m := NAME.fullmatch(p.name))}
-    return sorted(steps, key=lambda path: (int(steps[path][1] or steps[path][2]), steps[path][0]))
+    """The checkpoints of a folder, oldest first; other names, such as backups, are left out."""
+    names = [match for path in folder.glob("*step-*") if (match := NAME.fullmatch(path.name))]
+    return [folder / n[0] for n in sorted(names, key=lambda name: (int(name[2]), name[0]))]
 
 
-def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint's files; nothing for an intact one."""
-    try:
-        digests = read_json(path / MANIFEST)
-        wrong = [name for name in FILES if digests.get(name) != _digest(path / name)]
-    except (OSError, UserError) as error:
-        return str(error)
-    return f"{wrong[0]} is not as {MANIFEST} says" if wrong else ""
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a checkpoint."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}

@@ -132,7 +132,7 @@ def test_a_study_is_run_folders_and_its_table(finished):
     assert int(lora["trainable"]) == heads + 2 * 2 * 2 * 8 * 32
     text = (folder / "report.md").read_text()
     assert f"| {mean(scores):.4g} | {stdev(scores):.4g} | 0.999 |" in text
-    assert "1 of 2 rows beat the paper's score" in text and "A note." in text
+    assert "1 of the 2 rows that the paper has a score for exceed it" in text and "A note." in text
     assert (folder / "report.html").is_file() and (folder / "plots" / "table2.png").is_file()
 
 

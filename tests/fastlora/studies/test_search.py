@@ -106,7 +106,7 @@ def test_a_search_leaves_what_it_found(searched):
     best = read_toml(folder / "best.toml")
     assert best["r"] == facts["best"]["r"] and best["tasks"] == ["sts"]
     text = (folder / "report.md").read_text()
-    assert "Ranks, from one run" in text and "(plots/jointly.png)" in text
+    assert "Ranks, by truncation" in text and "(plots/jointly.png)" in text
     assert (folder / "report.html").is_file() and (folder / "plots" / "jointly.png").is_file()
 
 
