@@ -256,13 +256,13 @@ def tune(
 ) -> None:
     """Measure the kernels' block sizes on this GPU and keep the fastest for later runs."""
     from fastlora.training import tuner
-    from fastlora.training.setup import compute_of
+    from fastlora.training.setup import DTYPES, compute_of
 
     how = settings_from(settings, None)
-    device, dtype = compute_of(how.device, how.precision)
+    device, precision = compute_of(how.device, how.precision)
     if device.type != "cuda":
         raise UserError(f"device is {device}: only a CUDA GPU has block sizes to tune")
-    file = tuner.tune(device, dtype, print)
+    file = tuner.tune(device, DTYPES[precision], print)
     print(f"measured block sizes in {file}; runs on this machine use them")
 
 

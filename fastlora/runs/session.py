@@ -162,7 +162,7 @@ def _banner(
 def run_description(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
     """The lines of the banner that say what a run computes on and with, as (name, text)."""
     inputs, device = setup.inputs, setup.device
-    kernels, reason = find_route(device, setup.dtype)
+    kernels, reason = find_route(device, setup.config.precision)
     hardware = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = describe_gpu(device.index or 0)

@@ -69,7 +69,7 @@ class Search:
         config = setup.config
         # The values of each setting to try; the first is the one given.
         values: dict[str, list[Any]] = {
-            "lr": [config.peak_lr * rate for rate in RATES],
+            "lr": [config.peak_rates[0] * rate for rate in RATES],
             "warmup": [config.warmup, *WARMUPS],
             "r": [config.r, *RANKS],
             "dropout": [config.dropout, *DROPOUTS],

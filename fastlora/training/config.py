@@ -111,14 +111,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         self.lora  # noqa: B018, raises for a value that is out of range
-        for name in (
-            "epochs",
-            "max_steps",
-            "accumulate",
-            "limit",
-            "save_every",
-            "tokens_per_batch",
-        ):
+        for name in COUNTS:
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "1 or more")
         check(self.tasks != (), "tasks", self.tasks, "at least one task")
@@ -148,19 +141,16 @@ class TrainConfig:
             )
 
     def task_settings(self, task: str) -> TaskLoraConfig:
-        """What a task's adapter sets differently."""
-        if task not in self.task:
-            return getattr(self, task)
-        return as_type(f"task.{task}.lora", self.task[task].get("lora", {}), TaskLoraConfig)
+        """What a task's adapter sets differently; nothing for the adapter of all tasks."""
+        if task in self.task:
+            return as_type(f"task.{task}.lora", self.task[task].get("lora", {}), TaskLoraConfig)
+        return getattr(self, task) if task in BUILTIN else TaskLoraConfig()
 
     def with_task_settings(self, task: str, settings: TaskLoraConfig) -> TrainConfig:
         """The configuration with other settings of a task's adapter."""
-        if task in BUILTIN:
-            changes: dict[str, Any] = {task: settings}
-        else:
-            table = {**self.task.get(task, {}), "lora": _without_none(asdict(settings))}
-            changes = {"task": {**self.task, task: table}}
-        return replace(self, **changes)
+        table = {**self.task.get(task, {}), "lora": settings.changes()}
+        own: dict[str, Any] = {"task": {**self.task, task: table}}
+        return replace(self, **({task: settings} if task in BUILTIN else own))
 
     @property
     def lora(self) -> LoraConfig:
@@ -168,16 +158,11 @@ class TrainConfig:
         return LoraConfig(**{name: getattr(self, name) for name in LORA_SETTINGS})
 
     @property
-    def peak_lr(self) -> float:
-        """The learning rate given, or the mode's default."""
-        return self.lr or DEFAULT_LR[self.mode]
-
-    @property
-    def peak_head_lr(self) -> float:
-        """The heads' learning rate; in frozen mode they are all there is to train."""
-        if self.mode == "frozen":
-            return self.head_lr or self.peak_lr
-        return self.head_lr or DEFAULT_HEAD_LR
+    def peak_rates(self) -> tuple[float, float]:
+        """The learning rates of adapters or encoder, and of heads: as given, or the defaults."""
+        lr = self.lr or DEFAULT_LR[self.mode]
+        # In frozen mode, heads are all there is to train.
+        return lr, self.head_lr or (lr if self.mode == "frozen" else DEFAULT_HEAD_LR)
 
     def to_table(self) -> dict[str, Any]:
         """What is set, without `out`, in TOML's types."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,15 +33,27 @@ def find_inputs(config: TrainConfig) -> Inputs:
     for settings in (config, *vars(config).values()):
         for target in getattr(settings, "targets", None) or ():
             _check_name("target", target, TARGETS)
-    known = known_tasks(config.task)
+    if taken := BUILTIN.keys() & config.task:
+        raise UserError(f"task {min(taken)!r} is built in; choose another name")
+    tables = {n: {k: v for k, v in t.items() if k != "lora"} for n, t in config.task.items()}
+    known = {**BUILTIN, **{name: task_from_table(name, table) for name, table in tables.items()}}
     names = config.tasks or [n for n in known if n in DEFAULT_TASKS or n in config.task]
     for name in names:
         _check_name("task", name, known)
     folder, why_data = find_data(config.data, known.values())
-    # Without --tasks, the paper's three are trained where their files are there; CFIMDB's long
-    # reviews join when asked for.
-    optional = () if config.tasks else DEFAULT_TASKS
-    tasks = find_tasks([known[name] for name in names], optional, folder)
+    tasks = {}
+    for name in names:
+        paths = _paths(folder, known[name])
+        missing = [path for path in paths if not path.is_file()]
+        if not missing:
+            tasks[name] = known[name]
+        # Without --tasks, the paper's three are trained where their files are there; CFIMDB's long
+        # reviews join when asked for.
+        elif config.tasks or name not in DEFAULT_TASKS:
+            raise UserError(f"{missing[0]}: no such file (task {name!r} needs it)")
+    if not tasks:
+        files = ", ".join(known[n].files[split] for n in names for split in ("train", "dev"))
+        raise UserError(f"{folder}: holds no task's files (expected some of {files})")
     model, why_model = config.model, "as given"
     if model is None:
         demo = why_data.startswith("demo")
@@ -75,33 +87,13 @@ def find_data(given: str | Path | None, tasks: Collection[Task]) -> tuple[Path, 
     return DEMO, "demo corpus: no --data and no task files in ./data"
 
 
-def known_tasks(tables: Mapping[str, Any]) -> dict[str, Task]:
-    """The built-in tasks and those that the user declares in tables."""
-    known = dict(BUILTIN)
-    for name, table in tables.items():
-        if name in known:
-            raise UserError(f"task {name!r} is built in; choose another name")
-        known[name] = task_from_table(name, {k: v for k, v in table.items() if k != "lora"})
-    return known
-
-
-def find_tasks(tasks: Collection[Task], optional: Container[str], folder: Path) -> dict[str, Task]:
-    """The tasks whose files are in a folder; UserError for one missing that is not optional."""
-    present = {task.name: task for task in tasks if has_files(folder, task)}
-    for task in tasks:
-        for split in ("train", "dev"):
-            path = folder / task.files[split]
-            if task.name not in optional and not path.is_file():
-                raise UserError(f"{path}: no such file (task {task.name!r} needs it)")
-    if not present:
-        files = ", ".join(task.files[split] for task in tasks for split in ("train", "dev"))
-        raise UserError(f"{folder}: holds no task's files (expected some of {files})")
-    return present
-
-
 def has_files(folder: Path, task: Task) -> bool:
     """Whether a task's training and dev files are both in a folder."""
-    return all((folder / task.files[split]).is_file() for split in ("train", "dev"))
+    return all(path.is_file() for path in _paths(folder, task))
+
+
+def _paths(folder: Path, task: Task) -> list[Path]:
+    return [folder / task.files[split] for split in ("train", "dev")]
 
 
 def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:

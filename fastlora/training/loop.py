@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +89,8 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest valid checkpoint; returns whether there was one."""
-        path = None
-        if self.folder:
-            path = latest_checkpoint(self.folder / "checkpoints", self.log.line)
-        if path is None:
+        folder = self.folder and self.folder / "checkpoints"
+        if folder is None or (path := latest_checkpoint(folder, self.log.line)) is None:
             return False
         state = (self.model, self.optimizer, self.scaler)
         self.progress = load_checkpoint(path, *state, self.setup.fingerprints)
@@ -110,18 +108,14 @@ class Trainer:
         if config.mode == "frozen":
             self.train_features = Features(self.model, self.setup.train)
             self.dev_features = Features(self.model, self.setup.dev)
-        self.metrics = None
-        if self.folder is not None and self.ranks.first:
-            self.metrics = Metrics(self.folder, progress.step)
-        self.bar = Bar(self.log, self.total, progress.step)
-        try:
-            with self.stop:
-                while progress.epoch < config.epochs:
-                    self.epoch()
-        finally:
-            self.bar.close()
-            if self.metrics:
-                self.metrics.close()
+        with ExitStack() as stack:
+            self.metrics = None
+            if self.folder is not None and self.ranks.first:
+                self.metrics = stack.enter_context(closing(Metrics(self.folder, progress.step)))
+            self.bar = stack.enter_context(closing(Bar(self.log, self.total, progress.step)))
+            stack.enter_context(self.stop)
+            while progress.epoch < config.epochs:
+                self.epoch()
         scores = progress.scores[-1]["scores"] if progress.scores else {}
         return Result(scores, progress.step, progress.examples, progress.seconds)
 

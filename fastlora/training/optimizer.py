@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora.multitask.model import MultitaskBert
 from fastlora.training.checkpoint import trainable
-from fastlora.training.config import TaskLoraConfig, TrainConfig
+from fastlora.training.config import TrainConfig
 
 
 def owner(parameter: str) -> str:
@@ -23,9 +23,9 @@ def make_optimizer(model: MultitaskBert, config: TrainConfig) -> torch.optim.Ada
     """AdamW over what trains: heads at their own rate, weight decay of matrices only."""
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
-        task = owner(name)
-        special = config.task_settings(task) if task in (config.tasks or ()) else TaskLoraConfig()
-        lr = config.peak_head_lr if name.startswith("heads.") else special.lr or config.peak_lr
+        special = config.task_settings(owner(name))
+        lr, head_lr = config.peak_rates
+        lr = head_lr if name.startswith("heads.") else special.lr or lr
         warmup = config.warmup if special.warmup is None else special.warmup
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((warmup, lr, decay), []).append(parameter)

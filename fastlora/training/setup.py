@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,10 @@ from fastlora.data.tokenizer import Tokenizer
 from fastlora.devices import local_device, memory_errors
 from fastlora.errors import UserError, user_errors
 from fastlora.kernels import Dropout, Linear, Route, route
-from fastlora.lora.config import LoraConfig
-from fastlora.lora.layer import DEFAULT
 from fastlora.lora.model import pack
 from fastlora.multitask.files import adapter_names, fingerprint
 from fastlora.multitask.model import MultitaskBert
-from fastlora.training.config import Precision, TaskLoraConfig, TrainConfig
+from fastlora.training.config import Precision, TrainConfig
 from fastlora.training.distributed import world_size
 from fastlora.training.inputs import Inputs
 from fastlora.training.stopping import Stop
@@ -70,7 +68,7 @@ class Setup:
         tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}
         inputs = replace(self.inputs, tasks=tasks)
         train, dev = ({n: data[n] for n in tasks} for data in (self.train, self.dev))
-        resolved = resolve(config, inputs, self.device)
+        resolved = resolve(config, inputs, self.config.precision)
         return replace(self, config=resolved, inputs=inputs, train=train, dev=dev)
 
 
@@ -78,7 +76,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
     """Find device and precision, read and tokenise the data; UserError where one is wrong."""
     if config.cuda_graphs and world_size() > 1:
         raise UserError("cuda_graphs is given (expected one process, not torchrun's)")
-    device = local_device(config.device)
+    device, precision = compute_of(config.device, config.precision)
     if config.cuda_graphs and device.type != "cuda":
         raise UserError(f"cuda_graphs is given but the device is {device}")
     use_measured_blocks()
@@ -88,22 +86,15 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         load_tasks(inputs.folder, inputs.tasks.values(), split, tokenizer, **rules)
         for split in ("train", "dev")
     )
-    resolved = resolve(config, inputs, device)
-    find_route(device, DTYPES[resolved.precision])  # what is wrong there is said before it starts
-    return Setup(resolved, inputs, tokenizer, train, dev, device)
+    find_route(device, precision)  # what is wrong there is said before it starts
+    return Setup(resolve(config, inputs, precision), inputs, tokenizer, train, dev, device)
 
 
-def resolve(config: TrainConfig, inputs: Inputs, device: torch.device) -> TrainConfig:
-    """The configuration with every default filled in; UserError as `find_precision`."""
-    return replace(
-        config,
-        data=inputs.folder,
-        model=inputs.model,
-        tasks=tuple(inputs.tasks),
-        lr=config.peak_lr,
-        head_lr=config.peak_head_lr,
-        precision=find_precision(config.precision, device),
-    )
+def resolve(config: TrainConfig, inputs: Inputs, precision: Precision) -> TrainConfig:
+    """The configuration with every default filled in."""
+    lr, head_lr = config.peak_rates
+    config = replace(config, data=inputs.folder, model=inputs.model, tasks=tuple(inputs.tasks))
+    return replace(config, lr=lr, head_lr=head_lr, precision=precision)
 
 
 def seed_random(seed: int, device: torch.device) -> None:
@@ -151,18 +142,9 @@ def build_model(
         # Sentences are mean-pooled, so BERT's pooler is in no loss.
         encoder.pooler.requires_grad_(False)
     else:
-        model.adapt(adapter_settings(config, tasks))
+        names = adapter_names(config.adapters, tasks)
+        model.adapt({name: config.task_settings(name).over(config.lora) for name in names})
     return model, base.sha256, base.notes
-
-
-def adapter_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, LoraConfig]:
-    """The settings of the run's adapters by name."""
-    return {
-        name: (TaskLoraConfig() if name == DEFAULT else config.task_settings(name)).over(
-            config.lora
-        )
-        for name in adapter_names(config.adapters, tasks)
-    }
 
 
 def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> None:
@@ -194,25 +176,22 @@ def training(setup: Setup) -> Iterator[None]:
         yield
 
 
-def compute_of(device: str, precision: Precision) -> tuple[torch.device, torch.dtype]:
-    """The device and compute type that --device and --precision mean here."""
+def compute_of(device: str, precision: Precision) -> tuple[torch.device, Precision]:
+    """The device and compute type that --device and --precision mean here.
+
+    Raises UserError for a device that is not here, and for bf16 on a GPU before sm_80.
+    """
     here = local_device(device)
-    return here, DTYPES[find_precision(precision, here)]
+    if here.type != "cuda":
+        return here, "fp32" if precision == "auto" else precision
+    modern = torch.cuda.get_device_capability(here) >= (8, 0)
+    if precision == "bf16" and not modern:
+        raise UserError("precision is 'bf16' but this GPU only emulates it; use --precision fp16")
+    best: Precision = "bf16" if modern else "fp16"
+    return here, best if precision == "auto" else precision
 
 
-def find_route(device: torch.device, dtype: torch.dtype) -> Route:
+def find_route(device: torch.device, precision: Precision) -> Route:
     """The kernels that run there, and why; UserError for a wrong FASTLORA_ROUTE."""
     with user_errors():
-        return route(device, dtype)
-
-
-def find_precision(name: Precision, device: torch.device) -> Precision:
-    """The compute type that --precision means on a device; UserError for bf16 before sm_80."""
-    if device.type != "cuda":
-        return "fp32" if name == "auto" else name
-    modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    if name == "bf16" and not modern:
-        raise UserError("precision is 'bf16' but this GPU only emulates it; use --precision fp16")
-    if name == "auto":
-        return "bf16" if modern else "fp16"
-    return name
+        return route(device, DTYPES[precision])
