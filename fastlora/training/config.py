@@ -61,52 +61,89 @@ class TrainConfig:
     A path may be given as text and a list in place of a tuple; no value is rounded or converted
     otherwise. Raises UserError for a value of another type, out of range, or that contradicts
     another.
+
+    Args:
+        r: Rank of the update, 1 or more.
+        alpha: Strength: the update is scaled by alpha / r.
+        dropout: Dropout on the update's input, 0 <= p < 1.
+        rslora: Scale by alpha / sqrt(r) instead.
+        targets: Matrices, comma-separated: query, key, value, output, intermediate, ffn_output.
+        adapters: One adapter for all tasks, one each, or both together.
+        add_to: Finished run with adapters per task, to which other tasks are added.
+        mode: Train adapters, heads on a frozen encoder, or every weight.
+        sst, cfimdb, quora, sts: What the task's adapter sets differently.
+        tasks: Tasks, comma-separated; by default sst, quora and sts, as in the paper.
+        data: Folder of the task files; by default ./data, else the demo corpus.
+        model: Folder, hub id, or minilm; by default bert-base-uncased, demo: minilm.
+        pairs: Encode a pair as two sentences, or as one [CLS] a [SEP] b [SEP].
+        sampling: How often a task is drawn, by its number of examples.
+        bad_rows: Whether a malformed row is an error, or skipped and counted.
+        quoting: Quotes in CSV and TSV files: around a field, or none: plain characters.
+        limit: Use at most this many examples of each task's files.
+        epochs: Passes over the training examples.
+        max_steps: Stop after this many steps.
+        tokens_per_batch: Real tokens of a step over all processes, 1 or more.
+        accumulate: Split each step in this many parts, to save memory.
+        lr: Peak learning rate; by default lora 2e-3, full 5e-5, frozen 2e-3.
+        head_lr: Peak learning rate of the heads; by default 1e-3, or --lr when frozen.
+        weight_decay: AdamW's decay of matrices.
+        warmup: Share of the steps that warm up, 0 to 1.
+        schedule: Decay after the warmup.
+        clip: Largest gradient norm.
+        seed: Seed of weights, order and dropout.
+        precision: Compute type; auto: bf16 or fp16 on a GPU, fp32 on a CPU.
+        device: auto, cpu, cuda or cuda:N.
+        compile: Compile the encoder with torch.compile.
+        cuda_graphs: Replay each step as a CUDA graph, for small batches.
+        grad_checkpoint: Less memory, 1.6x the time: backward computes layers again.
+        task: Tables of the tasks that are not built in, by name.
+        out: Run folder; an unfinished run in it is continued.
+        save_every: Steps between checkpoints; the end of an epoch always saves.
     """
 
-    r: int = 8  # of all adapters, as the next four
+    r: int = 8
     alpha: float = 16.0
     dropout: float = 0.1
     rslora: bool = False
     targets: tuple[str, ...] = ("query", "value")
     adapters: Literal["shared", "per-task", "shared+per-task"] = "shared"
-    add_to: Path | None = None  # a finished run, beside whose tasks others are trained
-    mode: Literal["lora", "frozen", "full"] = "lora"  # adapters, heads alone, or every weight
+    add_to: Path | None = None
+    mode: Literal["lora", "frozen", "full"] = "lora"
     sst: TaskLoraConfig = TaskLoraConfig()
     cfimdb: TaskLoraConfig = TaskLoraConfig()
     quora: TaskLoraConfig = TaskLoraConfig()
     sts: TaskLoraConfig = TaskLoraConfig()
 
-    tasks: tuple[str, ...] | None = None  # by default `DEFAULT_TASKS`, and those in `task`
-    data: Path | None = None  # folder of the tasks' files
-    model: str | None = None  # folder or hub id of the encoder
-    pairs: Literal["separate", "joint"] = "separate"  # how two sentences are encoded
+    tasks: tuple[str, ...] | None = None
+    data: Path | None = None
+    model: str | None = None
+    pairs: Literal["separate", "joint"] = "separate"
     sampling: Literal["proportional", "sqrt", "uniform"] = "proportional"
     bad_rows: Literal["error", "skip"] = "error"
-    quoting: Literal["minimal", "none"] = "minimal"  # in CSV and TSV files
-    limit: int | None = None  # examples of each file, at most
+    quoting: Literal["minimal", "none"] = "minimal"
+    limit: int | None = None
 
     epochs: int = 1
     max_steps: int | None = None
-    tokens_per_batch: int = 1024  # real tokens of a step, over all processes
-    accumulate: int = 1  # parts that a process computes each step in
-    lr: float | None = None  # peak learning rate; by default `DEFAULT_LR`
-    head_lr: float | None = None  # by default `DEFAULT_HEAD_LR`; `lr` in mode "frozen"
-    weight_decay: float = 0.01  # of matrices
-    warmup: float = 0.06  # share of the steps
+    tokens_per_batch: int = 1024
+    accumulate: int = 1
+    lr: float | None = None
+    head_lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.06
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    clip: float = 1.0  # largest norm of the gradients
-    seed: int = 0  # of new weights, the examples' order and dropout
+    clip: float = 1.0
+    seed: int = 0
 
     precision: Precision = "auto"
     device: str = "auto"
     compile: bool = False
     cuda_graphs: bool = False
-    grad_checkpoint: bool = False  # compute the layers again in backward
+    grad_checkpoint: bool = False
 
-    task: Mapping[str, Any] = field(default_factory=dict)  # tables of tasks that are not built in
-
-    out: Path | None = None  # the run folder; not in its run.toml
-    save_every: int = 200  # steps between checkpoints
+    task: Mapping[str, Any] = field(default_factory=dict)
+    out: Path | None = None
+    save_every: int = 200
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -178,12 +215,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How long a search of settings may take, and how its trials run."""
+    """How long a search of settings may take, and how its trials run.
 
-    budget: timedelta | None = None  # after which no short run begins
-    trials: int = 10  # short runs of learning rate and warmup
-    together: int | None = None  # without effect: trials once trained side by side
-    join: bool = False  # help with a search that another process leads
+    Args:
+        budget: Time, as 90s, 30m or 2h, after which no short run begins.
+        trials: Short runs of learning rate and warmup, 1 or more.
+        together: Without effect: trials train one at a time.
+        join: Help with the search in --out that another process leads.
+    """
+
+    budget: timedelta | None = None
+    trials: int = 10
+    together: int | None = None
+    join: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
