@@ -40,33 +40,6 @@ RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder wit
 Encoder = Annotated[
     str | None, Parameter(help="Folder or name of the encoder, if it moved since training.")
 ]
-TRAIN_HELP = """Train LoRA adapters and task heads on a BERT-sized encoder.
-
-    fastlora-train --r 32
-    fastlora-train --r 32 --data data/ --model bert-base-uncased --epochs 3
-    fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
-"""
-REPRODUCE_HELP = """Run the paper's tables and set our scores beside the paper's.
-
-table1 has a frozen encoder and full fine-tuning, table2 one LoRA adapter for all tasks, and table3
-to table5 an adapter for SST, Quora and STS alone. The same command continues where it stopped.
-
-    fastlora reproduce table2 --data data/ --model minilm --limit 2000
-    fastlora reproduce all --data data/ --seeds 3 --out studies/full
-"""
-
-SEARCH_HELP = """Search LoRA settings at a fraction of the cost of full runs.
-
-    fastlora search --tasks sts --data data/ --budget 30m
-    fastlora search --adapters per-task --data data/ --out searches/mine
-    fastlora search --adapters per-task --data data/ --out searches/mine --join
-
-Trial 0 has the settings given here. Short runs then choose learning rate, warmup, dropout and
-targets; one longer run scores every rank. At the end the best settings are compared with trial 0
-over three seeds, on dev examples that no choice was made on. The same command continues an
-interrupted search. Train with the result: fastlora-train --config best.toml, from the search's
-folder.
-"""
 
 app = App(
     name="fastlora",
@@ -76,7 +49,7 @@ app = App(
 )
 
 
-@app.command(help=TRAIN_HELP)
+@app.command
 def train(
     *,
     settings: Annotated[TrainFlags, _FLAT] = TrainFlags(),  # noqa: B008
@@ -89,7 +62,12 @@ def train(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train; `TRAIN_HELP` is what --help shows."""
+    """Train LoRA adapters and task heads on a BERT-sized encoder.
+
+    fastlora-train --r 32
+    fastlora-train --r 32 --data data/ --model bert-base-uncased --epochs 3
+    fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
+    """
     if resume is not None:
         if config is not None or "out" in given(settings):
             raise UserError("--resume names a run folder; leave out --config and --out")
@@ -101,7 +79,7 @@ def train(
     run_training(wanted, inputs, quiet=quiet, dry_run=dry_run, stop=command_stop())
 
 
-@app.command(help=SEARCH_HELP)
+@app.command
 def search(
     *,
     settings: Annotated[TrainFlags, _FLAT] = TrainFlags(),  # noqa: B008
@@ -109,7 +87,18 @@ def search(
     config: ConfigFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Search; `SEARCH_HELP` is what --help shows."""
+    """Search LoRA settings at a fraction of the cost of full runs.
+
+    fastlora search --tasks sts --data data/ --budget 30m
+    fastlora search --adapters per-task --data data/ --out searches/mine
+    fastlora search --adapters per-task --data data/ --out searches/mine --join
+
+    Trial 0 has the settings given here. Short runs then choose learning rate, warmup, dropout and
+    targets; one longer run scores every rank. At the end the best settings are compared with trial
+    0 over three seeds, on dev examples that no choice was made on. The same command continues an
+    interrupted search. Train with the result: fastlora-train --config best.toml, from the search's
+    folder.
+    """
     _check_alone("search")
     how = SearchConfig(**given(limits))
     wanted = settings_from(settings, config)
@@ -204,7 +193,7 @@ def merge(
     print(f"merged encoder in {out}; max |difference of logits| {difference:.2e}")
 
 
-@app.command(help=REPRODUCE_HELP)
+@app.command
 def reproduce(
     tables: Annotated[
         tuple[Literal["table1", "table2", "table3", "table4", "table5", "all"], ...],
@@ -219,7 +208,15 @@ def reproduce(
     out: Annotated[Path, Parameter(help="Folder of the runs and the tables.")] = Path("studies"),
     quiet: Quiet = False,
 ) -> None:
-    """Run the paper's tables; `REPRODUCE_HELP` is what --help shows."""
+    """Run the paper's tables and set our scores beside the paper's.
+
+    table1 has a frozen encoder and full fine-tuning, table2 one LoRA adapter for all tasks, and
+    table3 to table5 an adapter for SST, Quora and STS alone. The same command continues where it
+    stopped.
+
+        fastlora reproduce table2 --data data/ --model minilm --limit 2000
+        fastlora reproduce all --data data/ --seeds 3 --out studies/full
+    """
     if seeds < 1:
         raise UserError(f"seeds is {seeds} (expected 1 or more)")
     _check_alone("reproduce")
