@@ -78,7 +78,11 @@ def read_rows(
     """
     path = Path(path)
     wanted = [*task.columns, *([task.label] if labelled else [])]
-    text = _text(path, read_content(path) if content is None else content)
+    try:
+        text = (read_content(path) if content is None else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
     if path.suffix == ".jsonl":
         records = _json_records(text)
     else:
@@ -126,14 +130,6 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "sepa
     columns = tuple(tokenizer.encode(*texts) for texts in sequences)
     truncated = sum(column.truncated for column in columns)
     return TaskData(task, columns, rows.labels, rows.ids, rows.dropped, truncated, rows.empty)
-
-
-def _text(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
 
 
 def _csv_records(

@@ -91,7 +91,8 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
     check("label", isinstance(label, str) and label not in columns, "another column's name")
     splits = set(files) if isinstance(files, Mapping) else set()
     check("files", {"train", "dev"} <= splits <= set(SPLITS), "files for train, dev, maybe test")
-    inside = all(isinstance(f, str) and _is_inside(PurePath(f)) for f in files.values())
+    paths = [PurePath(file) for file in files.values() if isinstance(file, str)]
+    inside = len(paths) == len(files) and not any(p.anchor or ".." in p.parts for p in paths)
     check("files", inside, "paths inside the data folder, not absolute and without '..'")
     if kind == "classification":
         check("labels", _distinct(labels) and len(labels) > 1, "two or more different classes")
@@ -102,10 +103,6 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
         check("high", type(high) in (int, float) and low < high < 1e38, "more than low")
         own = {"low": float(low), "high": float(high)}
     return Task(name, kind, tuple(map(str, columns)), label, dict(files), **own)
-
-
-def _is_inside(path: PurePath) -> bool:
-    return not path.is_absolute() and ".." not in path.parts
 
 
 def _distinct(names: Any) -> bool:

@@ -30,13 +30,13 @@ def label_texts(task: Task, values: np.ndarray) -> list[str]:
     return [f"{value:.{decimals}f}" for value in values]
 
 
-def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> float | None:
+def score(task: Task, outputs: np.ndarray, labels: np.ndarray | None) -> float | None:
     """The accuracy of the predictions [N], or their Pearson correlation with the labels [N].
 
-    None ("n/a") where an output is not finite, and where a correlation is not defined: for fewer
-    than two examples, and where all predictions or all labels are equal.
+    None ("n/a") without labels, where an output is not finite, and where a correlation is not
+    defined: for fewer than two examples, and where all predictions or all labels are equal.
     """
-    if not np.isfinite(outputs).all():
+    if labels is None or not np.isfinite(outputs).all():
         return None
     predictions = predicted_values(task, outputs)
     if task.kind == "classification":

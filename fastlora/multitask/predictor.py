@@ -86,12 +86,8 @@ def predicted_labels(data: TaskData, outputs: np.ndarray) -> list[str]:
 def scores_of(
     datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray]
 ) -> dict[str, float | None]:
-    """Each labelled task's score."""
-    return {
-        name: score(data.task, outputs[name], data.labels)
-        for name, data in datasets.items()
-        if data.labels is not None
-    }
+    """Each task's score."""
+    return {name: score(data.task, outputs[name], data.labels) for name, data in datasets.items()}
 
 
 def score_table(
@@ -100,17 +96,10 @@ def score_table(
     """Header and rows of the table of scores; RunError where an output is not finite."""
     for name, data in datasets.items():
         check_finite(data, outputs[name])
-    scores = scores_of(datasets, outputs)
-    rows = [
-        [
-            name,
-            data.task.metric,
-            number(scores.get(name)),
-            number(majority(data.task, data.labels)),
-            f"{len(data):,}",
-        ]
-        for name, data in datasets.items()
-    ]
+    scores, rows = scores_of(datasets, outputs), []
+    for name, data in datasets.items():
+        figures = number(scores[name]), number(majority(data.task, data.labels))
+        rows.append([name, data.task.metric, *figures, f"{len(data):,}"])
     return ["task", "metric", split, "majority class", "examples"], rows
 
 
