@@ -21,6 +21,7 @@ from fastlora.errors import UserError
 from fastlora.files import read_json, write_json
 from fastlora.lora import files as lora
 from fastlora.lora.layer import DEFAULT
+from fastlora.multitask.model import MultitaskBert
 from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
 HEADS, HEADS_INFO = "heads.safetensors", "heads.json"
@@ -40,11 +41,6 @@ class BaseInfo:
     base_model: str
     encoder_sha256: str
     tokenizer_sha256: str
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What a file says about its base."""
-        return {"fastlora_version": version("fastlora-bert"), **asdict(self)}
 
 
 def fingerprint(encoder: nn.Module) -> str:
@@ -74,31 +70,24 @@ def adapter_place(folder: Path, adapter: str) -> Path:
     return folder if adapter == DEFAULT else folder / adapter
 
 
-def save_adapter(folder: Path, encoder: nn.Module, adapter: str, base: BaseInfo) -> None:
-    """Write one adapter of an encoder as PEFT does, with the facts about its base."""
-    lora.save_adapter(
-        encoder, folder, adapter, base_model=base.base_model, heads=False, metadata=base.facts
-    )
-
-
-def save_heads(
-    folder: Path,
-    heads: nn.ModuleDict,
-    tasks: Mapping[str, Task],
-    base: BaseInfo,
-    settings: Mapping[str, Any],
+def save_all(
+    folder: Path, model: MultitaskBert, base: BaseInfo, settings: Mapping[str, Any]
 ) -> None:
-    """Write `heads.safetensors` and `heads.json`, last: it has the sha256 of the adapters, too.
+    """Write a model's adapters and `heads.safetensors`, then `heads.json`, which has their sha256.
 
     `heads.json` says what a model to load them into is built of: the tasks and the `settings`
     "mode", "adapters", "pairs" and "model".
     """
-    write_tensors(folder / HEADS, heads.state_dict(), **base.facts)
+    facts = {"fastlora_version": version("fastlora-bert"), **asdict(base)}
+    options: dict[str, Any] = {"base_model": base.base_model, "heads": False, "metadata": facts}
+    for adapter in model.settings:
+        lora.save_adapter(model.encoder, adapter_place(folder, adapter), adapter, **options)
+    write_tensors(folder / HEADS, model.heads.state_dict(), **facts)
     files = sorted([folder / HEADS, *folder.rglob(lora.WEIGHTS)])
     info = {
         "format": FORMAT,
-        **base.facts,
-        "tasks": {name: task.to_table() for name, task in tasks.items()},
+        **facts,
+        "tasks": {name: task.to_table() for name, task in model.tasks.items()},
         "settings": settings,
         "sha256": {str(f.relative_to(folder)): _sha256(read_tensors(f)[0]) for f in files},
     }
@@ -106,7 +95,7 @@ def save_heads(
 
 
 def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
-    """The tasks and settings in `heads.json`, as `save_heads` was given them.
+    """The tasks and settings in `heads.json`, as `save_all` was given them.
 
     Raises UserError, naming the file and the key, for a value that is missing or wrong.
     """
@@ -168,7 +157,7 @@ def load_all(
 def _check_base(path: Path, facts: Mapping[str, str], base: BaseInfo) -> None:
     """Raise UserError where a file's metadata names another base than this."""
     for key, what in (("encoder_sha256", "base model"), ("tokenizer_sha256", "tokenizer")):
-        expected = base.facts[key]
+        expected = getattr(base, key)
         # A file without our metadata, such as PEFT's, belongs to any base.
         if facts.get(key, expected) != expected:
             raise UserError(

@@ -215,7 +215,4 @@ def _save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseIn
             save_encoder(model.encoder, building / ENCODER)
             setup.inputs.source.copy_tokenizer(building / ENCODER)
             base = replace(base, encoder_sha256=adapters.fingerprint(model.encoder))
-        for name in model.settings:  # there are no adapters in the other modes
-            place = adapters.adapter_place(building, name)
-            adapters.save_adapter(place, model.encoder, name, base)
-        adapters.save_heads(building, model.heads, model.tasks, base, settings)
+        adapters.save_all(building, model, base, settings)

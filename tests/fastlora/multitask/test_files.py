@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,7 @@ from fastlora.multitask.files import (
     fingerprint,
     load_all,
     read_heads,
-    save_adapter,
-    save_heads,
+    save_all,
 )
 
 TINY = {
@@ -73,8 +73,17 @@ def test_a_run_names_its_adapters_after_its_tasks_and_the_shared_one_default(tmp
     assert adapter_place(tmp_path, "sst") == tmp_path / "sst"
 
 
+def save(folder, names):
+    """A run's files, of an encoder with these adapters and of heads."""
+    model = SimpleNamespace(
+        encoder=encoder(1, names or NAMES), heads=heads(0), tasks=TASKS, settings=names
+    )
+    save_all(folder, model, BASE, SETTINGS)
+    return folder
+
+
 def test_an_adapters_file_says_what_it_belongs_to(tmp_path):
-    save_adapter(tmp_path, encoder(), "default", BASE)
+    save(tmp_path, ["default"])
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
     with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
@@ -89,11 +98,7 @@ NAMES = adapter_names("shared+per-task", TASKS)
 
 @pytest.fixture
 def saved_run(tmp_path):
-    trained = encoder(1, NAMES)
-    for name in NAMES:
-        save_adapter(adapter_place(tmp_path, name), trained, name, BASE)
-    save_heads(tmp_path, heads(0), TASKS, BASE, SETTINGS)
-    return tmp_path
+    return save(tmp_path, NAMES)
 
 
 def test_a_run_of_several_adapters_and_heads_is_saved_and_loaded_whole(saved_run):
@@ -138,8 +143,7 @@ def test_a_file_that_does_not_say_belongs_to_any_base(saved_run):
 
 @pytest.fixture
 def saved_heads(tmp_path):
-    save_heads(tmp_path, heads(0), TASKS, BASE, SETTINGS)
-    return tmp_path
+    return save(tmp_path, [])
 
 
 def test_heads_json_says_what_to_build(saved_heads):
