@@ -72,14 +72,39 @@ def _sha256(*parts: bytes | np.ndarray) -> str:
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Create a run folder if it does not exist, and lock it until the block ends.
+def open_run(
+    folder: Path, config: TrainConfig, inputs: Mapping[str, str], settings: str = SETTINGS
+) -> Iterator[None]:
+    """Begin or continue the run in a folder, which is locked until the block ends.
 
-    Raises UserError if another process holds the lock, or if the folder holds other files than a
-    run's.
+    `inputs` are its `fingerprints`, and `settings` names the file of its settings. Raises UserError
+    if another process holds the lock, as `check_run` if the folder holds a run, and if it holds
+    other files.
     """
-    _check_is_ours(folder, SETTINGS)
+    if folder.exists() and not (folder / settings).is_file():
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
+        # A process that was killed may have left these, or temporary files such as .env.json.123.
+        first = (LOCK, ENVIRONMENT, INPUTS, settings)
+        if not all(name.lstrip(".").startswith(first) for name in names):
+            raise UserError(
+                f"{folder}: exists and holds other things (no {settings}); use a new --out"
+            )
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if (folder / settings).exists():
+            check_run(folder, config, inputs, settings)
+        else:
+            started = f"{datetime.now():%Y-%m-%d %H:%M}"
+            write_json(folder / ENVIRONMENT, {"started": started, **environment()})
+            write_json(folder / INPUTS, inputs)
+            # Last, because a folder without this file counts as not started.
+            write_config(folder / settings, config)
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder until the block ends; UserError if another process holds the lock."""
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             import fcntl  # Windows does not have it
@@ -100,36 +125,19 @@ def owned(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_run(
-    folder: Path, config: TrainConfig, inputs: Mapping[str, str], settings: str = SETTINGS
-) -> None:
-    """Write the first files of a new run, or check that the run in a folder has the same settings.
-
-    `inputs` are its `fingerprints`, and `settings` names the file of its settings. Raises UserError
-    naming the settings or inputs that differ, or if the folder holds other files than a run's.
-    """
-    file = folder / settings
-    if file.exists():
-        # A file of an earlier version lacks the options that were added since.
-        stored = {**TrainConfig().to_table(), **read_toml(file)}
-        given = config.to_table()
-        changes = [
-            f"{key} {stored.get(key)!r} -> {given.get(key)!r}"
-            for key in {**stored, **given}
-            if key not in FREE_KEYS and stored.get(key) != given.get(key)
-        ]
-        if changes:
-            changed = ", ".join(changes)
-            raise UserError(
-                f"{folder}: holds a run with other settings ({changed}); use a new --out"
-            )
-        check_inputs(folder, read_json(folder / INPUTS), inputs)
-        return
-    _check_is_ours(folder, settings)
-    started = f"{datetime.now():%Y-%m-%d %H:%M}"
-    write_json(folder / ENVIRONMENT, {"started": started, **environment()})
-    write_json(folder / INPUTS, inputs)
-    write_config(file, config)  # last, because a folder without this file counts as not started
+def check_run(folder: Path, config: TrainConfig, inputs: Mapping[str, str], settings: str) -> None:
+    """Raise UserError naming the settings or inputs that differ from those of a folder's run."""
+    # A file of an earlier version lacks the options that were added since.
+    stored, given = {**TrainConfig().to_table(), **read_toml(folder / settings)}, config.to_table()
+    changes = [
+        f"{key} {stored.get(key)!r} -> {given.get(key)!r}"
+        for key in {**stored, **given}
+        if key not in FREE_KEYS and stored.get(key) != given.get(key)
+    ]
+    if changes:
+        changed = ", ".join(changes)
+        raise UserError(f"{folder}: holds a run with other settings ({changed}); use a new --out")
+    check_inputs(folder, read_json(folder / INPUTS), inputs)
 
 
 def write_config(file: Path, config: TrainConfig) -> None:
@@ -137,18 +145,6 @@ def write_config(file: Path, config: TrainConfig) -> None:
     with atomic_open(file) as out:
         out.write(f"# Train with it: fastlora-train --config {file.name}\n")
         out.write(tomlkit.dumps(config.to_table()))
-
-
-def _check_is_ours(folder: Path, settings: str) -> None:
-    """Raise UserError if a folder has no file of settings but other files than a run's first."""
-    if folder.exists() and not (folder / settings).is_file():
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
-        # A process that was killed may have left these, or temporary files such as .env.json.123.
-        first = (LOCK, ENVIRONMENT, INPUTS, settings)
-        if not all(name.lstrip(".").startswith(first) for name in names):
-            raise UserError(
-                f"{folder}: exists and holds other things (no {settings}); use a new --out"
-            )
 
 
 def environment() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fastlora.multitask import files as adapters
 from fastlora.multitask.files import BaseInfo
 from fastlora.multitask.model import MultitaskBert
 from fastlora.multitask.predictor import predict, score_table, write_predictions
-from fastlora.runs.folder import default_folder, describe_gpu, fingerprints, open_run, owned
+from fastlora.runs.folder import default_folder, describe_gpu, fingerprints, open_run
 from fastlora.runs.report import throughput, trained_share, write_report
 from fastlora.training.checkpoint import check_finite, trainable
 from fastlora.training.config import TaskLoraConfig, TrainConfig
@@ -72,9 +72,7 @@ def run_prepared(
             return None
         hashes = fingerprints(setup, base.encoder_sha256, model.encoder.config)
         setup = replace(setup, fingerprints=hashes)
-        with owned(folder) if ranks.first else nullcontext():
-            if ranks.first:
-                open_run(folder, setup.config, hashes)
+        with open_run(folder, setup.config, hashes) if ranks.first else nullcontext():
             ranks.barrier()
             if is_finished(folder):
                 return _report_finished(folder, log)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastlora.bert.weights import load_encoder, save_encoder
-from fastlora.data.reading import Rows, TaskData, encode_rows, read_rows
+from fastlora.data.reading import Rows, encode_rows, read_rows
 from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import Task
 from fastlora.data.tokenizer import Tokenizer
@@ -81,13 +81,14 @@ def predict_rows(
     Also returns how many texts were truncated. If `task` is None, the column "task" of the file
     names the task of each row. Raises UserError if the file has no rows.
     """
-    names, data, positions = [task] if task else list(trained.tasks), {}, {}
+    names, pairs = [task] if task else list(trained.tasks), trained.settings["pairs"]
+    data, positions = {}, {}
     for name in names:
         mixed = () if task else names
         rows = read_rows(path, trained.tasks[name], labelled=False, quoting=quoting, mixed=mixed)
         if rows.ids:
             positions[name] = rows.positions
-            data[name] = _encode(trained, name, rows)
+            data[name] = encode_rows(rows, trained.tasks[name], trained.tokenizer, pairs)
     if not data:
         raise UserError(f"{path}: no rows")
     predictions: list[tuple[int, str, str, str]] = []
@@ -96,10 +97,6 @@ def predict_rows(
         predictions += zip(positions[name], data[name].ids, repeat(name), labels)
     truncated = sum(examples.truncated for examples in data.values())
     return [row[1:] for row in sorted(predictions)], truncated
-
-
-def _encode(trained: Trained, task: str, rows: Rows) -> TaskData:
-    return encode_rows(rows, trained.tasks[task], trained.tokenizer, trained.settings["pairs"])
 
 
 def merge_encoder(trained: Trained, task: str | None, out: str | Path) -> float:
@@ -121,10 +118,10 @@ def merge_encoder(trained: Trained, task: str | None, out: str | Path) -> float:
     probe = {}
     first = task or next(iter(trained.tasks))
     for name in trained.tasks if shared else [first]:
-        columns = range(len(trained.tasks[name].columns))
-        texts = tuple([*PROBE[i:], *PROBE[:i]] for i in columns)
-        ids = [str(i) for i in range(len(PROBE))]
-        probe[name] = _encode(trained, name, Rows(ids, texts, None, 0, 0))
+        columns = trained.tasks[name].columns
+        texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(columns)))
+        rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
+        probe[name] = encode_rows(rows, trained.tasks[name], trained.tokenizer, settings["pairs"])
     before = predict(net, probe)
     merge(net.encoder, *net.adapters(first))
     after = predict(net, probe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -19,15 +20,15 @@ from fastlora.console import Log
 from fastlora.data.tasks import BUILTIN
 from fastlora.errors import Interrupted, UserError
 from fastlora.files import write_json
+from fastlora.runs import folder as folders
 from fastlora.runs import pages
-from fastlora.runs.folder import default_folder, fingerprints, open_run, write_config
 from fastlora.runs.session import run_description
 from fastlora.studies.grid import cell
 from fastlora.studies.stages import Params, Search, value_of
 from fastlora.training.config import SearchConfig, TaskLoraConfig, TrainConfig
 from fastlora.training.distributed import Ranks
 from fastlora.training.inputs import Inputs
-from fastlora.training.setup import prepare, read_encoder, training
+from fastlora.training.setup import Setup, prepare, read_encoder, training
 from fastlora.training.stopping import Stop
 
 FILE = "search.toml"  # the settings given, which trial 0 trains
@@ -56,16 +57,26 @@ def run_search(
     """
     if config.mode != "lora" or config.adapters == "shared+per-task" or config.add_to:
         raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
-    log, loaded = Log(quiet), read_encoder(inputs.source)
-    setup = replace(prepare(config, inputs), loaded=loaded, stop=stop or Stop())
-    folder = config.out or default_folder(config)
-    if how.join and not (folder / FILE).is_file():
-        raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
+    log, setup = Log(quiet), prepare(config, inputs)
+    loaded = read_encoder(inputs.source)
+    setup = replace(setup, loaded=loaded, stop=stop or Stop())
+    folder = config.out or folders.default_folder(config)
+    hashes = folders.fingerprints(setup, loaded.sha256, loaded.encoder.config)
+    if how.join:
+        if not (folder / FILE).is_file():
+            raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
+        folders.check_run(folder, setup.config, hashes, FILE)
+    # The process that leads locks the folder; those that help do not.
+    with nullcontext() if how.join else folders.open_run(folder, setup.config, hashes, FILE):
+        log.fields([*run_description(setup, Ranks(setup.device)), ("search", str(folder))])
+        if how.together is not None:
+            log.line("note       --together has no effect: trials train one at a time")
+        _search(setup, folder, how, log)
+
+
+def _search(setup: Setup, folder: Path, how: SearchConfig, log: Log) -> None:
+    """Lead the searches of a folder, and write what they found, or help with them."""
     best = setup.config
-    open_run(folder, best, fingerprints(setup, loaded.sha256, loaded.encoder.config), FILE)
-    log.fields([*run_description(setup, Ranks(setup.device)), ("search", str(folder))])
-    if how.together is not None:
-        log.line("note       --together has no effect: trials train one at a time")
     shared = best.adapters == "shared"
     parts = {"jointly": best} if shared else {task: _alone(best, task) for task in setup.train}
     if how.budget:
@@ -132,7 +143,7 @@ def write_search(
     folder: Path, config: TrainConfig, findings: Mapping[str, dict[str, Any]], log: Log
 ) -> None:
     """Write and print the findings for all tasks, or for each; `config` has the best settings."""
-    write_config(folder / "best.toml", config)
+    folders.write_config(folder / "best.toml", config)
     write_json(folder / "search.json", findings)
     blocks: list[pages.Block | None] = [SCORES]
     for name, finding in findings.items():

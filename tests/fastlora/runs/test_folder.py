@@ -168,9 +168,11 @@ def test_a_run_whose_end_was_cut_off_is_finished(own_inputs):
 HOLD = """
 import sys, time
 from pathlib import Path
-from fastlora.runs.folder import owned
-with owned(Path(sys.argv[1])):
-    print("owned", flush=True)
+from fastlora.runs.folder import locked
+folder = Path(sys.argv[1])
+folder.mkdir()
+with locked(folder):
+    print("locked", flush=True)
     time.sleep(60)
 """
 
@@ -181,7 +183,7 @@ def test_one_process_owns_a_folder(own_inputs):
         [sys.executable, "-c", HOLD, str(own_inputs.out)], stdout=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout.readline() == "owned\n"
+        assert process.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match=rf"run: process {process.pid} on \S+ is running in it"):
             run(own_inputs)
     finally:
@@ -192,7 +194,7 @@ def test_one_process_owns_a_folder(own_inputs):
 
 def test_two_threads_do_not_share_a_folder_either(tmp_path):
     refused = pytest.raises(UserError, match=f"process {os.getpid()} on")
-    with folders.owned(tmp_path), refused, folders.owned(tmp_path):
+    with folders.locked(tmp_path), refused, folders.locked(tmp_path):
         pass
 
 

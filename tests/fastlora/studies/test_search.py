@@ -14,6 +14,7 @@ import torch
 from fastlora.cli import main
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.files import read_json, read_toml
+from fastlora.runs.folder import locked
 from fastlora.runs.session import run_training
 from fastlora.studies import stages
 from fastlora.studies.search import run_search
@@ -138,6 +139,14 @@ def test_best_toml_trains(searched, tmp_path):
 def test_other_settings_need_another_folder(searched):
     with pytest.raises(UserError, match="other settings"):
         search(replace(searched, r=2))
+
+
+def test_one_process_leads_a_search(searched):
+    with (
+        locked(searched.out),
+        pytest.raises(UserError, match=r"process \d+ on .* is running in it"),
+    ):
+        search(searched)
 
 
 def test_a_signal_while_scoring_stops_the_search(tiny_config, monkeypatch):

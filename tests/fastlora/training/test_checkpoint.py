@@ -52,18 +52,6 @@ def test_a_mean_loss_has_the_steps_before_a_stop_in_it(tiny_config, tmp_path, mo
     assert losses(parts) == losses(whole) and list(losses(whole)) == [10, 20]
 
 
-def test_a_checkpoint_without_running_sums_goes_on(tiny_config):
-    """As an earlier version wrote it."""
-    config = tiny_config(max_steps=3)
-    first = run(config)
-    path = latest_checkpoint(config.out / "checkpoints")
-    state = json.loads((path / "state.json").read_text())
-    del state["progress"]["sums"]
-    (path / "state.json").write_text(json.dumps(state))
-    (path / "MANIFEST.json").write_text("{}")
-    assert run(config) == first
-
-
 def test_a_full_disk_is_one_line(tiny_config, monkeypatch):
     config = tiny_config(max_steps=2)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
