@@ -129,8 +129,8 @@ def _build(setup: Setup) -> tuple[MultitaskBert, BaseInfo, list[str]]:
         earlier, settings = adapters.read_heads(folder)
         for key, value in (("mode", "lora"), ("adapters", "per-task"), ("pairs", config.pairs)):
             if settings[key] != value:
-                found = f"trained with {key} {settings[key]!r}, not {value!r}"
-                raise UserError(f"{config.add_to}: {found}")
+                mismatch = f"trained with {key} {settings[key]!r}, not {value!r}"
+                raise UserError(f"{config.add_to}: {mismatch}")
         if again := earlier.keys() & new:
             raise UserError(f"{config.add_to}: has task {min(again)!r}; name new ones with --tasks")
         for name in earlier:
