@@ -106,7 +106,7 @@ class Tokenizer:
         for start in range(0, len(inputs), _CHUNK):
             for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):
                 ids.extend(encoding.ids)
-                types.extend(encoding.type_ids)
+                types.extend(encoding.type_ids if b is not None else bytes(len(encoding)))
                 lengths.append(len(encoding))
                 truncated += bool(encoding.overflowing)
         return Encoded(

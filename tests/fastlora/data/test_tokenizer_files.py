@@ -225,28 +225,38 @@ def test_a_tokenizer_json_that_is_not_berts_is_refused(tmp_path, change):
     assert "\n" not in str(error.value)
 
 
-def test_types_of_a_pair_must_be_two(tmp_path):
+def with_types(one, first, second):
+    """tokenizer.json with these types: of a text alone, and of the two of a pair."""
     built = tokenizer_json()
+    ids = {token: VOCABULARY.index(token) for token in ("[CLS]", "[SEP]")}
+
+    def template(parts):
+        kinds = {"A": "Sequence", "B": "Sequence"}
+        return [{kinds.get(n, "SpecialToken"): {"id": n, "type_id": kind}} for n, kind in parts]
+
+    text = [("[CLS]", first), ("A", first), ("[SEP]", first)]
     built["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
-        ],
-        "pair": [
-            {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
-            {"Sequence": {"id": "B", "type_id": 300}},
-            {"SpecialToken": {"id": "[SEP]", "type_id": 300}},
-        ],
+        "single": template([(name, one) for name, _ in text]),
+        "pair": template([*text, ("B", second), ("[SEP]", second)]),
         "special_tokens": {
-            token: {"id": token, "ids": [VOCABULARY.index(token)], "tokens": [token]}
-            for token in ("[CLS]", "[SEP]")
+            token: {"id": token, "ids": [number], "tokens": [token]}
+            for token, number in ids.items()
         },
     }
+    return built
+
+
+def test_types_of_a_pair_must_be_two(tmp_path):
+    built = with_types(0, 0, 300)
     assert Backend.from_str(json.dumps(built)).encode("", "").type_ids == [0, 0, 300]
     folder = write(tmp_path / "model", {"tokenizer": built, "tokenizer_config": GENERIC})
     with pytest.raises(UserError, match=r"types of a pair's tokens are \[0, 0, 300\]"):
         Tokenizer.from_folder(folder)
+
+
+def test_a_text_alone_is_of_the_first_type_whatever_its_file_says(tmp_path):
+    files = {"tokenizer": with_types(300, 0, 1), "tokenizer_config": GENERIC}
+    tokenizer = Tokenizer.from_folder(write(tmp_path / "model", files))
+    assert set(tokenizer.encode(["good film"]).types) == {0}
+    assert set(tokenizer.encode(["good"], ["film"]).types) == {0, 1}
