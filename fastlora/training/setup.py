@@ -66,10 +66,11 @@ class Setup:
     def narrow(self, config: TrainConfig) -> Setup:
         """The same data and encoder for another configuration, whose tasks are among these."""
         tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}
-        inputs = replace(self.inputs, tasks=tasks)
+        inputs, (lr, head_lr) = replace(self.inputs, tasks=tasks), config.peak_rates
         train, dev = ({n: data[n] for n in tasks} for data in (self.train, self.dev))
-        resolved = resolve(config, inputs, self.config.precision)
-        return replace(self, config=resolved, inputs=inputs, train=train, dev=dev)
+        config = replace(config, data=inputs.folder, model=inputs.model, tasks=tuple(tasks))
+        config = replace(config, lr=lr, head_lr=head_lr, precision=self.config.precision)
+        return replace(self, config=config, inputs=inputs, train=train, dev=dev)
 
 
 def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
@@ -87,14 +88,8 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         for split in ("train", "dev")
     )
     find_route(device, precision)  # what is wrong there is said before it starts
-    return Setup(resolve(config, inputs, precision), inputs, tokenizer, train, dev, device)
-
-
-def resolve(config: TrainConfig, inputs: Inputs, precision: Precision) -> TrainConfig:
-    """The configuration with every default filled in."""
-    lr, head_lr = config.peak_rates
-    config = replace(config, data=inputs.folder, model=inputs.model, tasks=tuple(inputs.tasks))
-    return replace(config, lr=lr, head_lr=head_lr, precision=precision)
+    config = replace(config, precision=precision)
+    return Setup(config, inputs, tokenizer, train, dev, device).narrow(config)
 
 
 def seed_random(seed: int, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastlora.errors import user_errors
+from fastlora.errors import UserError
 from fastlora.files import atomic_open, cache_folder
 from fastlora.kernels.ops import lora_qkv
 from fastlora.kernels.routes import forced_route
@@ -28,8 +28,7 @@ def tuned_file() -> Path:
 def use_measured_blocks() -> None:
     """Take what `fastlora tune` measured here, if it ran; UserError for a broken file."""
     if tuned_file().is_file():
-        with user_errors():
-            load(tuned_file())
+        load(tuned_file())
 
 
 def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Path:
@@ -63,16 +62,15 @@ def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
 
 
 def load(file: Path) -> None:
-    """Put a file of `dumps` before the shipped rows; ValueError where it is something else."""
+    """Put a file of `dumps` before the shipped rows; UserError where it is something else."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         for key, row in rows.items():
             kernels = {name: tuning.Blocks(**row[name]) for name in ("down", "add", "outer")}
             tuning.MEASURED[key] = tuning.Config(row["route"], **kernels)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file}: not a table of measured block sizes ({error}); delete it"
-        ) from error
+        what = f"not a table of measured block sizes ({error}); delete it"
+        raise UserError(f"{file}: {what}") from error
 
 
 def dumps(rows: dict[str, tuning.Config]) -> str:
