@@ -69,8 +69,6 @@ def run_search(
     # The process that leads locks the folder; those that help do not.
     with nullcontext() if how.join else folders.open_run(folder, setup.config, hashes, FILE):
         log.fields([*run_description(setup, Ranks(setup.device)), ("search", str(folder))])
-        if how.together is not None:
-            log.line("note       --together has no effect: trials train one at a time")
         _search(setup, folder, how, log)
 
 

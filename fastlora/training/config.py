@@ -220,13 +220,11 @@ class SearchConfig:
     Args:
         budget: Time, as 90s, 30m or 2h, after which no short run begins.
         trials: Short runs of learning rate and warmup, 1 or more.
-        together: Without effect: trials train one at a time.
         join: Help with the search in --out that another process leads.
     """
 
     budget: timedelta | None = None
     trials: int = 10
-    together: int | None = None
     join: bool = False
 
     def __post_init__(self) -> None:
