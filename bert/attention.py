@@ -73,7 +73,7 @@ class _CpuAttention(torch.autograd.Function):
         q, k, v = packed.unbind()
         grad = _split(grad, ctx.layout, ctx.heads, 1)[0]
         if ctx.layout.mask is not None:  # cells without a token hold a copy of another token
-            computed = ctx.layout.computed()[:, None, :, None]
+            computed = ctx.layout.computed[:, None, :, None]
             grad.unflatten(0, (-1, ctx.heads)).mul_(computed)
         d_packed = torch.empty_like(packed)
         dq, dk, dv = d_packed.unbind()
@@ -92,7 +92,7 @@ def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:
         indices = torch.arange(count, device=tokens.device).view(-1, parts, heads)
         if layout.mask is not None and layout.index is not None:
             # Mostly a token of the same row, because another row's token may be NaN.
-            rank = layout.computed().flatten().cumsum(0).sub_(1).clamp_(min=0)
+            rank = layout.computed.flatten().cumsum(0).sub_(1).clamp_(min=0)
             indices = indices[layout.index.argsort()[rank]]
         square = indices.view(layout.batch, layout.length, parts, heads)
         layout.derived[key] = square.permute(2, 0, 3, 1).flatten()

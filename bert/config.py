@@ -37,11 +37,9 @@ class BertConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}, which num_attention_heads "
-                f"{self.num_attention_heads} does not divide"
-            )
+        H, heads = self.hidden_size, self.num_attention_heads
+        if H % heads:
+            raise ValueError(f"hidden_size {H} is no multiple of num_attention_heads {heads}")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "BertConfig":

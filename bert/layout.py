@@ -7,6 +7,7 @@ distributed training performance of the unpadded BERT model"). B batch, S sequen
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,14 +26,12 @@ class Layout:
     mask: Tensor | None = None  # bool [B, 1, 1, S], True at real keys
     derived: dict[tuple, Tensor] = field(default_factory=dict, compare=False)  # shared by layers
 
+    @cached_property
     def computed(self) -> Tensor:
         """Which positions are computed: bool [B, S]; only for a layout that has an index."""
         assert self.index is not None
-        if ("computed",) not in self.derived:
-            flat = self.index.new_zeros(self.batch * self.length, dtype=torch.bool)
-            flat[self.index] = True
-            self.derived["computed",] = flat.view(self.batch, self.length)
-        return self.derived["computed",]
+        flat = self.index.new_zeros(self.batch * self.length, dtype=torch.bool)
+        return flat.index_fill_(0, self.index, True).view(self.batch, self.length)
 
     @classmethod
     def of(
@@ -45,8 +44,7 @@ class Layout:
         """The layout of a padded batch.
 
         With fewer real tokens than `tokens`, padding from rows with real tokens is computed, too,
-        up to that number. With `first`, the first position of each row is computed even if it is
-        padding, because heads read it.
+        up to that number; with `first`, so is each row's first position, because heads read it.
         """
         batch, length = shape
         if attention_mask is None:
@@ -64,10 +62,8 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """Copy it to a device, without waiting for the copy where that is possible."""
-        if self.index is None or self.mask is None:
-            return Layout(self.batch, self.length)
-        index, mask = (t.to(device, non_blocking=True) for t in (self.index, self.mask))
-        return Layout(self.batch, self.length, index, mask)
+        new = [t if t is None else t.to(device, non_blocking=True) for t in (self.index, self.mask)]
+        return Layout(self.batch, self.length, new[0], new[1])
 
     def pad(self, tokens: Tensor) -> Tensor:
         """[T, C] -> [B, S, C], zeros at padding."""

@@ -1,9 +1,8 @@
 """minBERT: a BERT encoder under Hugging Face's parameter names, computed on real tokens only.
 
-Inside, a padded batch [B, S] becomes its T real tokens [T, H] (Zeng et al. 2022, "Boosting
-distributed training performance of the unpadded BERT model"): every GEMM, LayerNorm, GELU and
-dropout runs on tokens, and only attention sees the padded square. Shapes at line ends:
-B batch, S sequence, T real tokens, H hidden, h heads, d head width.
+Inside, a padded batch [B, S] becomes its T real tokens [T, H] (see layout.py): every GEMM,
+LayerNorm, GELU and dropout runs on tokens, and only attention sees the padded square. Shapes at
+line ends: B batch, S sequence, T real tokens, H hidden, h heads, d head width.
 """
 
 from __future__ import annotations
@@ -74,10 +73,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention.
-
-    `projection` computes query, key and value, [T, H] -> [T, 3H]; LoRA replaces it.
-    """
+    """Multi-head attention; LoRA replaces `projection`, which computes query, key and value."""
 
     def __init__(self, config: BertConfig, parts: Parts) -> None:
         super().__init__()

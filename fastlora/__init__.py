@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from fastlora.lora.config import LoraConfig
     from fastlora.lora.files import load_adapter, save_adapter
     from fastlora.lora.layer import LoRALinear, lora_layers
-    from fastlora.lora.merging import merge, unmerge
     from fastlora.lora.model import (
         eject,
         inject,
+        merge,
         merge_and_unload,
         pack,
         parameter_report,
         set_adapter,
+        unmerge,
         use_adapter,
     )
     from fastlora.lora.routing import Segment
@@ -34,10 +35,9 @@ _HOMES = {
     "lora.config": ["LoraConfig"],
     "lora.files": ["load_adapter", "save_adapter"],
     "lora.layer": ["LoRALinear", "lora_layers"],
-    "lora.merging": ["merge", "unmerge"],
     "lora.model": [
-        *("eject", "inject", "merge_and_unload", "pack", "parameter_report", "set_adapter"),
-        "use_adapter",
+        *("eject", "inject", "merge", "merge_and_unload", "pack", "parameter_report"),
+        *("set_adapter", "unmerge", "use_adapter"),
     ],
     "lora.routing": ["Segment"],
     "multitask.model": ["MultitaskBert"],

@@ -2,8 +2,7 @@
 
 Backward keeps x, u = c (m * x) A^T and the dropout mask's seed, but neither the mask nor the
 dropped x. Operators take flat lists only, so a call is passed as `_CALL` lists it: `factors` is A
-and B of each term in turn; `reals` and `ints` are the other fields of `Term` in their order, two
-and four for each term.
+and B of each term in turn; `reals` and `ints` are the next two and the last four fields of `Term`.
 """
 
 from collections.abc import Sequence
@@ -48,19 +47,16 @@ def _backward(
 
 def _save(ctx: Any, x: Tensor, saved: Tensor, weight: Tensor, seed: Any, factors: Any) -> None:
     """Save what backward reads; x only if there are terms and `saved` does not contain it."""
-    ctx.set_materialize_grads(False)
     apart = x if factors and saved.dim() == 1 else None
     ctx.save_for_backward(apart, saved, weight, seed, *factors)
 
 
 class _Eager(torch.autograd.Function):
-    """The operation in eager mode; calling it as an operator would add half a millisecond.
-
-    Backward is differentiable: with `create_graph`, the reference computes it.
-    """
+    """The operation in eager mode, where an operator would add half a millisecond to a call."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Any, call: Call, *factors: Tensor) -> tuple:
+        ctx.set_materialize_grads(False)
         y, saved = _forward(x, bias, call)
         _save(ctx, x, saved, call.weight, call.seed, factors)
         if saved.dim() == 1:
@@ -92,10 +88,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence[Tensor | None]:
-    """The gradients of x and the factors, as functions that autograd knows.
-
-    This form also takes a batch of gradients at once, which the fused backward cannot.
-    """
+    """The gradients of x and the factors, differentiable, and also for many gradients at once."""
     if not call.terms:
         return [grad @ call.weight]
     mask = keep_mask if call.route == "reference" else philox_keep
@@ -161,10 +154,8 @@ def _traced_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> N
     _save(ctx, x, output[1], weight, seed, factors)
 
 
-def _traced_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+def _traced_backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
     x, saved, weight, seed, *factors = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 8
     need_dx, need_bias = ctx.needs_input_grad[:2]
     results = lora_backward(grad, x, saved, need_dx, weight, factors, seed, *ctx.fixed)
     dx = results.pop() if need_dx else None

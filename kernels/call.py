@@ -11,20 +11,53 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastlora.kernels.dropout import keep_scale
-
+PLAIN_TYPES = (Tensor, nn.Parameter)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LANES = 1 << 16  # values of the random number that drops an element or keeps it
 LIMIT = 32  # packed copies of one weight; beyond it the oldest is dropped
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether the fused operation accepts x: plain floats that nothing transforms or traces."""
+    return (
+        type(x) in PLAIN_TYPES
+        and x.device.type in ("cpu", "cuda")
+        and x.dtype in DTYPES
+        and x.layout == torch.strided
+        and not x.is_nested
+        and not torch.compiler.is_compiling()
+        and x.numel() > 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def threshold(p: float) -> int:
+    """The threshold below which a lane in [0, 65536) drops: p in units of 2^-16, rounded.
+
+    It is at most that of the rate 1 - 2^-8, the largest that the CPU's 8-bit lanes can express.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout is {p} (expected 0 <= p < 1)")
+    return min(round(p * LANES), LANES - 256)
+
+
+def keep_scale(p: float) -> float:
+    """The factor 1 / (1 - p) of kept values, with p rounded as in `threshold`."""
+    return LANES / (LANES - threshold(p))
 
 
 class Term(NamedTuple):
     """One adapter's low-rank update of a block of the output.
 
     It reads rows [start, stop) of x (leading dimensions flattened) and adds to those rows of y,
-    columns [column, column + N). The mask's rows count from `start`, so an adapter trains the same
-    whether or not others share the batch.
+    columns [column, column + N). The mask's rows count from `start`: in any batch it is the same.
     """
 
     lora_A: Tensor  # [r, K]
@@ -92,9 +125,8 @@ class Packed:
 
     They are made again when the weight is another tensor, has moved or has a new version. A
     `Packed` may also belong to several tensors, such as the weights of query, key and value. After
-    a write that PyTorch does not count, the owner calls `clear`. A `watched` one detects such
-    writes by hashing the weight at each use. A copy or pickle of the owner gets an empty `Packed`
-    of its own. Safe to use from several threads.
+    a write that PyTorch does not count, the owner calls `clear`; a `watched` one detects it by
+    hashing the weight at each use. Its copies and pickles are empty. Threads may share it.
     """
 
     def __init__(self, watched: bool = False) -> None:

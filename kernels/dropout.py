@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.kernels.inputs import is_ordinary
+from fastlora.kernels.call import is_ordinary, keep_scale, threshold
 
-LANES = 1 << 16
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _SPREAD = 0x9E3779B97F4A7C15
@@ -26,21 +25,6 @@ _PERIOD = 256
 MOST = 1 - 2**-8  # the largest rate that 8-bit thresholds can express
 _STARTS = 1 << 22  # offsets in a pool at which a mask may start
 _ZERO = torch.zeros((), device="cpu")  # whatever the default device is
-
-
-def threshold(p: float) -> int:
-    """The threshold below which a lane in [0, 65536) drops: p in units of 2^-16, rounded.
-
-    It is at most that of the rate 1 - 2^-8, the largest that the CPU's 8-bit lanes can express.
-    """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout is {p} (expected 0 <= p < 1)")
-    return min(round(p * LANES), LANES - 256)
-
-
-def keep_scale(p: float) -> float:
-    """The factor 1 / (1 - p) of kept values, with p rounded as in `threshold`."""
-    return LANES / (LANES - threshold(p))
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -127,8 +111,7 @@ def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 def drop(input: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
     """Drop elements of `input` (any shape, floating), then add `residual` of the same shape.
 
-    On a CPU a mask costs about 1 ns an element, where PyTorch's costs 8. Other devices use
-    PyTorch's own kernel, which is fast there.
+    On a CPU a mask costs 1 ns an element, and PyTorch's 8. Elsewhere PyTorch's kernel runs.
     """
     if not (0 < p <= MOST and is_ordinary(input) and input.is_cpu):
         dropped = F.dropout(input, p) if p else input

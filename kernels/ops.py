@@ -1,10 +1,9 @@
 """The public functions of the LoRA operation; they decide whether a call can run fused.
 
 A call runs fused if all of its tensors are plain ones on one CPU or GPU and the weight is frozen.
-In all other cases the reference runs, which consists of PyTorch's differentiable operations: an
-input without rows, a trainable weight, tensor subclasses (nested, quantised, sharded, fake), the
-meta device, `torch.func`, forward-mode derivatives, export, and dispatch modes such as a FLOP
-counter.
+In all other cases the reference runs, in PyTorch's differentiable operations: without rows, with a
+trainable weight, tensor subclasses (nested, quantised, sharded, fake), the meta device, export,
+`torch.func`, forward-mode derivatives, and dispatch modes such as a FLOP counter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 from fastlora.kernels import reference
 from fastlora.kernels.autograd import run
-from fastlora.kernels.call import Call, Copies, Packed, Term
+from fastlora.kernels.call import PLAIN_TYPES, Call, Copies, Packed, Term, is_ordinary
 from fastlora.kernels.dropout import draw_seed
-from fastlora.kernels.inputs import PLAIN_TYPES, is_ordinary
 from fastlora.kernels.routes import forced, route
 from fastlora.kernels.triton import tuning
 
@@ -45,7 +43,7 @@ def lora_grouped(
     name = _fused_route(x, weight, bias, terms, seed, packed)
     if not name:
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    dtype, copies = _compute_dtype(x), _copies(x, packed, weight)
+    dtype, copies = _compute_dtype(x), copies_of(x, packed, weight)
     if weight.dtype != dtype:
         weight = copies.get(dtype, partial(weight.to, dtype))
     rows = x.to(dtype).reshape(-1, x.shape[-1])
@@ -98,8 +96,7 @@ def lora_qkv(
 ) -> Tensor:
     """Packed query, key and value: x [..., H], weight [3H, H] -> [..., 3H].
 
-    `adapters` maps any of "query", "key" and "value" to (lora_A [r, H], lora_B [H, r]); each draws
-    its own mask.
+    `adapters` maps "query", "key" or "value" to lora_A [r, H], lora_B [H, r]; each draws a mask.
     """
     width = weight.shape[0] // 3
     blocks = {"query": 0, "key": width, "value": 2 * width}
@@ -111,31 +108,6 @@ def lora_qkv(
         if name in adapters
     ]
     return lora_grouped(x, weight, bias, terms, seed, packed)
-
-
-def lora_together(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    terms: Sequence[Term],
-    seed: Tensor | None = None,
-    packed: Packed | None = None,
-) -> Tensor:
-    """Several linear layers of one input in one product: x [..., K] -> [..., sum of N].
-
-    `weights` [N, K] and `biases` [N] belong to the layers in order and may be trainable. With
-    `packed`, their concatenation is kept there; see `Packed` for when it is renewed.
-    """
-
-    def make() -> tuple[Tensor, Tensor | None, Packed]:
-        return torch.cat([*weights]), None if biases is None else torch.cat([*biases]), Packed()
-
-    parts = *weights, *(biases or ())
-    copies = _copies(x, None if any(part.requires_grad for part in parts) else packed, *parts)
-    if copies.kept is None:
-        return lora_grouped(x, *make()[:2], terms, seed)
-    weight, bias, inner = copies.get("together", make)
-    return lora_grouped(x, weight, bias, terms, seed, inner)
 
 
 class Linear(nn.Linear):
@@ -204,8 +176,8 @@ def _fused_route(
     return name if has_kernel or name == "reference" else ""
 
 
-def _copies(x: Tensor, packed: Packed | None, *tensors: Tensor) -> Copies:
-    """The packed copies that a call with this x may use."""
+def copies_of(x: Tensor, packed: Packed | None, *tensors: Tensor) -> Copies:
+    """The packed copies of these tensors that a call with this x may use."""
     if packed is None or torch.compiler.is_compiling():
         return Copies()
     return Copies(packed.copies(*tensors), packed.graph if _capturing(x) else None)

@@ -3,8 +3,7 @@
     y = x W0^T + b + c (m * x) A^T B^T      c = scale / (1 - p)
 
 for one projection (Hu et al. 2021, equation 3, with dropout on the branch's input). Everything here
-is differentiable by autograd, any number of times, and works in float64. It also runs where the
-fused operation cannot (see `ops.py`).
+is differentiable by autograd, any number of times, in float64 too, and runs where `ops.py` says.
 """
 
 from collections.abc import Callable, Sequence

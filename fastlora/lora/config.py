@@ -47,8 +47,7 @@ class LoraConfig:
     means query and value, as the model's family calls them. `rank_pattern` and `alpha_pattern` map
     regular expressions, which the end of a layer's name must match, to that layer's rank or alpha.
 
-    PEFT's spellings (`lora_alpha`, `lora_dropout`, `target_modules`, `use_rslora`) are accepted.
-    Raises UserError for a value out of range.
+    PEFT's spellings, the last four fields, are accepted. Raises UserError if out of range.
     """
 
     r: int = 8

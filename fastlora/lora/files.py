@@ -39,11 +39,10 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     # PiSSA, OLoRA, CorDA and LoftQ also change the base weights, which are not in the folder.
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-# What `LoraConfig` checks.
+# Arguments of `LoraConfig`, which checks them.
 _READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
-# Notes for other tools.
+# Notes for other tools; then what has no effect of its own or is implied by the tensors' names.
 _NOTES = {"auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type"}
-# Settings without an effect of their own, or implied by the names of the tensors.
 _IDLE = {"exclude_modules", "inference_mode", "megatron_core", "qalora_group_size"}
 _ANY = _READ | _NOTES | _IDLE | {"target_modules"}
 
@@ -93,9 +92,8 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -> None:
     """Load an adapter of fastlora or PEFT and the heads saved with it; UserError changes nothing.
 
-    If the model does not have this adapter, `inject` adds it, and the loaded heads become
-    trainable. Refuses anything but plain LoRA, settings other than the model's, and missing,
-    unexpected, misshapen or non-finite tensors.
+    If the model does not have this adapter, `inject` adds it, and loaded heads become trainable.
+    Refuses settings that are not plain LoRA or not the model's, and tensors as `check_tensors`.
     """
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)[0]
@@ -105,10 +103,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
         if adapter in layer.merged:
             raise UserError(f"{folder}: adapter {adapter!r} is merged; unmerge it first")
         if not replace(theirs, dropout=ours.dropout).same_adapter(ours):
-            raise UserError(
-                f"{folder / CONFIG}: holds {theirs}, but the model was built with {ours}; build it "
-                "with the adapter's own settings"
-            )
+            raise UserError(f"{folder / CONFIG}: has {theirs}, but the model was built with {ours}")
     factors, heads = _factors(own, adapter), _heads(model, folder, tensors)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     modules = [] if own else _modules(tensors)
@@ -138,12 +133,12 @@ def read_config(folder: Path) -> LoraConfig:
     UserError that names a setting which is not plain LoRA.
     """
     path = folder / CONFIG
-    config = read_json(path)
+    config = {key: value for key, value in read_json(path).items() if value is not None}
     if missing := {"peft_type", "r", "lora_alpha"} - config.keys():
         raise UserError(f"{path}: {min(missing)} is missing (expected PEFT's LoRA settings)")
     for key, value in config.items():
         plain = _PLAIN.get(key, (value,) if key in _ANY or not value else ())
-        if value is not None and value not in plain and type(value) not in plain:
+        if value not in plain and type(value) not in plain:
             raise UserError(f"{path}: {key} is {value!r}, but only plain LoRA can be loaded")
     modules = _modules(read_tensors(folder / WEIGHTS)[0])
     if not modules:
@@ -151,15 +146,8 @@ def read_config(folder: Path) -> LoraConfig:
     named = [t for t in TARGETS if any(is_target(module, t) for module in modules)]
     others = [m for m in modules if not any(is_target(m, target) for target in TARGETS)]
     try:
-        return LoraConfig(
-            r=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout") or 0.0,
-            rslora=config.get("use_rslora") or False,
-            targets=(*named, *others),
-            rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {},
-        )
+        settings = {"lora_dropout": 0.0} | {key: config[key] for key in _READ & config.keys()}
+        return LoraConfig(**settings, targets=(*named, *others))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

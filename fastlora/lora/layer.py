@@ -30,8 +30,7 @@ class LoRALinear(Linear):
     The constructor takes `nn.Linear`'s arguments in their order. Base parameters keep the names
     `weight` and `bias` and are frozen; adapter `name` has `lora_A[name]` [r, in] and `lora_B[name]`
     [out, r], in fp32 (fp64 on an fp64 base). A layer made by the constructor has one adapter,
-    "default"; `inject` turns linear layers of a model into LoRALinear. Raises UserError when a
-    setting is out of range.
+    "default"; `inject` adapts layers of a model. Raises UserError for a setting out of range.
     """
 
     base_class: Any = nn.Linear  # the class that the layer had before it was adapted
@@ -77,18 +76,15 @@ class LoRALinear(Linear):
     def from_linear(cls, linear: nn.Linear, stream: int = 0) -> LoRALinear:
         """Turn a linear layer, of this class or a subclass, into a LoRALinear in place.
 
-        It stays the same object in its places of the model, keeps hooks and parametrisations, and
-        has no adapter yet. `stream` separates its random numbers from those of other layers.
+        It stays the same object wherever it is referred to, keeps hooks and parametrisations, and
+        has no adapter yet. `stream` separates its random numbers from those of other layers. When
+        this raises, as where a subclass refuses new attributes, `to_linear` undoes it.
         """
         base_class: Any = vars(type(linear)).get("swapped_from", type(linear))  # swapped by interop
         linear.__class__ = adapted_class(base_class)
         assert isinstance(linear, LoRALinear)
-        try:
-            linear._prepare()
-            linear.stream = stream
-        except Exception:
-            linear.to_linear()
-            raise
+        linear._prepare()
+        linear.stream = stream
         # A forward that was set on the instance becomes the base's. Hooks of Hugging Face
         # accelerate stay in place; they call `_old_forward` and restore it when they are removed.
         hooked = "_old_forward" in vars(linear)
@@ -125,8 +121,7 @@ class LoRALinear(Linear):
     def add_adapter(self, name: str, config: LoraConfig, seed: int | None = None) -> None:
         """Add an adapter of these settings.
 
-        Its initial weights depend only on the seed, the layer's stream and its name. Without a
-        seed, PyTorch's generator draws one.
+        Its initial weights depend only on its name, the layer's stream and the seed (None: drawn).
         """
         key = crc32(name.encode(), self.stream)
         seed = (draw_number() if seed is None else seed) ^ key
@@ -172,10 +167,8 @@ class LoRALinear(Linear):
     def default_choice(self) -> Choice:
         """What `inject` or `set_adapter` made active."""
         if self.active is None:
-            raise UserError(
-                f"the model has several adapters, here {', '.join(self.settings)}, and none is "
-                "chosen (expected set_adapter(model, ...) or use_adapter(model, ...))"
-            )
+            names = ", ".join(self.settings)
+            raise UserError(f"of adapters {names} none is chosen (call set_adapter or use_adapter)")
         return Choice(self.active)
 
     def terms(self, x: Tensor, column: int = 0) -> tuple[list[Term], Tensor | None]:
@@ -271,10 +264,7 @@ def _check_rows(x: Tensor, choice: Choice) -> None:
     found = x.shape[0] if x.dim() > 1 else 1
     last = max((s.stop for s in choice.segments or ()), default=0)
     if found < last or (choice.rows is not None and found != choice.rows):
-        raise UserError(
-            f"adapters were chosen for {choice.rows or last} rows, but an input has {found} in its "
-            "leading dimension"
-        )
+        raise UserError(f"{choice.rows or last} rows have adapters; the leading dimension: {found}")
 
 
 _uncompiled_choice = torch.compiler.disable(choice_of)

@@ -1,25 +1,22 @@
-"""LoRA on a whole model: which layers get it, which adapters act, merging, and the report.
-
-`inject` turns linear layers into LoRALinear in place, so that hooks, ties and other references to
-them stay valid. It checks everything first: when it raises, nothing has changed.
-"""
+"""LoRA on a whole model: which layers get it, which adapters act, merging, and the report."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from zlib import crc32
 
+import torch
 from torch import Tensor, nn
 
 from fastlora.errors import UserError
 from fastlora.kernels import Linear, Packed
 from fastlora.lora.config import LoraConfig
 from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number, lora_layers, lora_parameters
-from fastlora.lora.merging import check_tied, merge, merged_layers, save_pretrained, unmerge
-from fastlora.lora.routing import Choice, Segment, adapter_names, by_rows, check_names, scope
+from fastlora.lora.routing import Segment, active_adapters, adapter_names, check_names, pick, scope
 from fastlora.lora.targets import check_layer, check_model, target_names, trained_parameters
 
 # Attributes that `inject` sets: which parameters were trainable before, and a parent's settings.
@@ -27,10 +24,7 @@ _BEFORE, _NESTED = "_trained_before_inject", "_nested_before_inject"
 
 
 def inject(
-    model: nn.Module,
-    config: LoraConfig | Mapping[str, LoraConfig],
-    *,
-    train: Sequence[str] = (),
+    model: nn.Module, config: LoraConfig | Mapping[str, LoraConfig], *, train: Sequence[str] = ()
 ) -> dict[str, LoRALinear]:
     """Freeze `model` and put LoRA on its target linear layers, in place.
 
@@ -42,8 +36,7 @@ def inject(
     `save_pretrained` of a module that contains it would write W0.
 
     Returns the layers of these adapters by module name. Raises UserError, with nothing changed, for
-    a target that matches nothing or cannot be adapted, and for a model whose parameters are
-    distributed already.
+    a target that matches nothing or cannot be adapted, and for a distributed model.
     """
     configs = dict(config) if isinstance(config, Mapping) else {DEFAULT: config}
     check_model(model, configs)
@@ -68,12 +61,12 @@ def inject(
             if adapter not in layer.settings:
                 layer.add_adapter(adapter, settings, seed)
                 added.append((layer, adapter))
-    except Exception as error:  # for example, a subclass may refuse new attributes
+    except Exception as error:
         for layer, adapter in added:
             for place in (layer.settings, layer.streams, layer.lora_A, layer.lora_B):
                 place.pop(adapter)
-        for name in injected.keys() - layers.keys():
-            injected[name].to_linear()
+        for name in lora_layers(model).keys() - layers.keys():
+            model.get_submodule(name).to_linear()  # type: ignore[operator]
         raise UserError(f"{type(model).__name__} takes no adapters: {error}") from error
     if _BEFORE not in vars(model):
         vars(model)[_BEFORE] = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -103,6 +96,60 @@ def eject(model: nn.Module) -> nn.Module:
     return _without_lora(model)
 
 
+@torch.no_grad()
+def merge(model: nn.Module, *adapters: str) -> None:
+    """Fold adapters (by default the active ones) into the weights of the layers that have them.
+
+    The sum is taken in fp32 or wider and rounded once. The state dict of a merged model has the
+    merged `weight`, and W0 as `base_weight`; loading it into an unmerged model loads W0.
+    Raises UserError, with nothing changed, for an unknown name, where something is merged already,
+    where a layer's forward is not that of `nn.Linear`, and where a sum is not finite.
+    """
+    layers = lora_layers(model)
+    check_names(layers.values(), adapters)
+    weights = {}
+    for name, layer in layers.items():
+        chosen = dict.fromkeys(adapters or active_adapters(layer))
+        own = [adapter for adapter in chosen if adapter in layer.settings]
+        if own and layer.merged:
+            raise UserError(f"adapter {' and '.join(layer.merged)} is merged already: unmerge it")
+        W = layer._parameters.get("weight")  # an offloaded one is on the meta device
+        if own and not (layer.base_is_plain and type(W) is nn.Parameter and not W.is_meta):
+            raise UserError(
+                f"layer {name!r} cannot be merged: {layer.base_class.__name__} is not a plain "
+                "linear layer whose weight is in memory"
+            )
+        if own:
+            weights[name] = own, _merged_weight(layer, own)
+            if not weights[name][1].isfinite().all() and layer.weight.isfinite().all():
+                raise UserError(f"layer {name!r}: W0 + BA is not finite in {layer.weight.dtype}")
+    if not weights:
+        raise UserError(f"{type(model).__name__} has no active adapter to merge")
+    for name, (own, weight) in weights.items():
+        layer = layers[name]
+        # W0, which may be tied, stays as it is. In a list, it is not registered as a parameter.
+        layer.base_parameter = [layer.weight]  # type: ignore[list-item]
+        layer.register_buffer("base_weight", layer.weight.detach())
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        factors = [side[adapter] for side in (layer.lora_A, layer.lora_B) for adapter in own]
+        layer.frozen_by_merge = [factor for factor in factors if factor.requires_grad]
+        for factor in factors:  # an optimiser skips parameters without a gradient
+            factor.requires_grad_(False).grad = None
+        layer.merged = tuple(own)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`: restore W0 bit for bit, and make trainable again what `merge` froze."""
+    for layer in _merged_layers(model):
+        (parameter,), W0 = layer.base_parameter, layer.base_weight
+        if (parameter.dtype, parameter.device) != (W0.dtype, W0.device):  # the layer has moved
+            parameter.data = W0
+        for factor in layer.frozen_by_merge:
+            factor.requires_grad_(True)
+        layer.weight, layer.merged = parameter, ()
+        del layer.base_parameter, layer.frozen_by_merge, layer.base_weight
+
+
 def merge_and_unload(model: nn.Module, *adapters: str) -> nn.Module:
     """Merge adapters (by default the active ones) and leave plain layers.
 
@@ -112,8 +159,8 @@ def merge_and_unload(model: nn.Module, *adapters: str) -> nn.Module:
     _check_removable(model)
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
-            check_tied(module)
-    if not merged_layers(model):
+            _check_tied(module)
+    if not _merged_layers(model):
         merge(model, *adapters)
     return _without_lora(model)
 
@@ -140,11 +187,9 @@ def use_adapter(
     checkpoint in the block is recomputed with the same choice. UserError for an unknown name.
     """
     layers = tuple(lora_layers(model).values() if isinstance(model, nn.Module) else model)
-    choice = Choice(tuple(dict.fromkeys(adapters))) if rows is None else by_rows(rows)
-    if rows is not None and adapters:
-        raise UserError(f"rows and {', '.join(adapters)} are given (expected one of the two)")
+    choice = pick(adapters, rows, seed)
     check_names(layers, choice.names)
-    return scope(layers, choice._replace(seed=seed))
+    return scope(layers, choice)
 
 
 def pack(model: nn.Module) -> None:
@@ -190,10 +235,56 @@ def _guard_parents(model: nn.Module) -> None:
             vars(module)[_NESTED] = {"use_nested_tensor": module.use_nested_tensor}
             module.use_nested_tensor = False
         if callable(getattr(type(module), "save_pretrained", None)):
-            module.save_pretrained = partial(save_pretrained, module)  # type: ignore
+            module.save_pretrained = partial(_save_pretrained, module)  # type: ignore
 
 
 def _check_removable(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
         if reason := layer.why_not_removable():
             raise UserError(f"layer {name!r} cannot be turned back: {reason}")
+
+
+def _merged_layers(model: nn.Module) -> list[LoRALinear]:
+    """The layers that something is merged into."""
+    return [layer for layer in lora_layers(model).values() if layer.merged]
+
+
+def _merged_weight(layer: LoRALinear, names: Sequence[str]) -> Tensor:
+    """W0 + sum of scale B A [out, in], in fp32 or wider, rounded to the weight's type once."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    weight = layer.weight.to(dtype)
+    for name in names:
+        A, B = layer.lora_A[name].to(dtype), layer.lora_B[name].to(dtype)
+        weight = weight + layer.settings[name].scale * B @ A
+    return weight.to(layer.weight.dtype)
+
+
+def _save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    """transformers' `save_pretrained` with the active adapters merged into what is written.
+
+    Any reader of the folder gets the trained weights; a model with adapters gets W0 and them back.
+    """
+    if keywords.get("state_dict") is not None:
+        raise UserError("save_pretrained got a state_dict, into which no adapter can be merged")
+    _check_tied(module)
+    save = partial(type(module).save_pretrained, module, *arguments, **keywords)  # type: ignore
+    if _merged_layers(module) or not any(map(active_adapters, lora_layers(module).values())):
+        return save()
+    merge(module)
+    try:
+        return save()
+    finally:
+        unmerge(module)
+
+
+def _check_tied(module: nn.Module) -> None:
+    """Raise a UserError where a merged weight would be saved as the one that W0 is tied to."""
+    owned = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    for name, layer in lora_layers(module).items():
+        # The W0 of a merged layer is not among the model's parameters.
+        others = owned[id(layer.base_parameter[0])] if layer.merged else owned[id(layer.weight)] - 1
+        if others > 0:
+            raise UserError(
+                f"the weight of {name!r} is tied to another, and merging would break the tie: the "
+                "other would be saved (expected save_adapter, or targets without this layer)"
+            )

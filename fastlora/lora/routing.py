@@ -75,8 +75,14 @@ def _count(layers: Iterable[LoRALinear], change: int) -> None:
             layer.scopes += change
 
 
-def by_rows(rows: Sequence[str | Segment | None]) -> Choice:
-    """The choice of an adapter for each row (None for none), or of segments."""
+def pick(
+    adapters: Sequence[str], rows: Sequence[str | Segment | None] | None, seed: Tensor | None
+) -> Choice:
+    """The choice of `adapters` for all rows or, by `rows`, of one or none for each, or segments."""
+    if rows is None:
+        return Choice(tuple(dict.fromkeys(adapters)), seed=seed)
+    if adapters:
+        raise UserError(f"rows and {', '.join(adapters)} are given (expected one of the two)")
     segments, count = [row for row in rows if isinstance(row, Segment)], None
     if not segments or len(segments) < len(rows):
         segments, count = [], 0
@@ -87,7 +93,7 @@ def by_rows(rows: Sequence[str | Segment | None]) -> Choice:
     for segment in segments:
         if not 0 <= segment.start <= segment.stop:
             raise UserError(f"rows has {segment} (expected 0 <= start <= stop)")
-    return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), tuple(segments), count)
+    return Choice(tuple(dict.fromkeys(s.adapter for s in segments)), tuple(segments), count, seed)
 
 
 def adapter_names(layers: Iterable[LoRALinear]) -> tuple[str, ...]:
@@ -133,9 +139,8 @@ def choice_of(layer: LoRALinear) -> Choice:
     noted = getattr(_checkpoint_frame(), "fastlora_choices", {}).get(layer)
     if noted is None:
         raise UserError(
-            "a LoRALinear is computed again in backward and cannot know which adapter was active "
-            "in the forward pass (expected torch.utils.checkpoint with use_reentrant=False, not "
-            "nested, and the same adapters within it)"
+            "a LoRALinear is recomputed in backward and cannot know its adapters in the forward "
+            "pass (expected a torch checkpoint with use_reentrant=False, not nested, of one choice)"
         )
     return noted
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastlora.errors import UserError
 from fastlora.kernels import Linear
-from fastlora.lora.config import ALL, FAMILIES, TARGETS, LoraConfig, is_target
+from fastlora.lora.config import ALL, FAMILIES, TARGETS, LoraConfig, check, is_target
 from fastlora.lora.layer import ADDED, LoRALinear
 
 # A linear layer whose name has one of these parts belongs to a head.
@@ -18,17 +18,13 @@ HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls"
 
 def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
     """Raise UserError if this is no model or a distributed one, or a setting or name is invalid."""
-    if not isinstance(model, nn.Module):
-        raise UserError(f"the model is a {type(model).__name__} (expected an nn.Module)")
-    for settings in configs.values():
-        if not isinstance(settings, LoraConfig):
-            kind = f"{type(settings).__module__}.{type(settings).__name__}"
-            raise UserError(f"the settings are a {kind} (expected fastlora.LoraConfig)")
-    if not configs:
-        raise UserError("the settings are empty (expected those of one adapter or more)")
-    for name in configs:
-        if not isinstance(name, str) or not name or "." in name:
-            raise UserError(f"adapter name is {name!r} (expected a non-empty string without dots)")
+    check(isinstance(model, nn.Module), "the model", type(model).__name__, "an nn.Module")
+    check(len(configs) > 0, "config", configs, "the settings of one adapter or more")
+    for name, settings in configs.items():
+        kind = f"{type(settings).__module__}.{type(settings).__name__}"
+        check(isinstance(settings, LoraConfig), "config", kind, "fastlora.LoraConfig")
+        ok = isinstance(name, str) and name != "" and "." not in name
+        check(ok, "adapter name", name, "a non-empty string without dots")
         if hasattr(nn.ParameterDict(), name):
             raise UserError(f"adapter {name!r}: PyTorch's modules use this name; choose another")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastlora.kernels import Linear, Packed, Term, is_small, lora_together
+from fastlora.kernels import Linear, Packed, Term, copies_of, is_small, lora_grouped
 from fastlora.lora.layer import PLAIN, LoRALinear
 
 OURS = (LoRALinear.forward,)
-_hooks = itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
+hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Product(NamedTuple):
@@ -51,7 +49,15 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in layers], -1)
     terms = [term for product in products for term in product.terms]
     seed = next((product.seed for product in products if product.seed is not None), None)
-    return lora_together(x, weights, biases or None, terms, seed, products[0].packed)
+
+    def join() -> tuple[Tensor, Tensor | None, Packed]:
+        return torch.cat(weights), torch.cat(biases) if biases else None, Packed()
+
+    parts = weights + biases
+    packed = None if any(part.requires_grad for part in parts) else products[0].packed
+    copies = copies_of(x, packed, *parts)
+    weight, bias, inner = copies.get("together", join)
+    return lora_grouped(x, weight, bias, terms, seed, None if copies.kept is None else inner)
 
 
 def _product(layer: Any, x: Tensor, column: int) -> Product | None:
@@ -81,4 +87,4 @@ def call_is_plain(layer: nn.Linear) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call runs hooks or a forward that was set on the instance."""
     own = vars(module)
-    return any(_hooks(own)) or "forward" in own or _has_any_global_hook()
+    return any(hooks(own)) or "forward" in own or _has_any_global_hook()

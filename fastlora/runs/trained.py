@@ -18,8 +18,7 @@ from fastlora.devices import local_device
 from fastlora.errors import UserError
 from fastlora.files import atomic_folder
 from fastlora.lora.files import read_config
-from fastlora.lora.merging import merge, unmerge
-from fastlora.lora.model import pack
+from fastlora.lora.model import merge, pack, unmerge
 from fastlora.multitask import files as adapters
 from fastlora.multitask.model import MultitaskBert
 from fastlora.multitask.predictor import predict, predicted_labels
@@ -62,8 +61,7 @@ def load_trained(path: str | Path, device: str = "auto", model: str | None = Non
     tokenizer = Tokenizer.from_folder(source.folder)
     encoder, _ = load_encoder(source.folder, PARTS)
     use_measured_blocks()
-    hashes = adapters.fingerprint(encoder), adapters.config_fingerprint(encoder.config)
-    base = adapters.BaseInfo(source.name, *hashes, tokenizer.fingerprint)
+    base = adapters.BaseInfo(source.name, adapters.fingerprint(encoder), tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, settings["pairs"])
     if settings["mode"] == "lora":
         names = adapters.adapter_names(settings["adapters"], tasks)

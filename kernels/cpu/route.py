@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.kernels.call import Call, Term
-from fastlora.kernels.dropout import keep_mask, threshold
+from fastlora.kernels.call import Call, Term, threshold
+from fastlora.kernels.dropout import keep_mask
 
 _BATCH_HINT = 1024  # batch size that oneDNN packs for; other batch sizes are as fast
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.kernels.call import Call, Term
-from fastlora.kernels.dropout import threshold
+from fastlora.kernels.call import Call, Term, threshold
 from fastlora.kernels.triton import tuning
 
 RANK_BLOCK = 64  # a term of higher rank is split, so that a tile fits in registers

@@ -262,28 +262,22 @@ def lora_reduce(
 
 
 def outer(
-    plan: Plan,
-    x: Tensor,
-    v: Tensor,
-    A: Any = None,
-    base: Any = None,
-    dx: Any = None,
-    width: int = 0,
+    plan: Plan, x: Tensor, v: Tensor, A: Any = None, base: Any = None, dx: Any = None, span: int = 0
 ) -> Tensor:
     """dA [R, K] fp32 from x [M, K] and v [M, R] (two launches).
 
     With `base` [M, K] and A [R, K], also computes dx = base + c m * (v A). `base` may be dx itself,
-    and must be if some rows have no term. With `width`, the width of the widest block, computes
-    dB^T [R, width] from x = the output's gradient and v = u instead.
+    and must be if some rows have no term. With `span`, the width of the widest block, computes
+    dB^T [R, span] from x = the output's gradient and v = u instead.
     """
-    pieces, blocks, K = plan.pieces, plan.blocks.outer, width or x.shape[1]
+    pieces, blocks, K = plan.pieces, plan.blocks.outer, span or x.shape[1]
     chunks, slots = plan.tiles(blocks.chunk)
     partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
     plan.launch(
         lora_outer, blocks, blocks.chunk, triton.cdiv(K, blocks.k),
         dict(x=x, v=v, a=A, b=base, dx=dx), dict(partial_ptr=partial, K=K, **plan.draws),
-        BLOCK_K=blocks.k, HAS_DX=base is not None, IN_BLOCK=width > 0,
-        HAS_DROPOUT=pieces.has_dropout and not width,
+        BLOCK_K=blocks.k, HAS_DX=base is not None, IN_BLOCK=span > 0,
+        HAS_DROPOUT=pieces.has_dropout and not span,
     )  # fmt: skip
     d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
     tables = dict(tiles_ptr=chunks, pieces_ptr=pieces.table)

@@ -67,7 +67,7 @@ def backward(
         places = _places(call.terms)
         return dx, [part for r, c in places for part in (dA[r], mm(g[:, c].T, u[:, r]))]
     widest = max(term.lora_B.shape[0] for term in call.terms)
-    dB = outer(plan, grad, u, width=widest).T
+    dB = outer(plan, grad, u, span=widest).T
     return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])
 
 

@@ -50,10 +50,8 @@ SHIPPED = {
     "any/fp32": Config(down=Blocks(32, k=32), add=Blocks(32, 32), outer=Blocks(16, k=16, warps=8)),
     # One stage: Turing cannot copy to shared memory in the background (see turing.py).
     "75/fp16": Config(down=Blocks(stages=1), add=Blocks(stages=1)),
-    "80/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
-    "80": Config(down=Blocks(stages=3)),
-    "90/small": Config(down=Blocks(m=32), outer=OUTER_SMALL),
-    "90": Config(down=Blocks(stages=3)),
+    **dict.fromkeys(("80/small", "90/small"), Config(down=Blocks(m=32), outer=OUTER_SMALL)),
+    **dict.fromkeys(("80", "90"), Config(down=Blocks(stages=3))),
 }
 MEASURED: dict[str, Config] = {}  # by `key_of`; takes precedence over the shipped rows
 

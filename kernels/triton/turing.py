@@ -42,29 +42,26 @@ def problem() -> str:
 class Hook:
     """Triton's stage hook, which first calls the one that was there before: see the module's text.
 
-    It does nothing once `active` is False, because another library may have stored it as its
-    predecessor and go on calling it.
+    It does nothing without `users`, the threads that are in `compiling`, because another library
+    may have stored it as its predecessor and go on calling it.
     """
 
-    def __init__(self, earlier: Any = None) -> None:
-        self.earlier = earlier
-        self.active = True
+    def __init__(self, earlier: Any = None, users: int = 1) -> None:
+        self.earlier, self.users = earlier, users
 
     def __call__(self, *stage: Any) -> Any:
         """Replace the stage; without arguments (Triton 3.7 and later), answer the cache key."""
         before = self.earlier(*stage) if self.earlier else ("", "")
         if not stage:
-            key = KEY if self.active else ""
+            key = KEY if self.users else ""
             return before[0] + key, before[1] + key
         backend, stages, options, _, capability = stage
-        acts = self.active and capability == 75 and options.num_stages == 1
-        if acts and "ttgir" in stages:
+        if self.users and capability == 75 and options.num_stages == 1 and "ttgir" in stages:
             stages["ttgir"] = partial(_ttgir, backend, stages["ttgir"], options)
         return None
 
 
 _lock = threading.Lock()
-_inside: list[Hook] = []  # the installed hook, one entry for each thread that is in `compiling`
 
 
 @contextmanager
@@ -72,18 +69,17 @@ def compiling() -> Iterator[None]:
     """Inside, our kernels compile for sm_75 with tensor cores. There must be no `problem`."""
     runtime: Any = triton.knobs.runtime
     with _lock:
-        hook = _inside[0] if _inside else Hook(runtime.add_stages_inspection_hook)
-        if not _inside:
-            runtime.add_stages_inspection_hook = hook
-        _inside.append(hook)
+        hook = runtime.add_stages_inspection_hook
+        if not isinstance(hook, Hook):
+            hook = runtime.add_stages_inspection_hook = Hook(hook, users=0)
+        hook.users += 1
     try:
         yield
     finally:
         with _lock:
-            _inside.pop()
-            hook.active = bool(_inside)
+            hook.users -= 1
             # If another library has installed a hook meanwhile, it stays.
-            if not _inside and runtime.add_stages_inspection_hook is hook:
+            if not hook.users and runtime.add_stages_inspection_hook is hook:
                 runtime.add_stages_inspection_hook = hook.earlier
 
 

@@ -10,7 +10,8 @@ from scipy import stats
 
 from fastlora.kernels import Dropout, draw_seed, keep_mask
 from fastlora.kernels import dropout as module
-from fastlora.kernels.dropout import keep_scale, philox_keep, threshold
+from fastlora.kernels.call import keep_scale, threshold
+from fastlora.kernels.dropout import philox_keep
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
 GENERATORS = pytest.mark.parametrize("mask", [keep_mask, philox_keep])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracle import DEVICE, SEED
 
-from fastlora.kernels.dropout import philox_keep, threshold
+from fastlora.kernels.call import threshold
+from fastlora.kernels.dropout import philox_keep
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 import triton.language as tl  # noqa: E402

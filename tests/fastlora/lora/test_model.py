@@ -89,7 +89,7 @@ REFUSED = [
     ({"a": FIRST, "b": LoraConfig(targets="slip")}, {}, "'slip' matches no linear layer"),
     (LoraConfig(targets=("0", "out_proj")), {}, "'attention.out_proj'.*MultiheadAttention"),
     *(({name: FIRST}, {}, "adapter ") for name in ("", "a.b", "keys", "training")),
-    ({}, {}, "settings are empty"),
+    ({}, {}, "config is {}"),
 ]
 
 

@@ -155,7 +155,7 @@ def test_patterns_give_layers_ranks_and_alphas_of_their_own():
 
 def test_what_is_no_model_and_no_settings_of_ours():
     peft = pytest.importorskip("peft")
-    with pytest.raises(UserError, match="model is a str"):
+    with pytest.raises(UserError, match="model is 'str'"):
         inject("model", LoraConfig())
-    with pytest.raises(UserError, match=r"settings are a peft\..*LoraConfig"):
+    with pytest.raises(UserError, match=r"config is 'peft\..*LoraConfig"):
         inject(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig())
