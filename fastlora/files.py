@@ -16,7 +16,12 @@ from fastlora.errors import UserError
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[TextIO]:
-    """Open a text file for writing; it replaces `path` only if the block ends without an error."""
+    """Open a text file for writing; it replaces `path` only if the block ends without an error.
+
+    A link is followed to the file it names. Raises UserError for what `check_replaceable` refuses.
+    """
+    check_replaceable(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -27,6 +32,13 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError if a path, or what it links to, is a folder, a device or a pipe."""
+    exists = path.exists() or os.path.islink(os.path.realpath(path))  # a link to itself
+    if exists and not path.is_file():
+        raise UserError(f"{path}: is not a regular file (expected the name of a file to write)")
 
 
 @contextmanager

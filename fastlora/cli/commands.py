@@ -26,6 +26,7 @@ from fastlora.cli.options import (
 )
 from fastlora.cli.process import command_stop
 from fastlora.errors import UserError
+from fastlora.files import check_replaceable
 from fastlora.studies.paper_tables import TABLES
 from fastlora.training.config import SearchConfig
 from fastlora.training.inputs import adapter_folder, find_data, find_inputs
@@ -157,9 +158,9 @@ def predict_file(
     if not input.is_file():
         raise UserError(f"{input}: no such file")
     out = out or input.with_name(f"{input.name}.predictions.csv")
-    if out.is_dir() or (out.exists() and out.samefile(input)):
-        what = "a folder" if out.is_dir() else "the input itself"
-        raise UserError(f"--out is {out}, {what} (expected the name of a file to write)")
+    check_replaceable(out)
+    if out.exists() and out.samefile(input):
+        raise UserError(f"--out is {out}, the input itself (expected the name of a file to write)")
     adapter_folder(run)
     from fastlora.multitask.predictor import write_rows
     from fastlora.runs.trained import load_trained, predict_rows

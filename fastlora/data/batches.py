@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastlora.bert.layout import Layout
 from fastlora.data.reading import TaskData
+from fastlora.data.tasks import Task
 from fastlora.data.tokenizer import Encoded
 
 # Examples are sorted by length inside windows of about this many batches: enough that a batch
@@ -44,7 +45,8 @@ class Batch:
     """The examples of one step: the B sequences of all tasks, padded to the longest of them, S.
 
     `input_ids` and `token_type_ids` are int64 [B, S], `attention_mask` is bool [B, S]. `labels`
-    maps a task to int64 [n] (classes) or float32 [n] (values); `indices` maps it to the positions
+    maps a task to int64 [n] (classes) or float32 [n] (values, as positions in the task's range
+    from 0 to 1); `indices` maps it to the positions
     of its n examples in their TaskData. A batch of `collate(..., positions)` also has `rows`, an
     int64 list of sequences to which the spans' rows then refer, and `real`, which maps a task to
     float32 [n]: 1 for an example, 0 for one that was added to reach a common number of them.
@@ -141,8 +143,7 @@ def collate(
         sequences += columns
         indices[name] = examples
         if data.labels is not None:
-            kind = np.int64 if data.task.kind == "classification" else np.float32
-            labels[name] = torch.from_numpy(data.labels[examples].astype(kind))
+            labels[name] = _targets(data.task, data.labels[examples])
     longest = max(column.lengths.max() for column in sequences)
     if positions:
         longest = min(positions, 32 * math.ceil(longest / 32))
@@ -164,6 +165,15 @@ def collate(
     layout = Layout.of(real, real.shape, _grid(int(lengths.sum()), 16))
     batch = Batch(ids, real, types, layout, tuple(spans), labels, indices)
     return _with_common_counts(batch) if positions else batch
+
+
+def _targets(task: Task, labels: np.ndarray) -> Tensor:
+    """Labels [n] as `Batch.labels` has them."""
+    if task.kind == "classification":
+        return torch.from_numpy(labels.astype(np.int64))
+    # In fp64: fp32 cannot tell labels apart that are large against their range, as dates are.
+    positions = (labels.astype(np.float64) - task.low) / (task.high - task.low)
+    return torch.from_numpy(positions.astype(np.float32))
 
 
 def _with_common_counts(batch: Batch) -> Batch:

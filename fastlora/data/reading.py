@@ -21,7 +21,7 @@ class Rows:
 
     ids: list[str]
     texts: tuple[list[str], ...]  # one list a text column
-    labels: np.ndarray | None  # float32 [N], class index or value
+    labels: np.ndarray | None  # float64 [N], class index or value
     dropped: int  # bad rows left out
     empty: int  # rows with an empty text
     positions: tuple[int, ...] = ()  # of the rows in the file, from 0
@@ -114,7 +114,7 @@ def read_rows(
     return Rows(
         list(ids),
         texts=tuple(map(list, zip(*texts, strict=True))),
-        labels=np.array(labels, np.float32) if labelled else None,
+        labels=np.array(labels, np.float64) if labelled else None,
         dropped=len(problems),
         empty=sum(not all(row) for row in texts),
         positions=positions,

@@ -49,7 +49,8 @@ class Task:
     def expected(self) -> str:
         """The legal labels in words, for messages."""
         if self.kind == "regression":
-            return f"a number from {self.low:g} to {self.high:g}"
+            low, high = (repr(end).removesuffix(".0") for end in (self.low, self.high))
+            return f"a number from {low} to {high}"
         return f"{', '.join(self.labels[:-1])} or {self.labels[-1]}"
 
     @cached_property
@@ -98,7 +99,7 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
         check("labels", _distinct(labels) and len(labels) > 1, "two or more different classes")
         own: dict[str, Any] = {"labels": tuple(map(str, labels))}
     else:
-        # As fp32: JSON and TOML also hold integers that are too large for any float.
+        # JSON and TOML also hold integers that are too large for any float.
         check("low", type(low) in (int, float) and abs(low) < 1e38, "a number")
         check("high", type(high) in (int, float) and low < high < 1e38, "more than low")
         own = {"low": float(low), "high": float(high)}

@@ -16,7 +16,7 @@ from fastlora.errors import UserError
 from fastlora.files import atomic_folder, cache_folder
 
 # To be raised when the code comes to give other tokens, or to store them in another way.
-_FORMAT = 2
+_FORMAT = 3
 _ARRAYS = ("ids", "offsets", "types")
 
 

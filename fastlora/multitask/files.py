@@ -7,6 +7,7 @@ encoder and tokenizer that their weights belong to, and `heads.json` has those o
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.bert.config import BertConfig
 from fastlora.data.tasks import Task, task_from_table
 from fastlora.errors import UserError
 from fastlora.files import read_json, write_json
@@ -26,6 +28,12 @@ from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
 HEADS, HEADS_INFO = "heads.safetensors", "heads.json"
 FORMAT = 2  # of `heads.json`: raised where stored heads get another meaning
+# What `BaseInfo` has the sha256 of, in the words of messages.
+BASE_PARTS = {
+    "encoder_sha256": "base model",
+    "encoder_config_sha256": "encoder configuration (config.json)",
+    "tokenizer_sha256": "tokenizer",
+}
 # The settings that a model is built of, with their values.
 SETTINGS = {
     "mode": ("lora", "frozen", "full"),
@@ -36,10 +44,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """The encoder and tokenizer that weights belong to: a name and two sha256."""
+    """The encoder and tokenizer that weights belong to: a name and three sha256."""
 
     base_model: str
     encoder_sha256: str
+    encoder_config_sha256: str
     tokenizer_sha256: str
 
 
@@ -49,6 +58,11 @@ def fingerprint(encoder: nn.Module) -> str:
     Take it of the fp32 weights as loaded: a cast or merged encoder has another fingerprint.
     """
     return _sha256({n: p.detach() for n, p in encoder.named_parameters() if "lora_" not in n})
+
+
+def config_fingerprint(config: BertConfig) -> str:
+    """sha256 over an encoder's configuration."""
+    return hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -156,7 +170,7 @@ def load_all(
 
 def _check_base(path: Path, facts: Mapping[str, str], base: BaseInfo) -> None:
     """Raise UserError where a file's metadata names another base than this."""
-    for key, what in (("encoder_sha256", "base model"), ("tokenizer_sha256", "tokenizer")):
+    for key, what in BASE_PARTS.items():
         expected = getattr(base, key)
         # A file without our metadata, such as PEFT's, belongs to any base.
         if facts.get(key, expected) != expected:

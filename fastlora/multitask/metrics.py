@@ -43,7 +43,8 @@ def score(task: Task, outputs: np.ndarray, labels: np.ndarray | None) -> float |
         return float((predictions == labels).mean())
     if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return None
-    return float(np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1])
+    # From `low`: the means of values that are large against their range would be rounded.
+    return float(np.corrcoef(predictions - task.low, labels - task.low)[0, 1])
 
 
 def majority(task: Task, labels: np.ndarray | None) -> float | None:

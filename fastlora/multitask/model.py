@@ -136,9 +136,6 @@ def task_losses(
         if task.kind == "classification":
             each = F.cross_entropy(output.float(), labels, reduction="none")
         else:
-            # Subtracting `low` from the labels, not adding it to the output, keeps all digits.
-            width = task.high - task.low
-            error = (width * output.float().squeeze(-1) - (labels - task.low)) / width
-            each = 12 * error.square()
+            each = 12 * (output.float().squeeze(-1) - labels).square()
         losses[name] = each @ batch.real[name] if name in batch.real else each.sum()
     return losses

@@ -46,9 +46,10 @@ class Features:
 def predict(
     model: MultitaskBert, datasets: Mapping[str, TaskData], features: Features | None = None
 ) -> dict[str, np.ndarray]:
-    """Each task's outputs, fp32 [N, outputs], in its examples' order.
+    """Each task's outputs [N, outputs], in its examples' order.
 
-    They are class logits, or a regression's values in the labels' unit, not clipped to the range.
+    They are class logits (fp32), or a regression's values in the labels' unit (fp64), not clipped
+    to the range.
     Raises RunError where memory does not suffice.
     """
     model.eval()
@@ -62,7 +63,8 @@ def predict(
                 outputs[name][batch.indices[name]] = values.float().cpu().numpy()
     for name, data in datasets.items():
         if data.task.kind == "regression":
-            outputs[name] = data.task.low + (data.task.high - data.task.low) * outputs[name]
+            width = data.task.high - data.task.low
+            outputs[name] = data.task.low + width * outputs[name].astype(np.float64)
     return outputs
 
 

@@ -9,7 +9,6 @@ import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -20,7 +19,6 @@ import numpy as np
 import tomlkit
 import torch
 
-from fastlora.bert.config import BertConfig
 from fastlora.data.reading import TaskData
 from fastlora.errors import UserError
 from fastlora.files import atomic_open, read_json, read_toml, write_json
@@ -41,11 +39,11 @@ def default_folder(config: TrainConfig) -> Path:
     return Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
 
 
-def fingerprints(setup: Setup, encoder_sha256: str, encoder_config: BertConfig) -> dict[str, str]:
+def fingerprints(setup: Setup, encoder_sha256: str, config_sha256: str) -> dict[str, str]:
     """The sha256 of each input of a run: the encoder, the tokenizer and the data of each task."""
     values = {
         "the encoder's weights": encoder_sha256,
-        "the encoder's configuration": _sha256(json.dumps(asdict(encoder_config)).encode()),
+        "the encoder's configuration": config_sha256,
         "the tokenizer": setup.tokenizer.fingerprint,
     }
     for split, datasets in (("training", setup.train), ("dev", setup.dev)):

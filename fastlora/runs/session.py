@@ -70,7 +70,7 @@ def run_prepared(
         if dry_run:
             log.fields(banner)
             return None
-        hashes = fingerprints(setup, base.encoder_sha256, model.encoder.config)
+        hashes = fingerprints(setup, base.encoder_sha256, base.encoder_config_sha256)
         setup = replace(setup, fingerprints=hashes)
         with open_run(folder, setup.config, hashes) if ranks.first else nullcontext():
             ranks.barrier()
@@ -137,7 +137,8 @@ def _build(setup: Setup) -> tuple[MultitaskBert, BaseInfo, list[str]]:
             adapter = read_config(adapters.adapter_place(folder, name))
             config = config.with_task_settings(name, TaskLoraConfig.of(adapter))
     model, encoder_sha256, notes = build_model(setup, {**earlier, **new}, config)
-    base = BaseInfo(source.name, encoder_sha256, setup.tokenizer.fingerprint)
+    config_sha256 = adapters.config_fingerprint(model.encoder.config)
+    base = BaseInfo(source.name, encoder_sha256, config_sha256, setup.tokenizer.fingerprint)
     if earlier:
         heads = nn.ModuleDict({name: model.heads[name] for name in earlier})
         adapters.load_all(folder, model.encoder, earlier, heads, base)

@@ -61,7 +61,8 @@ def load_trained(path: str | Path, device: str = "auto", model: str | None = Non
     tokenizer = Tokenizer.from_folder(source.folder)
     encoder, _ = load_encoder(source.folder, PARTS)
     use_measured_blocks()
-    base = adapters.BaseInfo(source.name, adapters.fingerprint(encoder), tokenizer.fingerprint)
+    hashes = adapters.fingerprint(encoder), adapters.config_fingerprint(encoder.config)
+    base = adapters.BaseInfo(source.name, *hashes, tokenizer.fingerprint)
     net = MultitaskBert(encoder, tasks, settings["pairs"])
     if settings["mode"] == "lora":
         names = adapters.adapter_names(settings["adapters"], tasks)

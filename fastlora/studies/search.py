@@ -20,6 +20,7 @@ from fastlora.console import Log
 from fastlora.data.tasks import BUILTIN
 from fastlora.errors import Interrupted, UserError
 from fastlora.files import write_json
+from fastlora.multitask.files import config_fingerprint
 from fastlora.runs import folder as folders
 from fastlora.runs import pages
 from fastlora.runs.session import run_description
@@ -61,7 +62,8 @@ def run_search(
     loaded = read_encoder(inputs.source)
     setup = replace(setup, loaded=loaded, stop=stop or Stop())
     folder = config.out or folders.default_folder(config)
-    hashes = folders.fingerprints(setup, loaded.sha256, loaded.encoder.config)
+    config_sha256 = config_fingerprint(loaded.encoder.config)
+    hashes = folders.fingerprints(setup, loaded.sha256, config_sha256)
     if how.join:
         if not (folder / FILE).is_file():
             raise UserError(f"{folder}: holds no search to help with (--out names its folder)")

@@ -38,6 +38,33 @@ def test_failed_file_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to itself", "folder"])
+def test_only_a_regular_file_is_replaced(tmp_path, kind):
+    target = tmp_path / "out"
+    if "pipe" in kind:
+        os.mkfifo(tmp_path / ("out" if kind == "pipe" else "pipe"))
+    if kind == "folder":
+        target.mkdir()
+    elif "link" in kind:
+        target.symlink_to("pipe" if "pipe" in kind else "out")
+    before = [(path.name, path.lstat().st_mode) for path in tmp_path.iterdir()]
+    with pytest.raises(UserError, match="out: is not a regular file"), atomic_open(target) as file:
+        file.write("1")
+    assert [(path.name, path.lstat().st_mode) for path in tmp_path.iterdir()] == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_written_through(tmp_path, exists):
+    place = tmp_path / "elsewhere" / "a"
+    if exists:
+        place.parent.mkdir()
+        place.write_text("old")
+    (tmp_path / "link").symlink_to("elsewhere/a")
+    with atomic_open(tmp_path / "link") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and place.read_text() == "new"
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, monkeypatch, at):
     """The process ends before the first or the second renaming, and cleans up no more."""

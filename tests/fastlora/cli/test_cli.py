@@ -249,7 +249,9 @@ def test_predict_writes_a_row_for_each_row(finished, tmp_path, capsys):
     assert lines[0] == "id,task,prediction" and len(lines) == 4
 
 
-@pytest.mark.parametrize(("out", "what"), [("new.csv", "the input itself"), ("", "a folder")])
+@pytest.mark.parametrize(
+    ("out", "what"), [("new.csv", "the input itself"), ("", "not a regular file")]
+)
 def test_predict_writes_neither_over_its_input_nor_to_a_folder(
     finished, tmp_path, capsys, out, what
 ):
@@ -257,7 +259,7 @@ def test_predict_writes_neither_over_its_input_nor_to_a_folder(
     file.write_text("sentence\ngood\n")
     flags = ["predict", finished, file, "--task", "sst", "--out", tmp_path / out]
     code, _, err = call(flags, capsys)
-    assert code == 2 and f", {what} (expected the name of a file" in err
+    assert code == 2 and f"{what} (expected the name of a file" in err
     assert file.read_text() == "sentence\ngood\n" and list(tmp_path.iterdir()) == [file]
 
 

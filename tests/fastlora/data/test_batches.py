@@ -1,5 +1,7 @@
 """The plan of an epoch and the tensors of a batch, against plain Python."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -147,7 +149,8 @@ def test_collate_lays_out_every_token():
     assert batch.indices["sst"].tolist() == [2, 1]
     assert batch.labels["sst"].dtype == torch.int64
     assert batch.labels["sts"].dtype == torch.float32
-    assert batch.labels["sts"].tolist() == datasets["sts"].labels[[1, 0]].tolist()
+    positions = datasets["sts"].labels[[1, 0]] / 5  # in the range from 0 to 5
+    assert torch.equal(batch.labels["sts"], torch.from_numpy(positions))
     assert (batch.input_ids.dtype, batch.attention_mask.dtype) == (torch.int64, torch.bool)
     assert not batch.token_type_ids.any()
 
@@ -174,6 +177,15 @@ def test_padding_makes_round_numbers_of_tokens():
     assert len(batch.layout.index) == 38 and len(set(batch.layout.index.tolist())) == 38
 
 
+def test_labels_that_are_large_against_their_range_keep_their_positions():
+    """fp32 cannot tell the days of a month written as 20231201 apart."""
+    data = task_data("sts", [5, 6, 7])
+    task = replace(data.task, low=20231201.0, high=20231231.0)
+    moved = replace(data, task=task, labels=np.array([20231201.0, 20231202.0, 20231231.0]))
+    labels = collate({"sts": moved}, np.array([[0, 0], [0, 1], [0, 2]])).labels["sts"]
+    assert labels.tolist() == pytest.approx([0, 1 / 30, 1])
+
+
 def test_a_batch_without_labels():
     data = task_data("sst", [5, 6])
     unlabelled = TaskData(data.task, data.columns, None, data.ids, 0, 0, 0)
@@ -197,6 +209,7 @@ def test_evaluation_sees_every_example_once():
         for name, indices in batch.indices.items():
             seen[name] += indices.tolist()
             labels = datasets[name].labels[indices]
-            assert batch.labels[name].tolist() == labels.tolist()
+            scale = 5 if name == "sts" else 1
+            np.testing.assert_allclose(scale * batch.labels[name].numpy(), labels)
     for name, data in datasets.items():
         assert sorted(seen[name]) == list(range(len(data)))

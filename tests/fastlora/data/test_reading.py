@@ -56,7 +56,7 @@ class LetterTokenizer:
 def test_plain_rows(tmp_path):
     rows = read_rows(write(tmp_path, HEADER + "0\tab\t Fine .\t3\n1\tcd\tNA\t0.0\n"), SST)
     assert (rows.ids, rows.texts) == (["ab", "cd"], (["Fine .", "NA"],))
-    assert rows.labels.dtype == np.float32
+    assert rows.labels.dtype == np.float64
     assert (rows.labels.tolist(), rows.dropped, rows.empty) == ([3, 0], 0, 0)
 
 

@@ -1,6 +1,7 @@
 """Tasks: labels, the built-in definitions, and a user's own table."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import tomlkit
@@ -45,6 +46,11 @@ def test_bad_class_says_what_was_expected(text):
 def test_bad_value_says_the_range(text):
     with pytest.raises(ValueError, match="expected a number from 0 to 5"):
         BUILTIN["sts"].parse_label(text)
+
+
+def test_a_range_is_shown_with_all_its_digits():
+    task = replace(BUILTIN["sts"], low=1e6, high=1e6 + 1)
+    assert task.expected == "a number from 1000000 to 1000001"
 
 
 def test_builtin_properties():

@@ -31,9 +31,10 @@ TINY = {
     "intermediate_size": 64,
     "max_position_embeddings": 16,
 }
-BASE = BaseInfo("tiny", "e" * 64, "t" * 64)
+BASE = BaseInfo("tiny", "e" * 64, "c" * 64, "t" * 64)
 OTHERS = [
     (replace(BASE, encoder_sha256="f" * 64, base_model="other"), "another base model.*'tiny'.*"),
+    (replace(BASE, encoder_config_sha256="f" * 64), r"another encoder configuration \(config.json"),
     (replace(BASE, tokenizer_sha256="f" * 64), "another tokenizer"),
 ]
 TASKS = {name: BUILTIN[name] for name in ("sst", "sts")}

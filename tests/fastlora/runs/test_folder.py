@@ -16,6 +16,7 @@ from fastlora.cli import main
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.runs import folder as folders
 from fastlora.runs.session import run_training
+from fastlora.runs.trained import load_trained
 from fastlora.training.checkpoint import check_finite
 from fastlora.training.loop import Trainer
 from fastlora.training.stopping import Stop
@@ -116,6 +117,13 @@ def test_so_is_a_finished_one(own_inputs, what):
     with pytest.raises(UserError, match=what):
         run(own_inputs)
     assert contents(own_inputs.out) == before
+
+
+def test_a_trained_model_is_bound_to_its_encoders_configuration(own_inputs):
+    run(own_inputs)
+    change_heads(own_inputs)
+    with pytest.raises(UserError, match=r"another encoder configuration \(config.json\)"):
+        load_trained(own_inputs.out)
 
 
 def test_the_run_that_is_added_to_is_an_input(own_inputs, tmp_path):
