@@ -168,7 +168,10 @@ class LoRALinear(Linear):
         """What `inject` or `set_adapter` made active."""
         if self.active is None:
             names = ", ".join(self.settings)
-            raise UserError(f"of adapters {names} none is chosen (call set_adapter or use_adapter)")
+            raise UserError(
+                f"the model has adapters {names}, and none is chosen (expected set_adapter or "
+                "use_adapter)"
+            )
         return Choice(self.active)
 
     def terms(self, x: Tensor, column: int = 0) -> tuple[list[Term], Tensor | None]:
@@ -264,7 +267,8 @@ def _check_rows(x: Tensor, choice: Choice) -> None:
     found = x.shape[0] if x.dim() > 1 else 1
     last = max((s.stop for s in choice.segments or ()), default=0)
     if found < last or (choice.rows is not None and found != choice.rows):
-        raise UserError(f"{choice.rows or last} rows have adapters; the leading dimension: {found}")
+        chosen = choice.rows or last
+        raise UserError(f"adapters are chosen for {chosen} rows, the leading dimension is {found}")
 
 
 _uncompiled_choice = torch.compiler.disable(choice_of)
