@@ -87,7 +87,7 @@ def read_rows(
         records = _json_records(text)
     else:
         required = ["task"] if mixed else wanted  # columns of other tasks may be missing
-        records = _csv_records(path, text, required, quoting, task if labelled else None)
+        records = _csv_records(path, text, required, quoting, task)
     found, problems = [], []
     for position, (line, record) in enumerate(records):
         try:
@@ -133,12 +133,11 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "sepa
 
 
 def _csv_records(
-    path: Path, text: str, required: list[str], quoting: str, task: Task | None
+    path: Path, text: str, required: list[str], quoting: str, task: Task
 ) -> Iterator[tuple[int, Any]]:
     """Give each row's line and cells by column, or a ValueError that says what is wrong with it.
 
-    After a row whose quotes are wrong, reading goes on with the next line. `task` is given when
-    the rows have labels.
+    After a row whose quotes are wrong, reading goes on with the next line.
     """
     # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
     lines = io.StringIO(text, newline="").readlines()
@@ -182,22 +181,30 @@ def _csv_records(
 
 
 def _check_span(
-    row: list[str], lines: list[str], header: list[str], delimiter: str, task: Task | None
+    row: list[str], lines: list[str], header: list[str], delimiter: str, task: Task
 ) -> None:
-    """Raise csv.Error when a row of several lines seems to be several rows with stray quotes."""
-    tabbed = delimiter == "\t"
-    if tabbed and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in row):
+    """Raise csv.Error when a row of several lines may be several rows with stray quotes."""
+    if len(row) != len(header):
+        counts = f"{len(row)} fields (the header has {len(header)})"
+        raise csv.Error(f"a quoted field spans lines, and the row has {counts}")
+    if delimiter == "\t" and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in row):
         raise csv.Error("a quoted field spans lines and holds tabs")
-    if len(header) == 1 or not (tabbed or task):
-        return  # commas without labels say little: texts have them, too
-    try:  # read the first and the last line without quotes, as rows
-        for line in (lines[0], lines[-1]):
-            cells = dict(zip(header, line.rstrip("\r\n").split(delimiter), strict=True))
-            if task:
-                task.parse_label(cells[task.label])
-    except ValueError:
-        return
-    raise csv.Error("a quoted field spans lines that are rows themselves")
+    # The first and the last line, read without quotes.
+    ends = [line.rstrip("\r\n").split(delimiter) for line in (lines[0], lines[-1])]
+    labelled = [_has_label(cells, header, task) for cells in (row, *ends)]
+    if labelled[0] and not all(labelled):
+        return  # only as one row do the lines have a label
+    if all(len(cells) >= len(header) for cells in ends):
+        what = "a quoted field spans lines that may be rows themselves"
+        raise csv.Error(f"{what} (a text with line breaks is safe in JSONL)")
+
+
+def _has_label(cells: list[str], header: list[str], task: Task) -> bool:
+    try:
+        task.parse_label(dict(zip(header, cells, strict=True))[task.label])
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def _json_records(text: str) -> Iterator[tuple[int, Any]]:

@@ -220,6 +220,31 @@ def test_quoted_texts_of_several_lines_are_read_whole(tmp_path, text):
         assert rows.texts == ([text] * 3,)
 
 
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("x.tsv", 'sentence\n"good\nbad\nfine"\nlast\n'),
+        ("x.csv", 'sentence\n"good\nbad, so bad\nfine"\nlast\n'),
+        ("x.csv", 'id,sentence\n1,"good\n2,bad"\n3,fine\n'),
+        ("x.csv", 'id,sentence\n1,"good, ok\n2,bad"\n3,fine\n'),
+        ("x.csv", 'id,sentence,sentiment\n1,"good,\n2,bad",\n3,fine,\n'),
+    ],
+)
+def test_without_labels_lines_in_quotes_are_refused_where_they_may_be_rows(tmp_path, name, body):
+    path = write(tmp_path, body, name)
+    message = complaint(path, labelled=False)
+    assert message.startswith(f"{name}:2: ")
+    assert "--quoting none" in message and "JSONL" in message
+    split = write(tmp_path, 'id,sentence\n1,"good\nbad"\n', "split.csv")  # bad" is no row
+    assert read_rows(split, SST, labelled=False).texts == (["good\nbad"],)
+
+
+def test_a_row_with_too_many_fields_in_two_lines_loses_one_line(tmp_path):
+    body = 'id\tsentence\tsentiment\n0\ta\t"1\n1"\tb\t2\n2\tc\t3\n'
+    rows = read_rows(write(tmp_path, body), SST, bad_rows="skip")
+    assert (rows.dropped, rows.labels.tolist()) == (1, [2, 3])
+
+
 def test_a_header_with_stray_quotes_is_refused(tmp_path):
     path = write(tmp_path, 'sentence\t"sentiment\nx\t1\n')
     for policy in ("error", "skip"):
