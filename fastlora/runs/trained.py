@@ -47,7 +47,9 @@ class Trained:
 
 
 @torch.random.fork_rng([])  # new layers draw random weights before theirs are read
-def load_trained(path: str | Path, device: str = "auto", model: str | None = None) -> Trained:
+def load_trained(
+    path: str | Path, device: str | torch.device = "auto", model: str | Path | None = None
+) -> Trained:
     """Load a finished run from its folder, or from its adapter folder.
 
     In fp32, the logits are bit-equal to those of the model that was trained. `model` is the
@@ -68,7 +70,7 @@ def load_trained(path: str | Path, device: str = "auto", model: str | None = Non
         names = adapters.adapter_names(settings["adapters"], tasks)
         net.adapt({name: read_config(adapters.adapter_place(folder, name)) for name in names})
     adapters.load_all(folder, net.encoder, net.settings, net.heads, base)
-    net = net.to(local_device(device)).eval()
+    net = net.to(local_device(str(device))).eval()
     pack(net.encoder)  # which is safe because nobody else changes its frozen weights
     return Trained(net, tokenizer, source, tasks, settings)
 

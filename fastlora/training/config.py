@@ -58,9 +58,9 @@ class TaskLoraConfig:
 class TrainConfig:
     """Everything that decides a training run.
 
-    A path may be given as text and a list in place of a tuple; no value is rounded or converted
-    otherwise. Raises UserError for a value of another type, out of range, or that contradicts
-    another.
+    A path may be given as text, the model's folder as a path, and a list in place of a tuple; no
+    value is rounded or converted otherwise. Raises UserError for a value of another type, out of
+    range, or that contradicts another.
 
     Args:
         r: Rank of the update, 1 or more.
@@ -146,6 +146,8 @@ class TrainConfig:
     save_every: int = 200
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, Path):
+            object.__setattr__(self, "model", str(self.model))
         check_types(self)
         self.lora  # noqa: B018, raises for a value that is out of range
         for name in COUNTS:

@@ -56,6 +56,16 @@ def test_a_declared_task_without_a_file_is_an_error(here, minilm, missing):
     assert list(find(minilm, task={"tickets": TICKETS}).tasks) == ["sst", "tickets"]
 
 
+def test_a_declared_test_file_is_there_too(here, minilm):
+    """Else a misspelt name would be met after training."""
+    files(here / "data", *SST, *TICKETS["files"].values())
+    table = {**TICKETS, "files": {**TICKETS["files"], "test": "tickets-tset.csv"}}
+    assert "tickets-tset.csv: no such file" in refusal(minilm, task={"tickets": table})
+    files(here / "data", "tickets-tset.csv")
+    assert "tickets" in find(minilm, task={"tickets": table}).tasks
+    assert list(find(minilm, tasks=("sst",)).tasks) == ["sst"]  # the course's may be missing
+
+
 def test_a_declared_task_is_never_looked_for_in_the_demo_corpus(here, minilm):
     path = here / "data" / "tickets-train.csv"
     assert refusal(minilm, task={"tickets": TICKETS}).startswith(f"{path}: no such file")
@@ -78,6 +88,7 @@ def test_paths_may_be_strings(here, minilm):
     config = TrainConfig(data="own/", out="run", model=str(minilm))
     assert config == TrainConfig(data=Path("own"), out=Path("run"), model=str(minilm))
     assert find_inputs(config).folder == here / "own"
+    assert TrainConfig(model=minilm) == TrainConfig(model=str(minilm))
     added = TrainConfig(add_to="old", adapters="per-task")
     assert added.add_to == Path("old")
     assert "no such folder" in refusal(minilm, data="nowhere")

@@ -301,7 +301,7 @@ def test_merged_encoder_loads_in_transformers(tiny_config, tmp_path):
 
     config = tiny_config(lr=5e-3)
     run(config)
-    trained = load_trained(config.out, "cpu")
+    trained = load_trained(config.out, torch.device("cpu"))
     assert merge_encoder(trained, None, tmp_path / "merged") < 1e-4
     theirs = transformers.BertModel.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(5, 15)[None]
