@@ -57,7 +57,8 @@ def train(config, scale, offset):
 def test_the_unit_of_the_labels_changes_nothing_but_the_predictions_unit(tiny_config, kind):
     settings = {"tasks": ("sts",), "pairs": "joint" if kind == "joint pair" else "separate"}
     if kind == "one text":
-        table = {**STS.to_table(), "columns": ["sentence1"]}
+        files = {split: STS.files[split] for split in ("train", "dev")}
+        table = {**STS.to_table(), "columns": ["sentence1"], "files": files}
         settings |= {"tasks": ("one",), "task": {"one": table}}
     config = tiny_config(epochs=4, lr=2e-3, **settings)
     losses, weights, outputs, score = train(config, 1.0, 0.0)
