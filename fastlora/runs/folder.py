@@ -28,8 +28,9 @@ from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import Setup
 
 PACKAGES = ("fastlora-bert", "torch", "triton", "numpy", "tokenizers", "safetensors")
-# Settings that may change while a run is continued, for they do not change its result.
-FREE_KEYS = ("device", "save_every", "grad_checkpoint")
+# Settings that may change while a run is continued, for they do not change its result. What lies in
+# the folders of the model and the data does, and `fingerprints` has its hashes.
+FREE_KEYS = ("device", "save_every", "grad_checkpoint", "model", "data")
 SETTINGS, ENVIRONMENT, INPUTS, LOCK = "run.toml", "env.json", "inputs.json", "run.lock"
 
 
@@ -40,7 +41,10 @@ def default_folder(config: TrainConfig) -> Path:
 
 
 def fingerprints(setup: Setup, encoder_sha256: str, config_sha256: str) -> dict[str, str]:
-    """The sha256 of each input of a run: the encoder, the tokenizer and the data of each task."""
+    """The sha256 of each input of a run: the encoder, the tokenizer and the data of each task.
+
+    So that no edit of run.toml goes unnoticed, also of each setting that has not its default.
+    """
     values = {
         "the encoder's weights": encoder_sha256,
         "the encoder's configuration": config_sha256,
@@ -52,6 +56,10 @@ def fingerprints(setup: Setup, encoder_sha256: str, config_sha256: str) -> dict[
     if setup.config.add_to:
         files = sorted(adapter_folder(setup.config.add_to).rglob("*.safetensors"))
         values["the run of --add-to"] = _sha256(*(file.read_bytes() for file in files))
+    defaults = TrainConfig().to_table()
+    for key, value in setup.config.to_table().items():
+        if key not in FREE_KEYS and value != defaults.get(key):
+            values[f"the setting {key}"] = _sha256(json.dumps(value, sort_keys=True).encode())
     return values
 
 
@@ -125,6 +133,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def check_run(folder: Path, config: TrainConfig, inputs: Mapping[str, str], settings: str) -> None:
     """Raise UserError naming the settings or inputs that differ from those of a folder's run."""
+    for name in (ENVIRONMENT, INPUTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is missing; restore it, or use a new --out")
     # A file of an earlier version lacks the options that were added since.
     stored, given = {**TrainConfig().to_table(), **read_toml(folder / settings)}, config.to_table()
     changes = [

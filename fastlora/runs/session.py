@@ -21,7 +21,14 @@ from fastlora.multitask import files as adapters
 from fastlora.multitask.files import BaseInfo
 from fastlora.multitask.model import MultitaskBert
 from fastlora.multitask.predictor import predict, score_table, write_predictions
-from fastlora.runs.folder import default_folder, describe_gpu, fingerprints, open_run
+from fastlora.runs.folder import (
+    SETTINGS,
+    default_folder,
+    describe_gpu,
+    fingerprints,
+    open_run,
+    write_config,
+)
 from fastlora.runs.report import throughput, trained_share, write_report
 from fastlora.training.checkpoint import check_finite, trainable
 from fastlora.training.config import TaskLoraConfig, TrainConfig
@@ -78,6 +85,7 @@ def run_prepared(
                 return _report_finished(folder, log)
             if ranks.first:
                 log.file = folder / "train.log"
+                write_config(folder / SETTINGS, setup.config)  # some may change in a continued run
             log.fields(banner)
             to_compute(model, setup.config, setup.device)
             result = _train(Trainer(setup, model, folder, ranks, log), folder, base)

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from fastlora.cli import main
 from fastlora.errors import Interrupted, RunError, UserError
+from fastlora.files import read_toml
 from fastlora.runs import folder as folders
 from fastlora.runs.session import run_training
 from fastlora.runs.trained import load_trained
 from fastlora.training.checkpoint import check_finite
+from fastlora.training.config import TrainConfig
 from fastlora.training.loop import Trainer
 from fastlora.training.stopping import Stop
 
@@ -107,6 +109,37 @@ def test_a_stopped_run_is_bound_to_its_inputs(own_inputs, what):
     with pytest.raises(UserError, match=f"run: the run started with other inputs .*{what}"):
         run(own_inputs)
     assert contents(own_inputs.out) == before
+
+
+def test_edited_settings_are_noticed(own_inputs):
+    """--resume reads the very file that was edited."""
+    stop_after(own_inputs, 3)
+    file = own_inputs.out / "run.toml"
+    for old, new in (("seed = 0", "seed = 7"), ("clip = 1.0", "clip = 2.0")):
+        file.write_text(file.read_text().replace(old, new))
+    edited = replace(TrainConfig.from_table(read_toml(file)), out=own_inputs.out)
+    with pytest.raises(UserError, match=r"other inputs than these: the setting \w+, the setting"):
+        run(edited)
+
+
+def test_a_run_goes_on_with_inputs_that_moved(own_inputs, tmp_path):
+    stop_after(own_inputs, 3)
+    moved = {key: tmp_path / f"moved-{key}" for key in ("data", "model")}
+    for key, place in moved.items():
+        Path(getattr(own_inputs, key)).rename(place)
+    config = replace(own_inputs, data=moved["data"], model=str(moved["model"]))
+    assert run(config).steps == 6
+    recorded = read_toml(config.out / "run.toml")
+    assert {key: recorded[key] for key in moved} == {k: str(p) for k, p in moved.items()}
+    assert load_trained(config.out).source.folder == moved["model"]
+
+
+@pytest.mark.parametrize("name", ["env.json", "inputs.json"])
+def test_a_file_that_is_missing_is_named(own_inputs, name):
+    stop_after(own_inputs, 3)
+    (own_inputs.out / name).unlink()
+    with pytest.raises(UserError, match=f"{name}: is missing"):
+        run(own_inputs)
 
 
 @pytest.mark.parametrize("what", ["the dev data of sts", "the encoder's weights"])
