@@ -119,9 +119,15 @@ def is_finished(folder: Path) -> bool:
 def _report_finished(folder: Path, log: Log) -> Result:
     """Print the scores of a finished run, whose files stay as they are."""
     record = read_json(folder / "result.json")
+    try:
+        result = Result(**{field.name: record[field.name] for field in fields(Result)})
+        header, rows = record["table"]
+        table = [[str(cell) for cell in row] for row in (header, *rows)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'result.json'}: is not a run's result ({error!r})") from None
     log.line(f"{folder}: this run is finished; its scores are:")
-    log.table(*record["table"])
-    return Result(**{field.name: record[field.name] for field in fields(Result)})
+    log.table(table[0], table[1:])
+    return result
 
 
 def _build(setup: Setup) -> tuple[MultitaskBert, BaseInfo, list[str]]:

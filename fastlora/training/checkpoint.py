@@ -25,6 +25,7 @@ from fastlora.tensors import copy_tensors, read_tensors
 KEEP = 2
 WEIGHTS, MOMENTS, STATE = FILES = "model.safetensors", "optim.safetensors", "state.json"
 MANIFEST = "MANIFEST.json"  # the sha256 of each of those files
+NONE_YET = "none-yet"  # lies in the folder until the first checkpoint does
 # A process that is killed while it replaces a checkpoint may leave a complete one whose name begins
 # with a dot.
 NAME = re.compile(r"(\.)?step-(\d+)(?(1)-\w+(?:\.old)?)")
@@ -75,6 +76,17 @@ def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
         )
 
 
+def start_checkpoints(folder: Path, began: bool) -> None:
+    """Prepare the folder of a run without a checkpoint, which began before or begins now.
+
+    Raises RunError if a run that began had checkpoints, for these are lost.
+    """
+    if began and not (folder / NONE_YET).exists():
+        raise RunError(f"{folder}: its checkpoints are missing; restore them or use a new --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NONE_YET).touch()
+
+
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -100,6 +112,7 @@ def save_checkpoint(
         state = {"progress": asdict(progress), "scaler": scaler.state_dict(), "inputs": inputs}
         write_json(building / STATE, state)
         write_json(building / MANIFEST, _digests(building))
+    (folder / NONE_YET).unlink(missing_ok=True)
     complete = [path for path in _checkpoints(folder) if not path.name.startswith(".")]
     for old in (*complete[:-KEEP], *folder.glob(".step-*")):
         shutil.rmtree(old)
@@ -150,9 +163,25 @@ def load_checkpoint(
             optimizer.state[parameters[name]][slot] = tensor.to(parameters[name].device)
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-        return Progress(**state["progress"])
-    except (KeyError, TypeError, UserError) as error:
+        return _progress_from(state["progress"])
+    except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
         raise RunError(f"{path}: is not a checkpoint of this run ({error!r})") from error
+
+
+def _progress_from(table: Mapping[str, Any]) -> Progress:
+    """The progress that a checkpoint stores; TypeError or ValueError if it is none."""
+    progress = Progress(**table)
+    for name, default in vars(Progress()).items():
+        value = getattr(progress, name)
+        if type(value) is not type(default):
+            raise TypeError(f"{name} is {value!r:.80} (expected {type(default).__name__})")
+    for pair in progress.sums:
+        loss, examples = pair
+        float(loss), float(examples)
+    for entry in progress.scores:
+        if not (entry.keys() == {"epoch", "step", "scores"} and isinstance(entry["scores"], dict)):
+            raise ValueError(f"scores has {entry!r:.80} (expected epoch, step and scores)")
+    return progress
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -24,11 +24,12 @@ from fastlora.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    start_checkpoints,
     trainable,
 )
 from fastlora.training.cuda_graphs import GraphedStep
 from fastlora.training.distributed import Ranks
-from fastlora.training.metrics_log import Metrics
+from fastlora.training.metrics_log import METRICS, Metrics
 from fastlora.training.optimizer import make_optimizer, owner, set_rates
 from fastlora.training.setup import Setup, seed_random
 
@@ -88,9 +89,17 @@ class Trainer:
         self.total = min(sum(lengths), self.config.max_steps or sum(lengths))
 
     def resume(self) -> bool:
-        """Continue from the newest valid checkpoint; returns whether there was one."""
-        folder = self.folder and self.folder / "checkpoints"
-        if folder is None or (path := latest_checkpoint(folder, self.log.line)) is None:
+        """Continue from the newest valid checkpoint; returns whether there was one.
+
+        Raises RunError if the run has lost its checkpoints, and as `load_checkpoint`.
+        """
+        if self.folder is None:
+            return False
+        folder = self.folder / "checkpoints"
+        if (path := latest_checkpoint(folder, self.log.line)) is None:
+            if self.ranks.first:
+                logged = self.folder / METRICS
+                start_checkpoints(folder, began=logged.exists() and logged.stat().st_size > 0)
             return False
         state = (self.model, self.optimizer, self.scaler)
         self.progress = load_checkpoint(path, *state, self.setup.fingerprints)
@@ -111,7 +120,8 @@ class Trainer:
         with ExitStack() as stack:
             self.metrics = None
             if self.folder is not None and self.ranks.first:
-                self.metrics = stack.enter_context(closing(Metrics(self.folder, progress.step)))
+                metrics = Metrics(self.folder, progress.step, self.log.line)
+                self.metrics = stack.enter_context(closing(metrics))
             self.bar = stack.enter_context(closing(Bar(self.log, self.total, progress.step)))
             stack.enter_context(self.stop)
             while progress.epoch < config.epochs:

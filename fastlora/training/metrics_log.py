@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastlora.files import atomic_open
 
+METRICS = "metrics.jsonl"
+
 
 class Metrics:
     """metrics.jsonl and TensorBoard scalars of one run (the curves of the paper's Figure 1).
 
-    On resuming at `step`, what an interrupted run logged beyond it is cut away.
+    On resuming at `step`, what an interrupted run logged beyond it is cut away. `note` is called
+    with a line if damaged lines are left out.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(
+        self, folder: Path, step: int, note: Callable[[str], object] = lambda _: None
+    ) -> None:
         # Imported here: TensorBoard takes a second that only training should pay.
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        path = folder / METRICS
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        # A killed process can leave half a line, only ever the last one.
+        lines = text.split("\n")[:-1]
+        steps = [_step(line) for line in lines]
+        if damaged := steps.count(None):
+            note(f"{path}: damaged lines are left out ({damaged})")
         with atomic_open(path) as out:
-            # A killed process can leave half a line, only ever the last one.
-            for line in text[: text.rfind("\n") + 1].splitlines():
-                if json.loads(line)["step"] <= step:
+            for line, at in zip(lines, steps, strict=True):
+                if at is not None and at <= step:
                     out.write(line + "\n")
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
@@ -43,3 +53,13 @@ class Metrics:
         """Write out what is buffered."""
         self.file.close()
         self.board.close()
+
+
+def _step(line: str) -> int | None:
+    """The step of a line of metrics.jsonl, or None if it is damaged."""
+    try:
+        values = json.loads(line)
+        whole = isinstance(values.get("loss", {}), dict)
+        return values["step"] if whole and type(values["step"]) is int else None
+    except (ValueError, RecursionError, AttributeError, KeyError):
+        return None

@@ -18,7 +18,7 @@ from fastlora.files import read_toml
 from fastlora.runs import folder as folders
 from fastlora.runs.session import run_training
 from fastlora.runs.trained import load_trained
-from fastlora.training.checkpoint import check_finite
+from fastlora.training.checkpoint import _digests, check_finite
 from fastlora.training.config import TrainConfig
 from fastlora.training.loop import Trainer
 from fastlora.training.stopping import Stop
@@ -303,6 +303,60 @@ def test_damaged_checkpoints(own_inputs, capsys, damage):
     with pytest.raises(RunError, match=f"every checkpoint is damaged: .*{old.name}"):
         run(config)
     assert not (config.out / "result.json").exists()
+
+
+@pytest.mark.parametrize("part", ["", "step-*"])
+def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(own_inputs, part):
+    config = replace(own_inputs, tokens_per_batch=128, max_steps=14)
+    stop_after(config, 12)
+    places = config.out / "checkpoints"
+    for path in places.glob(part) if part else [places]:
+        shutil.rmtree(path)
+    with pytest.raises(RunError, match="checkpoints: its checkpoints are missing"):
+        run(config)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(own_inputs, monkeypatch):
+    config = replace(own_inputs, tokens_per_batch=128, max_steps=14)
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "save", killed)
+        run(config)
+    assert (config.out / "metrics.jsonl").stat().st_size
+    assert run(config).steps == 14
+
+
+WRONG = [
+    {"progress": 5},
+    {"progress": {"step": "x"}},
+    {"progress": {"step": 3, "sums": [1]}},
+    {"progress": {"step": 3, "scores": [{}]}},
+    {"progress": []},
+]
+
+
+@pytest.mark.parametrize("state", WRONG)
+def test_a_state_of_wrong_types_is_one_line(own_inputs, state):
+    stop_after(own_inputs, 3)
+    (path,) = (own_inputs.out / "checkpoints").iterdir()
+    written = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(written | state))
+    (path / "MANIFEST.json").write_text(json.dumps(_digests(path)))
+    with pytest.raises(RunError, match="step-000003: is not a checkpoint of this run"):
+        run(own_inputs)
+
+
+@pytest.mark.parametrize("change", [{"table": 5}, {"table": [["a"], 5]}, {"steps": None}])
+def test_a_damaged_result_is_one_line(own_inputs, change):
+    run(own_inputs)
+    file = own_inputs.out / "result.json"
+    record = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    with pytest.raises(UserError, match=r"result.json: is not a run's result"):
+        run(own_inputs)
 
 
 def test_other_names_among_the_checkpoints_are_left_alone(own_inputs):

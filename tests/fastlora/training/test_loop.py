@@ -347,6 +347,15 @@ def test_half_a_line_of_a_killed_process_is_cut_away(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.parametrize("damage", [b"\0\0\0", b"5", b"[]", b"\xff{", b'{"step": "x"}', b"{}"])
+def test_damaged_lines_of_the_metrics_are_left_out(tmp_path, damage):
+    notes, file = [], tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n{"step": 9}\n')
+    Metrics(tmp_path, 5, notes.append).close()
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert notes == [f"{file}: damaged lines are left out (1)"]
+
+
 def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
