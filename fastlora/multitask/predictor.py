@@ -54,7 +54,9 @@ def predict(
     """
     model.eval()
     device = next(model.parameters()).device
-    outputs = {n: np.empty((len(d), d.task.outputs), np.float32) for n, d in datasets.items()}
+    outputs: dict[str, np.ndarray] = {
+        name: np.empty((len(d), d.task.outputs), np.float32) for name, d in datasets.items()
+    }
     advice = f"it takes {EVAL_TOKENS:,} tokens at a time: free memory or use another --device"
     with memory_errors(device, advice):
         for batch in eval_batches(datasets, EVAL_TOKENS):
