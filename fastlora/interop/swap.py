@@ -19,7 +19,6 @@ from fastlora.errors import UserError
 from fastlora.kernels import Dropout, Linear, Packed
 
 MIN_FAST_DROPOUT = 16384  # from which the fast dropout is faster
-PACK_FROM = 512  # rows of an input from which a layer keeps packed copies of its weight
 _FORWARDS = ("forward", "_old_forward")  # the second is that of Hugging Face accelerate's hooks
 
 
@@ -56,17 +55,18 @@ def warn_compiled(name: str) -> None:
 class SwappedLinear(Swapped, Linear):
     """An `nn.Linear` of an accelerated encoder.
 
-    On a CPU it keeps packed copies of its frozen weight, for both directions, from its first large
-    input on: a product with them takes 0.72 to 0.98 of its time. They are watched for changes of
-    the weight, which takes as long as a product with about 50 rows.
+    If it has more inputs than outputs, it keeps packed copies of its frozen weight from its first
+    large input on: on a CPU they take 0.72 to 0.85 of a product's time (mostly 0.92 to 0.98 for
+    other shapes, which is not worth the memory). They are watched for changes of the weight.
     """
 
     def packed_for(self, input: Tensor) -> Packed | None:
         """The packed copies that a product with this input [..., in] uses."""
         if self.weight.requires_grad or not input.is_cpu:
             self.packed = None
-        elif self.packed is None and input.numel() >= PACK_FROM * self.in_features:
-            self.packed = Packed(watched=True)
+        elif self.packed is None and self.in_features > self.out_features:
+            rows = input.numel() // self.in_features
+            self.packed = Packed(watched=True) if rows >= 1.5 * self.out_features else None
         return self.packed
 
 
