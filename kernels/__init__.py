@@ -1,7 +1,7 @@
-"""The fused LoRA operations: Triton kernels, their plain PyTorch reference, and the routes.
+"""The fused LoRA operations on tensors: Triton kernels, a PyTorch reference, and the routes."""
 
-Installs as ``fastlora.kernels``. It works on tensors only and knows neither models nor files.
-"""
+if __name__ != "fastlora.kernels":
+    raise ImportError("import fastlora.kernels instead (run 'pytest', not 'python -m pytest')")
 
 from fastlora.kernels.call import Packed, Term, is_ordinary
 from fastlora.kernels.dropout import MOST, Dropout, draw_seed, drop, keep_mask
