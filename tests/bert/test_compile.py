@@ -69,9 +69,9 @@ def batches(count=4):
 @pytest.mark.parametrize(
     ("backend", "training", "whole", "count"),
     [
-        ("eager", True, False, 4),  # without training it is a part of what aot_eager does
+        # Without training it is a part of what aot_eager does.
+        pytest.param("eager", True, False, 4, marks=pytest.mark.slow),
         ("eager", True, True, 2),
-        ("aot_eager", False, False, 1),
         pytest.param("eager", True, True, 4, marks=pytest.mark.slow),
         pytest.param("aot_eager", False, False, 4, marks=pytest.mark.slow),
         pytest.param("aot_eager", False, True, 4, marks=pytest.mark.slow),

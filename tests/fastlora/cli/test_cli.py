@@ -308,6 +308,7 @@ def test_help_typo_and_missing_file_are_fast(tmp_path):
         assert cpu_seconds([*TRAIN, *flags], code) < limit, flags
 
 
+@pytest.mark.slow
 def test_interrupt_exits_130_and_says_how_to_go_on(tiny_model, tiny_data, tmp_path, capsys):
     flags = train_flags(tiny_model, tiny_data, tmp_path / "run")[1:]
     command = [*TRAIN, *map(str, flags), "--epochs", "500"]

@@ -283,6 +283,7 @@ def test_without_matplotlib_the_report_says_so(tiny_config, without_matplotlib):
     assert "| layer | query | value |" in text
 
 
+@pytest.mark.slow
 def test_training_starts_without_what_only_reports_need():
     code = (
         "import sys, fastlora.runs.session as _; print({'matplotlib', 'jinja2'} & {*sys.modules})"

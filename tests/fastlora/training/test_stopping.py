@@ -199,6 +199,7 @@ def in_a_process(code, *arguments):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_any_module_changes_nothing():
     count, *changed = in_a_process(IMPORTS).split(",")
     assert int(count) > 40 and changed == []
