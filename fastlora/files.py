@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,8 +61,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(building, path)
         _sync(path.parent)
     finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)  # the new folder could not be renamed
+        with suppress(OSError):  # it fails unless the new folder could not be renamed
+            os.rename(old, path)
         for folder in (building, old):
             shutil.rmtree(folder, ignore_errors=True)
 
