@@ -29,8 +29,8 @@ TOP = ("cli", "")  # the commands, and the package's public names: they may impo
 # Inside kernels: the routes know how a call is described, and not who calls them.
 ROUTES_KNOW = {"call", "dropout"}
 # Lines of the LoRA library with minBERT, of what accelerates other libraries' models, and of the
-# application. The house's limit for the application is 4,500: until it is met, its number may only
-# go down.
+# application. The house's limit for the application is 4,500, which is exceeded; the number here is
+# what the application has, so that more lines are noticed.
 LIMITS = {"library": 3500, "interop": 741, "application": 5863}
 FILE_LINES, FUNCTION_LINES = 350, 80
 

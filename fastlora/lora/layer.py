@@ -168,7 +168,7 @@ class LoRALinear(Linear):
         """What `inject` or `set_adapter` made active."""
         if self.active is None:
             names = ", ".join(self.settings)
-            raise UserError(f"of adapters {names} none is chosen (use set_adapter or use_adapter)")
+            raise UserError(f"adapters {names}: none is chosen (use set_adapter or use_adapter)")
         return Choice(self.active)
 
     def terms(self, x: Tensor, column: int = 0) -> tuple[list[Term], Tensor | None]:

@@ -192,7 +192,7 @@ def check_graphs(config, route):
     for mine, theirs in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(mine, theirs)
     for name, scores in predict(plain.model, plain.setup.dev).items():
-        torch.testing.assert_close(outputs[name], scores, rtol=1e-5, atol=1e-5)  # of fp32
+        torch.testing.assert_close(outputs[name], scores, rtol=1.3e-6, atol=1e-5)  # those of fp32
 
 
 def test_evaluating_between_replays_changes_nothing(tiny_config, recorder):
