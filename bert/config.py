@@ -20,7 +20,7 @@ _SUPPORTED = {
 class BertConfig:
     """Sizes and rates of one encoder; the defaults are those of Hugging Face's BERT.
 
-    Raises ValueError when hidden_size is not a multiple of num_attention_heads.
+    Raises ValueError when heads do not divide hidden_size, or for a wrong number of positions.
     """
 
     vocab_size: int
@@ -40,6 +40,8 @@ class BertConfig:
         H, heads = self.hidden_size, self.num_attention_heads
         if H % heads:
             raise ValueError(f"hidden_size {H} is no multiple of num_attention_heads {heads}")
+        if type(P := self.max_position_embeddings) is not int or P not in range(3, 2**31):
+            raise ValueError(f"max_position_embeddings is {P!r} (expected a number, 3 or more)")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "BertConfig":

@@ -13,13 +13,9 @@ from fastlora.files import require
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 # All that decide which tokens a text becomes.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
+_JSON = ("tokenizer", "tokenizer_config", "added_tokens", "special_tokens_map", "vocab")
+_OTHER = ("vocab.txt", "merges.txt", "sentencepiece.bpe.model")
+TOKENIZER_FILES = (*(f"{name}.json" for name in _JSON), *_OTHER)
 
 
 @dataclass(frozen=True)

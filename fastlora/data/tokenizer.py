@@ -1,22 +1,27 @@
-"""WordPiece tokenisation through the ``tokenizers`` library, into flat arrays without padding."""
+"""Texts to tokens, with the tokenizer that transformers reads, in flat arrays without padding."""
 
 import hashlib
 import json
+import logging
+import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
-from fastlora.data.tokenizer_files import read_tokenizer
+from fastlora.bert.config import BertConfig
 from fastlora.errors import UserError
+from fastlora.files import read_json
 
 # Case, accents, Chinese, controls, punctuation, digits: any difference in the rules shows here.
 _PROBE = "The Café's naïve ÅNGSTRÖM, 東京 2.5\u00a0%\t\u200b[MASK] don't--STOP ﬁn 😀"
 _CHUNK = 8192
+_QUIET = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Encoded:
 
     ids: np.ndarray  # int32 [T]
     offsets: np.ndarray  # int64 [N + 1]
-    types: np.ndarray  # int8 [T], 0 in the first text and 1 in the second
+    types: np.ndarray  # int8 [T], such as 0 in the first text and 1 in the second
     truncated: int  # how many of the N were cut to the maximum length; 0 after `take`
 
     @property
@@ -43,50 +48,50 @@ class Encoded:
 
 
 class Tokenizer:
-    """A BERT tokenizer; raises ValueError for a ``tokenizers.Tokenizer`` that is none.
+    """A tokenizer as transformers builds it, whose special tokens also surround an empty text.
 
-    A sequence has at most ``max_length`` tokens; what is cut is on the ``truncation_side``.
+    A sequence has at most `max_length` tokens; what is cut is on the `truncation_side`. The types
+    of tokens, as the tokenizer numbers them, must be below `types`.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, max_length: int, truncation_side: str
+        self, backend: tokenizers.Tokenizer, max_length: int, truncation_side: str, types: int = 2
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
-        self._backend = backend
+        self._backend, self._types = backend, types
         self._probe = backend.encode(_PROBE).ids
-        one, two = backend.encode(""), backend.encode("", "")
-        if not len(set(one.ids)) == len(one.ids) == 2 or two.ids != [*one.ids, one.ids[1]]:
-            raise ValueError("it does not build '[CLS] a [SEP]' and '[CLS] a [SEP] b [SEP]'")
-        if two.type_ids != [0, 0, 1]:
-            types = f"the types of a pair's tokens are {two.type_ids}"
-            raise ValueError(f"{types} (expected [0, 0, 1])")
+        if not backend.encode("").ids:
+            raise ValueError("an empty text has no tokens (expected special tokens around a text)")
         backend.enable_truncation(max_length, strategy="longest_first", direction=truncation_side)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read the tokenizer of a model's folder; its tokens are those of transformers.
 
-        How long a sequence may be is in the model's ``config.json`` beside it, else 512. Raises
-        UserError when the folder has no tokenizer, another class's, or a broken file.
+        Raises UserError when the folder has none with a Rust backend, or one that does not fit the
+        model's ``config.json``, which says how long a sequence may be.
         """
+        config = BertConfig.from_json(Path(folder) / "config.json")
         try:
-            return cls(*read_tokenizer(Path(folder)))
-        except (UserError, KeyboardInterrupt):
+            found = _read(Path(folder))
+            if (tokens := max(found.get_vocab().values()) + 1) > config.vocab_size:
+                raise ValueError(f"it has {tokens} tokens but the model {config.vocab_size}")
+            longest, types = config.max_position_embeddings, config.type_vocab_size
+            return cls(found.backend_tokenizer, longest, found.truncation_side, types)
+        except KeyboardInterrupt:
             raise
         # For a malformed file the Rust side raises a bare Exception, or panics.
         except BaseException as error:
-            raise UserError(f"{folder}: not a BERT tokenizer: {error}") from error
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id: the fewest embeddings a model must have."""
-        return max(self._backend.get_vocab().values()) + 1
+            for file in Path(folder).glob("*.json"):
+                read_json(file)  # names the one that is no JSON
+            cause, expected = str(error).partition("\n")[0], "a fast tokenizer of transformers"
+            raise UserError(f"{folder}: tokenizer: {cause} (expected {expected})") from error
 
     @property
     def definition(self) -> str:
-        """The vocabulary, every rule and the length, as JSON; the fingerprint misses the rarest."""
-        return self._backend.to_str()
+        """All that decides tokens, as JSON; the fingerprint misses the rarest rules."""
+        return f"{self._types} {self._backend.encode_special_tokens} {self._backend.to_str()}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -95,23 +100,44 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, a: Sequence[str], b: Sequence[str] | None = None) -> Encoded:
-        """Encode each text as ``[CLS] a [SEP]``, or each pair ``[CLS] a [SEP] b [SEP]`` with types.
+        """Encode each text, or each pair as one sequence, with special tokens between and around.
 
-        The longer text is cut first, to the maximum length in all.
+        The longer text is cut first, to the maximum length in all. Raises UserError where the model
+        knows fewer types of tokens than the sequences have.
         """
         inputs: Sequence = a if b is None else list(zip(a, b, strict=True))
-        ids, types = array("i"), array("b")
+        ids, types = array("i"), array("i")
         lengths, truncated = [0], 0
         # In chunks: one Encoding object is some kilobytes, and Quora has 140,000 pairs.
         for start in range(0, len(inputs), _CHUNK):
             for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):
                 ids.extend(encoding.ids)
-                types.extend(encoding.type_ids if b is not None else bytes(len(encoding)))
+                types.extend(encoding.type_ids)
                 lengths.append(len(encoding))
                 truncated += bool(encoding.overflowing)
-        return Encoded(
-            ids=np.array(ids, np.int32),
-            offsets=np.cumsum(lengths, dtype=np.int64),
-            types=np.array(types, np.int8),
-            truncated=truncated,
-        )
+        if types and (kind := np.max(types)) >= self._types:
+            known = f"the model has type_vocab_size {self._types}; use --pairs separate"
+            raise UserError(f"the tokenizer gives tokens of type {kind} but {known}")
+        offsets = np.cumsum(lengths, dtype=np.int64)
+        return Encoded(np.array(ids, np.int32), offsets, np.array(types, np.int8), truncated)
+
+
+def _read(folder: Path) -> Any:
+    """The fast tokenizer that transformers reads from a folder; its advice is not logged."""
+    from transformers import AutoTokenizer  # here, because that takes a second
+
+    logger = logging.getLogger("transformers")
+    with _QUIET:
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            options = {"local_files_only": True, "trust_remote_code": False}
+            found = AutoTokenizer.from_pretrained(folder, **options)
+        finally:
+            logger.setLevel(level)
+    name, files = type(found).__name__, found.vocab_files_names
+    if not found.is_fast or "auto_map" in found.init_kwargs:
+        raise ValueError(found.init_kwargs.get("auto_map", name))
+    if not any((folder / files[key]).exists() for key in ("vocab_file", "tokenizer_file")):
+        raise ValueError(f"found none of {', '.join(files.values())}, which a {name} reads")
+    return found

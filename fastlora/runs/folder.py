@@ -27,7 +27,7 @@ from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import Setup
 
-PACKAGES = ("fastlora-bert", "torch", "triton", "numpy", "tokenizers", "safetensors")
+WHEELS = ("fastlora-bert", "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors")
 # Settings that may change while a run is continued, for they do not change its result. What lies in
 # the folders of the model and the data does, and `fingerprints` has its hashes.
 FREE_KEYS = ("device", "save_every", "grad_checkpoint", "model", "data")
@@ -158,8 +158,8 @@ def write_config(file: Path, config: TrainConfig) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for env.json and `fastlora doctor`."""
-    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
+    versions: dict[str, str | None] = dict.fromkeys(WHEELS)
+    for package in WHEELS:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {

@@ -115,18 +115,10 @@ def build_model(
 
     The encoder is a copy of `setup.loaded`, or loaded now. Returns the model, the fingerprint of
     the encoder as loaded, and notes on the checkpoint. Raises UserError when the encoder does not
-    fit the tokenizer, the targets, the pairs or the tasks' names.
+    fit the targets or the tasks' names.
     """
     base = deepcopy(setup.loaded) if setup.loaded else read_encoder(setup.inputs.source)
     encoder = base.encoder
-    if (size := encoder.config.vocab_size) < setup.tokenizer.vocab_size:
-        tokens = setup.tokenizer.vocab_size
-        raise UserError(f"the tokenizer has {tokens} tokens but the model {size}")
-    if config.pairs == "joint" and encoder.config.type_vocab_size < 2:
-        raise UserError(
-            f"--pairs is 'joint' but {setup.inputs.model} knows one segment (expected a model with "
-            "type_vocab_size 2 or more); use --pairs separate"
-        )
     # After loading, so that a run draws the same heads and adapters with a copied encoder.
     seed_random(config.seed, setup.device)
     encoder.encoder.recompute = config.grad_checkpoint

@@ -42,7 +42,8 @@ def model(tiny_model, tmp_path):
     """A copy of the tiny model's tokenizer, to edit."""
     folder = tmp_path / "model"
     folder.mkdir()
-    shutil.copy(tiny_model / "vocab.txt", folder)
+    for name in ("vocab.txt", "config.json"):
+        shutil.copy(tiny_model / name, folder)
     return folder
 
 
@@ -159,7 +160,7 @@ def test_an_edited_tokenizer_tokenises_again(folder, model, entries):
     assert ids() != before and len(entries()) == 2
     # A rule that neither the vocabulary nor the fingerprint's probe shows.
     tokenizer = Tokenizer.from_folder(model)
-    rules = json.loads(tokenizer.definition)
+    rules = json.loads(tokenizer.definition[tokenizer.definition.index("{") :])
     rules["model"]["max_input_chars_per_word"] = 3
     (model / "tokenizer.json").write_text(json.dumps(rules))
     (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

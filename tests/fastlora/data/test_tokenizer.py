@@ -1,12 +1,13 @@
 import json
+import logging
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import transformers
 
 from fastlora.data.tokenizer import Tokenizer
-from fastlora.data.tokenizer_files import read_tokenizer
 from fastlora.errors import UserError
 
 GOLDEN = [101, 7592, 1010, 2026, 3899, 2003, 10140, 102]
@@ -39,7 +40,8 @@ def theirs(minilm):
 
 @pytest.fixture
 def vocab_only(minilm, tmp_path):
-    shutil.copy(minilm / "vocab.txt", tmp_path)
+    for name in ("vocab.txt", "config.json"):
+        shutil.copy(minilm / name, tmp_path)
     return tmp_path
 
 
@@ -53,7 +55,6 @@ def test_golden_ids(ours):
     assert encoded.ids.tolist() == GOLDEN
     assert (encoded.ids.dtype, encoded.offsets.dtype) == (np.int32, np.int64)
     assert (len(encoded.offsets), set(encoded.types), encoded.truncated) == (2, {0}, 0)
-    assert ours.vocab_size == 30522
 
 
 def test_texts_match_transformers(ours, theirs):
@@ -64,12 +65,12 @@ def test_texts_match_transformers(ours, theirs):
 
 
 @pytest.mark.parametrize("max_length", [512, 48, 13, 8])
-def test_pairs_match_transformers(minilm, theirs, max_length):
+def test_pairs_match_transformers(theirs, max_length):
     long = "long " * (max_length + 60)
     a = [*TEXTS, long, "short", long]
     b = [*reversed(TEXTS), "short", long, long]
     expected = theirs(a, b, truncation="longest_first", max_length=max_length)
-    encoded = Tokenizer(read_tokenizer(minilm)[0], max_length, "right").encode(a, b)
+    encoded = Tokenizer(deepcopy(theirs.backend_tokenizer), max_length, "right").encode(a, b)
     assert sequences(encoded) == expected["input_ids"]
     assert sequences(encoded, encoded.types) == expected["token_type_ids"]
     assert encoded.types.dtype == np.int8
@@ -108,20 +109,32 @@ def test_pairs_of_different_counts_are_refused(ours):
         ours.encode(["a", "b"], ["c"])
 
 
-def test_folder_without_files(tmp_path):
-    with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt"):
-        Tokenizer.from_folder(tmp_path)
+def test_reading_leaves_the_logging_of_transformers_alone(vocab_only, caplog):
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        Tokenizer.from_folder(vocab_only)
+        assert logger.level == logging.DEBUG
+        (vocab_only / "vocab.txt").unlink()
+        with pytest.raises(UserError, match=r"found none of vocab\.txt, tokenizer\.json"):
+            Tokenizer.from_folder(vocab_only)
+        assert logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(level)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "cause"),
     [
         ("tokenizer.json", "{", r"tokenizer\.json: cannot be read as JSON"),
-        ("vocab.txt", "[PAD]\n[UNK]\nhello\n", r"lacks '\[...\]'"),
-        ("vocab.txt", "[CLS]\n[SEP]\nhello\n", r"\[UNK\]"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: holds a JSON list"),
+        ("vocab.txt", "[CLS]\n[SEP]\nhello\n", r"Missing \[UNK\] token"),
+        ("vocab.txt", "\n".join(map(str, range(30530))), "30535 tokens but the model 30522"),
     ],
 )
-def test_broken_files_are_named(tmp_path, name, text, cause):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=cause):
-        Tokenizer.from_folder(tmp_path)
+def test_broken_files_are_named(vocab_only, name, text, cause):
+    (vocab_only / name).write_text(text)
+    with pytest.raises(UserError, match=cause) as error:
+        Tokenizer.from_folder(vocab_only)
+    assert "\n" not in str(error.value)

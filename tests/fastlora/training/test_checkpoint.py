@@ -101,7 +101,7 @@ def test_joint_pairs_need_two_segments(tiny_config, tmp_path):
     settings = transformers.BertConfig.from_pretrained(config.model, type_vocab_size=1)
     transformers.BertModel(settings).save_pretrained(folder)
     shutil.copy(Path(config.model) / "vocab.txt", folder)
-    with pytest.raises(UserError, match=r"--pairs is 'joint' but .* knows one segment"):
+    with pytest.raises(UserError, match=r"tokens of type 1 .* use --pairs separate"):
         run(replace(config, model=str(folder)))
     assert not config.out.exists()
 
