@@ -148,8 +148,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def is_small(x: Tensor, out_features: int) -> bool:
     """Whether the product is so small that plain PyTorch is faster."""
-    eager_cpu = x.is_cpu and not torch.compiler.is_compiling()
-    return eager_cpu and x.numel() * out_features < MIN_FUSED_WORK and not forced()
+    small = x.numel() * out_features < MIN_FUSED_WORK
+    return small and x.is_cpu and not torch.compiler.is_compiling() and not forced()
 
 
 def _fused_route(

@@ -55,11 +55,11 @@ def add_terms(
         if scoring and alike and whole and term.column == after == 0:
             y = torch.addmm(y.flatten(0, -2), u.flatten(0, -2), B.T, alpha=c).view(y.shape)
             continue
-        delta = F.linear(u * c, B).to(y.dtype)
+        delta = F.linear(u, B).to(y.dtype)
         if term.column or after:
             delta = F.pad(delta, (term.column, after))
         if not whole:
             rows = y.numel() // y.shape[-1] - term.start - delta.shape[0]
             delta = F.pad(delta, (0, 0, term.start, rows)).view(y.shape)
-        y = y + delta
+        y = torch.add(y, delta, alpha=c)
     return y
