@@ -190,8 +190,8 @@ def merge(
     adapter_folder(run)
     from fastlora.runs.trained import load_trained, merge_encoder
 
-    difference = merge_encoder(load_trained(run, "cpu", model), task, out)
-    print(f"merged encoder in {out}; max |difference of logits| {difference:.2e}")
+    merge_encoder(load_trained(run, "cpu", model), task, out)
+    print(f"merged encoder in {out}")
 
 
 @app.command

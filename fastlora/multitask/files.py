@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's format and task heads on disk.
 
-Files are written into a folder that the caller makes atomic. They carry the fingerprints of the
-encoder and tokenizer that their weights belong to, and `heads.json` has those of all tensors.
+Files are written into a folder that the caller makes atomic. `heads.json` has the sha256 of the
+tensors in each file, and of the encoder and the tokenizer that they belong to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastlora.multitask.model import MultitaskBert
 from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
 HEADS, HEADS_INFO = "heads.safetensors", "heads.json"
-FORMAT = 2  # of `heads.json`: raised where stored heads get another meaning
+FORMAT = 3  # of `heads.json`: raised where stored heads get another meaning
 # What `BaseInfo` has the sha256 of, in the words of messages.
 BASE_PARTS = {
     "encoder_sha256": "base model",
@@ -92,15 +92,15 @@ def save_all(
     `heads.json` says what a model to load them into is built of: the tasks and the `settings`
     "mode", "adapters", "pairs" and "model".
     """
-    facts = {"fastlora_version": version("fastlora-bert"), **asdict(base)}
-    options: dict[str, Any] = {"base_model": base.base_model, "heads": False, "metadata": facts}
     for adapter in model.settings:
-        lora.save_adapter(model.encoder, adapter_place(folder, adapter), adapter, **options)
-    write_tensors(folder / HEADS, model.heads.state_dict(), **facts)
+        place = adapter_place(folder, adapter)
+        lora.save_adapter(model.encoder, place, adapter, base_model=base.base_model, heads=False)
+    write_tensors(folder / HEADS, model.heads.state_dict())
     files = sorted([folder / HEADS, *folder.rglob(lora.WEIGHTS)])
     info = {
         "format": FORMAT,
-        **facts,
+        "fastlora_version": version("fastlora-bert"),
+        **asdict(base),
         "tasks": {name: task.to_table() for name, task in model.tasks.items()},
         "settings": settings,
         "sha256": {str(f.relative_to(folder)): _sha256(read_tensors(f)[0]) for f in files},
@@ -140,42 +140,36 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     return tasks, settings
 
 
-def load_all(
-    folder: Path, encoder: nn.Module, adapters: Iterable[str], heads: nn.ModuleDict, base: BaseInfo
-) -> None:
-    """Load a run's adapters and heads into an encoder and heads made for them.
+def load_all(folder: Path, model: MultitaskBert, tasks: Iterable[str], base: BaseInfo) -> None:
+    """Load a run's adapters, and the heads of its tasks, into a model that has these.
 
     Raises UserError, before anything is loaded, for files of another base model or tokenizer, for
     other files than `heads.json` lists, and for tensors that are not those saved; also for what
     `fastlora.load_adapter` refuses, and for heads of other names or shapes.
     """
-    info, places = folder / HEADS_INFO, {name: adapter_place(folder, name) for name in adapters}
+    path, heads = folder / HEADS_INFO, nn.ModuleDict({name: model.heads[name] for name in tasks})
+    names = [name for name in model.settings if name == DEFAULT or name in heads]
+    places = {name: adapter_place(folder, name) for name in names}
+    info = read_json(path)
+    for key, what in BASE_PARTS.items():
+        if info.get(key) != (expected := getattr(base, key)):
+            raise UserError(
+                f"{path}: trained on another {what}, that of {info.get('base_model')!r} (sha256 "
+                f"{info.get(key)!s:.12}; here {base.base_model!r}, {expected:.12}); give the one "
+                "it was trained on as --model"
+            )
     paths = [*(place / lora.WEIGHTS for place in places.values()), folder / HEADS]
-    files = {str(path.relative_to(folder)): read_tensors(path) for path in paths}
-    stored = read_json(info)["sha256"]
+    files = {str(path.relative_to(folder)): read_tensors(path)[0] for path in paths}
+    stored = info["sha256"]
     if files.keys() != stored.keys():
         listed, needed = ", ".join(sorted(stored)), ", ".join(sorted(files))
-        raise UserError(f"{info}: sha256 names {listed} (expected, by its settings, {needed})")
-    for name, (tensors, facts) in files.items():
-        _check_base(folder / name, facts, base)
+        raise UserError(f"{path}: sha256 names {listed} (expected, by its settings, {needed})")
+    for name, tensors in files.items():
         if (sha256 := _sha256(tensors)) != stored[name]:
             raise UserError(
                 f"{folder / name}: its tensors have sha256 {sha256:.12} (expected "
-                f"{stored[name]!r:.14}, as {info} says): damaged or replaced; copy the run again"
+                f"{stored[name]!r:.14}, as {path} says): damaged or replaced; copy the run again"
             )
     for name, place in places.items():
-        lora.load_adapter(encoder, place, name)
-    copy_tensors(folder / HEADS, files[HEADS][0], heads.state_dict())
-
-
-def _check_base(path: Path, facts: Mapping[str, str], base: BaseInfo) -> None:
-    """Raise UserError where a file's metadata names another base than this."""
-    for key, what in BASE_PARTS.items():
-        expected = getattr(base, key)
-        # A file without our metadata, such as PEFT's, belongs to any base.
-        if facts.get(key, expected) != expected:
-            raise UserError(
-                f"{path}: trained on another {what}, that of {facts.get('base_model')!r} (sha256 "
-                f"{facts[key][:12]}; here {base.base_model!r}, {expected[:12]}); "
-                "give the one it was trained on as --model"
-            )
+        lora.load_adapter(model.encoder, place, name)
+    copy_tensors(folder / HEADS, files[HEADS], heads.state_dict())

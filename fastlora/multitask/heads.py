@@ -16,38 +16,31 @@ from fastlora.kernels import Dropout
 
 # The standard deviation of values that are spread evenly from 0 to 1.
 SPREAD = 12**-0.5
+EPSILON = 1e-12  # of a variance
 
 
-class SentenceHead(nn.Module):
-    """A linear classifier of one sentence or of one pair that the encoder reads jointly."""
+class LinearHead(nn.Module):
+    """A linear classifier of, or regression on, one text or a pair that the encoder reads jointly.
 
-    def __init__(self, hidden: int, task: Task, dropout: float) -> None:
-        super().__init__()
-        self.dropout = Dropout(dropout)
-        self.linear = nn.Linear(hidden, task.outputs)
-
-    def forward(self, u: Tensor) -> Tensor:
-        """[n, H] -> [n, classes]."""
-        return self.linear(self.dropout(normalize(u)))
-
-
-class ValueHead(nn.Module):
-    """A linear regression on one sentence or on one pair that the encoder reads jointly.
-
-    It starts with the middle of the range for every example.
+    A regression starts with the middle of the range for every example. The states are normalised
+    by LayerNorm, which `fastlora export` can write as a layer of BERT.
     """
 
     def __init__(self, hidden: int, task: Task, dropout: float) -> None:
         super().__init__()
         self.dropout = Dropout(dropout)
-        self.value = nn.Linear(hidden, 1)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
+        self.linear = nn.Linear(hidden, task.outputs)
+        self.offset, self.factor = 0.0, 1.0
+        if task.kind == "regression":
+            # With targets of variance 1, for which AdamW's step is of the right size.
+            self.offset, self.factor = 0.5, SPREAD
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
 
     def forward(self, u: Tensor) -> Tensor:
-        """[n, H] -> [n, 1]."""
-        # With targets of variance 1, for which AdamW's step is of the right size.
-        return 0.5 + SPREAD * self.value(self.dropout(normalize(u)))
+        """[n, H] -> [n, outputs]."""
+        states = F.layer_norm(u, u.shape[-1:], eps=EPSILON)
+        return self.offset + self.factor * self.linear(self.dropout(states))
 
 
 class PairHead(nn.Module):
@@ -86,9 +79,9 @@ class SimilarityHead(nn.Module):
 
 def head_class(task: Task, pairs: str) -> type[nn.Module]:
     """The kind of head of a task whose pairs are encoded "separate" or "joint"."""
-    if task.is_pair and pairs == "separate":
-        return SimilarityHead if task.kind == "regression" else PairHead
-    return ValueHead if task.kind == "regression" else SentenceHead
+    if not task.is_pair or pairs == "joint":
+        return LinearHead
+    return SimilarityHead if task.kind == "regression" else PairHead
 
 
 def normalize(u: Tensor) -> Tensor:

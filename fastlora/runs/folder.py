@@ -21,15 +21,16 @@ import torch
 
 from fastlora.data.reading import TaskData
 from fastlora.errors import UserError
-from fastlora.files import atomic_open, read_json, read_toml, write_json
+from fastlora.files import atomic_open, read_json, write_json
+from fastlora.multitask.files import HEADS_INFO
 from fastlora.training.checkpoint import check_inputs
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import Setup
 
 WHEELS = ("fastlora-bert", "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors")
-# Settings that may change while a run is continued, for they do not change its result. What lies in
-# the folders of the model and the data does, and `fingerprints` has its hashes.
+# Settings that may change when a run is continued, because they do not change its result. The
+# content of the folders of the model and the data does, and `fingerprints` has its sha256.
 FREE_KEYS = ("device", "save_every", "grad_checkpoint", "model", "data")
 SETTINGS, ENVIRONMENT, INPUTS, LOCK = "run.toml", "env.json", "inputs.json", "run.lock"
 
@@ -41,9 +42,8 @@ def default_folder(config: TrainConfig) -> Path:
 
 
 def fingerprints(setup: Setup, encoder_sha256: str, config_sha256: str) -> dict[str, str]:
-    """The sha256 of each input of a run: the encoder, the tokenizer and the data of each task.
-
-    So that no edit of run.toml goes unnoticed, also of each setting that has not its default.
+    """What decides a run's result, by name: each setting that differs from its default, as JSON,
+    and the sha256 of the encoder, the tokenizer and the data of each task.
     """
     values = {
         "the encoder's weights": encoder_sha256,
@@ -54,26 +54,22 @@ def fingerprints(setup: Setup, encoder_sha256: str, config_sha256: str) -> dict[
         for name, data in datasets.items():
             values[f"the {split} data of {name}"] = _data_sha256(data)
     if setup.config.add_to:
-        files = sorted(adapter_folder(setup.config.add_to).rglob("*.safetensors"))
-        values["the run of --add-to"] = _sha256(*(file.read_bytes() for file in files))
+        tensors = read_json(adapter_folder(setup.config.add_to) / HEADS_INFO)["sha256"]
+        values["the run of --add-to"] = hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
     defaults = TrainConfig().to_table()
     for key, value in setup.config.to_table().items():
         if key not in FREE_KEYS and value != defaults.get(key):
-            values[f"the setting {key}"] = _sha256(json.dumps(value, sort_keys=True).encode())
+            values[f"the setting {key}"] = json.dumps(value, sort_keys=True)
     return values
 
 
 def _data_sha256(data: TaskData) -> str:
     """The sha256 of a dataset's ids, classes, labels and tokens, which are all that a run reads."""
+    digest = hashlib.sha256(json.dumps([data.ids, data.task.labels]).encode())
     sequences = [(column.ids, column.offsets, column.types) for column in data.columns]
-    arrays = [array for array in (data.labels, *chain(*sequences)) if array is not None]
-    return _sha256(json.dumps([data.ids, data.task.labels]).encode(), *arrays)
-
-
-def _sha256(*parts: bytes | np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    for array in (data.labels, *chain(*sequences)):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -84,8 +80,8 @@ def open_run(
     """Begin or continue the run in a folder, which is locked until the block ends.
 
     `inputs` are its `fingerprints`, and `settings` names the file of its settings. Raises UserError
-    if another process holds the lock, as `check_run` if the folder holds a run, and if it holds
-    other files.
+    if another process holds the lock, if the folder holds a run with other inputs, and if it holds
+    files that belong to no run.
     """
     if folder.exists() and not (folder / settings).is_file():
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
@@ -98,12 +94,12 @@ def open_run(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if (folder / settings).exists():
-            check_run(folder, config, inputs, settings)
+            check_run(folder, inputs)
         else:
             started = f"{datetime.now():%Y-%m-%d %H:%M}"
             write_json(folder / ENVIRONMENT, {"started": started, **environment()})
             write_json(folder / INPUTS, inputs)
-            # Last, because a folder without this file counts as not started.
+            # Written last, because a folder without this file counts as not started.
             write_config(folder / settings, config)
         yield
 
@@ -131,21 +127,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_run(folder: Path, config: TrainConfig, inputs: Mapping[str, str], settings: str) -> None:
-    """Raise UserError naming the settings or inputs that differ from those of a folder's run."""
+def check_run(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Raise UserError naming the `fingerprints` that differ from those of the run in a folder."""
     for name in (ENVIRONMENT, INPUTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing; restore it, or use a new --out")
-    # A file of an earlier version lacks the options that were added since.
-    stored, given = {**TrainConfig().to_table(), **read_toml(folder / settings)}, config.to_table()
-    changes = [
-        f"{key} {stored.get(key)!r} -> {given.get(key)!r}"
-        for key in {**stored, **given}
-        if key not in FREE_KEYS and stored.get(key) != given.get(key)
-    ]
-    if changes:
-        changed = ", ".join(changes)
-        raise UserError(f"{folder}: holds a run with other settings ({changed}); use a new --out")
     check_inputs(folder, read_json(folder / INPUTS), inputs)
 
 

@@ -1,87 +1,74 @@
-"""The report of a finished run and its model card, from the files in the run's folder."""
+"""The report of a finished run and its model card."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomlkit
-import torch
-from torch import Tensor
 
 from fastlora.console import number
-from fastlora.data.tasks import Task
-from fastlora.files import atomic_open, read_json, read_toml
-from fastlora.lora.config import LoraConfig, is_target
-from fastlora.lora.files import read_config
-from fastlora.lora.layer import DEFAULT
-from fastlora.multitask.files import adapter_names, adapter_place, read_heads
+from fastlora.data.reading import TaskData
+from fastlora.files import atomic_open, read_json
+from fastlora.multitask.files import adapter_place
+from fastlora.multitask.metrics import predicted_values
 from fastlora.runs import pages
-from fastlora.tensors import read_tensors
+from fastlora.training.metrics_log import METRICS
+from fastlora.training.setup import Setup
 
 MODES = {"lora": "LoRA on", "frozen": "Heads on the frozen", "full": "Full fine-tuning of"}
-A_KEY = re.compile(r"base_model\.model\.encoder\.layer\.(\d+)\.(.+)\.lora_A\.weight")
+MOST_CLASSES = 30  # of a task whose confusion matrix is shown
 
 
-class _Run:
-    """The contents of a finished run's files.
+def write_report(
+    folder: Path,
+    setup: Setup,
+    adapters: Iterable[str],
+    outputs: Mapping[str, np.ndarray],
+    result: Mapping[str, Any],
+) -> None:
+    """Write report.md, report.html, plots/ and, last, adapter/README.md in a finished run's folder.
 
-    `adapters` has the settings of each adapter, and `dev_rows` the label and the prediction of each
-    example of a task's dev file, as texts.
+    `adapters` are the names of the model's adapters, `outputs` those of `predict` for the dev data,
+    and `result` is the content of result.json. The pages contain no absolute path.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.adapter = folder, folder / "adapter"
-        self.name = folder.resolve().name
-        self.settings = pages.without_folders(read_toml(folder / "run.toml"))
-        self.environment = read_json(folder / "env.json")
-        self.result = read_json(folder / "result.json")
-        base = read_json(self.adapter / "heads.json")["base_model"]
-        self.base = pages.without_folders(base)
-        self.base_is_local = self.base != base or Path(base).is_dir()
-        tasks, settings = read_heads(self.adapter)
-        # The tasks of the run of --add-to were not trained in this run.
-        self.tasks = {name: task for name, task in tasks.items() if name in self.result["scores"]}
-        names = adapter_names(settings["adapters"], tasks) if settings["mode"] == "lora" else ()
-        self.adapters: dict[str, Any] = {
-            name: read_config(adapter_place(self.adapter, name)) for name in names
-        }
-        self.dev_rows = {}
-        for name in self.tasks:
-            path = folder / "predictions" / f"{name}-dev.csv"
-            with path.open(encoding="utf-8", newline="") as file:
-                _, *rows = csv.reader(file)
-            self.dev_rows[name] = [(label, prediction) for _, prediction, label in rows]
-
-
-def write_report(folder: str | Path) -> None:
-    """Write report.md, report.html, plots/ and adapter/README.md in a finished run's folder.
-
-    They are made from its other files, without the absolute paths in those. Raises UserError,
-    ValueError or OSError if one of those files is missing or damaged.
-    """
-    run = _Run(Path(folder))
-    blocks = [
-        _summary(run),
-        pages.heading("Dev scores"),
-        pages.table(*run.result["table"]),
-        *_training(run),
-        *_predictions(run),
-        *(block for adapter in run.adapters for block in _ranks(run, adapter)),
-        pages.heading("Configuration"),
-        pages.code(tomlkit.dumps(run.settings)),
-        pages.heading("Environment"),
-        pages.table(["name", "value"], ([k, str(v or "none")] for k, v in run.environment.items())),
+    base, environment = setup.inputs.source.name, read_json(folder / "env.json")
+    settings = pages.code(tomlkit.dumps(pages.without_folders(setup.config.to_table())))
+    trained, share = trained_share(result["parameters"])
+    subject = (
+        f"{MODES[setup.config.mode]} {pages.without_folders(base)}, trained on "
+        f"{', '.join(setup.train)}"
+    )
+    epochs = [
+        [str(x["epoch"] + 1), str(x["step"]), *map(number, x["scores"].values())]
+        for x in result["history"]
     ]
-    pages.write_pages(run.folder, run.name, blocks)
-    with atomic_open(run.adapter / "README.md") as file:
-        file.write(_model_card(run))
+    title, scores = folder.resolve().name, pages.table(*result["table"])
+    blocks = [
+        f"{subject}, started {environment['started']}. {throughput(result)}; {trained:,} trainable "
+        f"parameters ({share:.2f}%).",
+        pages.heading("Dev scores"),
+        scores,
+        pages.table(["epoch", "step", *setup.train], epochs),
+        _training_plot(folder, list(setup.train), result["history"]),
+        pages.heading("Dev predictions"),
+        _scatter_plot(folder, setup.dev, outputs),
+        *(_confusion_table(data, outputs[name]) for name, data in setup.dev.items()),
+        pages.heading("Configuration"),
+        settings,
+        pages.heading("Environment"),
+        pages.table(["name", "value"], ([k, str(v or "none")] for k, v in environment.items())),
+    ]
+    pages.write_pages(folder, title, blocks)
+    places = [adapter_place(Path("adapter"), name).as_posix() for name in adapters]
+    card = {"title": title, "subject": subject, "scores": scores, "settings": settings}
+    with atomic_open(folder / "adapter" / "README.md") as file:
+        header = _card_header(base, bool(places))
+        file.write(pages.render("README.md", card_data=header, folders=places, **card))
 
 
 def throughput(result: Mapping[str, Any]) -> str:
@@ -99,32 +86,16 @@ def trained_share(counts: Mapping[str, int]) -> tuple[int, float]:
     return trained, 100 * trained / (trained + counts["frozen"])
 
 
-def _subject(run: _Run) -> str:
-    """Which encoder and tasks were trained, and in which mode."""
-    parts = [
-        f"{'' if name == DEFAULT else f'{name}: '}r {s.r}, alpha {s.alpha:g}, {'/'.join(s.targets)}"
-        for name, s in run.adapters.items()
-    ]
-    settings = f" ({'; '.join(parts)})" if parts else ""
-    return f"{MODES[run.settings['mode']]} {run.base}{settings}, trained on {', '.join(run.tasks)}"
-
-
-def _summary(run: _Run) -> str:
-    trained, share = trained_share(run.result["parameters"])
-    return (
-        f"{_subject(run)}, started {run.environment['started']}. {throughput(run.result)}; "
-        f"{trained:,} trainable parameters ({share:.2f}%)."
-    )
-
-
-def _training(run: _Run) -> Iterator[pages.Block | None]:
-    history = run.result["history"]
-    lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def _training_plot(
+    folder: Path, tasks: Sequence[str], history: Sequence[Mapping[str, Any]]
+) -> pages.Block | None:
+    """Each task's training loss by step, and its dev score by epoch."""
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     logged = [line for line in map(json.loads, lines) if "loss" in line]
 
     def draw(figure: pages.Figure, panels: list[pages.Axes]) -> None:
         losses, scores = panels
-        for task in run.tasks:
+        for task in tasks:
             of_task = [line for line in logged if task in line["loss"]]
             steps, values = [x["step"] for x in of_task], [x["loss"][task] for x in of_task]
             losses.plot(steps, values, marker="." if len(steps) < 20 else "")
@@ -135,103 +106,50 @@ def _training(run: _Run) -> Iterator[pages.Block | None]:
         scores.locator_params("x", integer=True, min_n_ticks=1)
         figure.legend(loc="outside right upper")
 
-    rows = [
-        [str(x["epoch"] + 1), str(x["step"]), *(number(x["scores"][t]) for t in run.tasks)]
-        for x in history
-    ]
-    yield pages.table(["epoch", "step", *run.tasks], rows)
-    yield pages.plot(run.folder, "training", 2, draw)
+    return pages.plot(folder, "training", 2, draw)
 
 
-def _predictions(run: _Run) -> Iterator[pages.Block | None]:
+def _scatter_plot(
+    folder: Path, datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray]
+) -> pages.Block | None:
+    """The predictions of each regression against the labels; None if there is no regression."""
+    regressions = {n: data for n, data in datasets.items() if data.task.kind == "regression"}
+
     def draw(_figure: pages.Figure, panels: list[pages.Axes]) -> None:
-        for axes, (name, task) in zip(panels, run.tasks.items(), strict=True):
-            (_draw_confusion if task.labels else _draw_scatter)(axes, task, run.dev_rows[name])
-            axes.set_title(f"{name}: {task.metric} {number(run.result['scores'][name])}")
+        for axes, (name, data) in zip(panels, regressions.items(), strict=True):
+            low, high = data.task.low, data.task.high
+            ends = (low - 0.05 * (high - low), high + 0.05 * (high - low))
+            axes.plot(ends, ends, color="0.7", linewidth=1)
+            assert data.labels is not None  # the data is a run's dev data
+            found = predicted_values(data.task, outputs[name])
+            axes.scatter(data.labels, found, s=8, alpha=0.4, linewidths=0)
+            axes.set(xlabel="label", ylabel="prediction", xlim=ends, ylim=ends, box_aspect=1)
+            axes.set_title(name)
 
-    yield pages.heading("Dev predictions")
-    yield pages.plot(run.folder, "predictions", len(run.tasks), draw)
-    for name, task in run.tasks.items():
-        if 0 < len(task.labels) <= 6:
-            counts = Counter(run.dev_rows[name])
-            rows = ([a, *(f"{counts[a, b]:,}" for b in task.labels)] for a in task.labels)
-            yield pages.table([f"{name}: label", *(f"predicted {b}" for b in task.labels)], rows)
-
-
-def _draw_confusion(axes: pages.Axes, task: Task, rows: list[tuple[str, str]]) -> None:
-    """Draw the share of each label's examples by prediction."""
-    counts, totals = Counter(rows), Counter(label for label, _ in rows)
-    shares = [[counts[a, b] / max(1, totals[a]) for b in task.labels] for a in task.labels]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [a if len(a) < 10 else f"{a[:8]}\u2026" for a in task.labels]
-    ticks, size = range(len(names)), min(10, 90 / len(names))
-    axes.set_xticks(ticks, names, size=size, rotation=90 if max(map(len, names)) > 3 else 0)
-    axes.set_yticks(ticks, names, size=size)
-    axes.set(xlabel="prediction", ylabel="label")
+    return pages.plot(folder, "predictions", len(regressions), draw) if regressions else None
 
 
-def _draw_scatter(axes: pages.Axes, task: Task, rows: list[tuple[str, str]]) -> None:
-    labels, predictions = zip(*((float(a), float(b)) for a, b in rows), strict=True)
-    margin = 0.05 * (task.high - task.low)
-    ends = (task.low - margin, task.high + margin)
-    axes.plot(ends, ends, color="0.7", linewidth=1)
-    axes.scatter(labels, predictions, s=8, alpha=0.4, linewidths=0)
-    axes.set(xlabel="label", ylabel="prediction", xlim=ends, ylim=ends, box_aspect=1)
+def _confusion_table(data: TaskData, outputs: np.ndarray) -> pages.Block | None:
+    """How many examples of a classification have each label (rows) and prediction (columns)."""
+    names = data.task.labels
+    if not 0 < len(names) <= MOST_CLASSES or data.labels is None:
+        return None
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (data.labels.astype(int), predicted_values(data.task, outputs)), 1)
+    rows = zip(names, counts.tolist(), strict=True)
+    header = [f"{data.task.name}: label", *(f"predicted {name}" for name in names)]
+    return pages.table(header, ([name, *(f"{n:,}" for n in row)] for name, row in rows))
 
 
-def _ranks(run: _Run, adapter: str) -> Iterator[pages.Block | None]:
-    settings = run.adapters[adapter]
-    spectra = _spectra(adapter_place(run.adapter, adapter), settings)
-    layers = sorted({layer for layer, _ in spectra})
-
-    yield pages.heading("Learned ranks" + ("" if adapter == DEFAULT else f": {adapter}"))
-    yield (
-        f"The effective rank of each update B A (r = {settings.r}): how many of its largest "
-        "singular values hold 90% of their squared sum."
-    )
-    rows = ([str(i), *(str(_effective(spectra[i, t])) for t in settings.targets)] for i in layers)
-    yield pages.table(["layer", *settings.targets], rows)
-
-
-def _spectra(folder: Path, settings: LoraConfig) -> dict[tuple[int, str], Tensor]:
-    """The singular values [min(r, in, out)] of each update scale B A, by layer and target.
-
-    With the QR decompositions B = P R and A^T = Q S, they are those of the small scale R S^T.
-    """
-    tensors, _ = read_tensors(folder / "adapter_model.safetensors")
-    spectra = {}
-    for key, A in tensors.items():
-        if match := A_KEY.fullmatch(key):
-            B = tensors[key.replace(".lora_A.", ".lora_B.")]
-            R, S = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.T))
-            target = next(t for t in settings.targets or () if is_target(match[2], t))
-            spectra[int(match[1]), target] = settings.scale * torch.linalg.svdvals(R @ S.T)
-    return spectra
-
-
-def _effective(values: Tensor) -> int:
-    """How many of the largest singular values hold 90% of their squared sum; 0 if all are zero."""
-    energy = values.square().cumsum(0)
-    return int((energy < 0.9 * energy[-1]).sum() + (energy[-1] > 0))
-
-
-def _model_card(run: _Run) -> str:
-    """A Hugging Face model card."""
+def _card_header(base: str, has_adapters: bool) -> str:
+    """The YAML header of a Hugging Face model card."""
     # Imported here because it is slow, and only the end of a run writes a card.
     from huggingface_hub import ModelCardData
 
+    local = Path(base).is_dir() or pages.without_folders(base) != base
     data = ModelCardData(
-        # A local folder is not a model of the hub.
-        base_model=None if run.base_is_local else run.base,
-        library_name="peft" if run.adapters else "fastlora",
-        tags=["lora", "fastlora"] if run.adapters else ["fastlora"],
+        base_model=None if local else base,  # the hub knows no local folder
+        library_name="peft" if has_adapters else "fastlora",
+        tags=["lora", "fastlora"] if has_adapters else ["fastlora"],
     )
-    return pages.render(
-        "README.md",
-        card_data=data.to_yaml(),
-        title=run.name,
-        subject=_subject(run),
-        scores=pages.table(*run.result["table"]),
-        folders=[adapter_place(Path("adapter"), name).as_posix() for name in run.adapters],
-        settings=pages.code(tomlkit.dumps(run.settings)),
-    )
+    return data.to_yaml()

@@ -6,9 +6,9 @@ from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
-from torch import nn
 
 from fastlora.bert.weights import save_encoder
 from fastlora.console import Log
@@ -73,7 +73,12 @@ def run_prepared(
     folder = Path(setup.config.out or default_folder(setup.config))
     with closing(ranks), training(setup):
         model, base, notes = _build(setup)
-        banner = _banner(setup, model, folder, ranks) + [("note", note) for note in notes]
+        counts = parameter_report(model)
+        parts = f"LoRA {counts['lora']:,}, heads and others {counts['other trainable']:,}"
+        share = f"{trained_share(counts)[1]:.2f}%: {parts}; frozen {counts['frozen']:,}"
+        device, *others = run_description(setup, ranks)
+        banner = [device, ("trainable", share), *others, ("run", str(folder))]
+        banner += [("note", note) for note in notes]
         if dry_run:
             log.fields(banner)
             return None
@@ -117,16 +122,14 @@ def is_finished(folder: Path) -> bool:
 
 
 def _report_finished(folder: Path, log: Log) -> Result:
-    """Print the scores of a finished run, whose files stay as they are."""
+    """Print the scores of a finished run and return its result; no file changes."""
     record = read_json(folder / "result.json")
     try:
         result = Result(**{field.name: record[field.name] for field in fields(Result)})
-        header, rows = record["table"]
-        table = [[str(cell) for cell in row] for row in (header, *rows)]
+        log.line(f"{folder}: this run is finished; its scores are:")
+        log.table(*record["table"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'result.json'}: is not a run's result ({error!r})") from None
-    log.line(f"{folder}: this run is finished; its scores are:")
-    log.table(table[0], table[1:])
     return result
 
 
@@ -154,26 +157,14 @@ def _build(setup: Setup) -> tuple[MultitaskBert, BaseInfo, list[str]]:
     config_sha256 = adapters.config_fingerprint(model.encoder.config)
     base = BaseInfo(source.name, encoder_sha256, config_sha256, setup.tokenizer.fingerprint)
     if earlier:
-        heads = nn.ModuleDict({name: model.heads[name] for name in earlier})
-        adapters.load_all(folder, model.encoder, earlier, heads, base)
+        adapters.load_all(folder, model, earlier, base)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and owner(name) not in earlier)
     return model, base, notes
 
 
-def _banner(
-    setup: Setup, model: MultitaskBert, folder: Path, ranks: Ranks
-) -> list[tuple[str, str]]:
-    """The lines that a run starts with, as (name, text)."""
-    counts = parameter_report(model)
-    parts = f"LoRA {counts['lora']:,}, heads and others {counts['other trainable']:,}"
-    share = f"{trained_share(counts)[1]:.2f}%: {parts}; frozen {counts['frozen']:,}"
-    device, *others = run_description(setup, ranks)
-    return [device, ("trainable", share), *others, ("run", str(folder))]
-
-
 def run_description(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
-    """The lines of the banner that say what a run computes on and with, as (name, text)."""
+    """A run's device, model, data and numbers of examples, as the banner's (name, text)."""
     inputs, device = setup.inputs, setup.device
     kernels, reason = find_route(device, setup.config.precision)
     hardware = f"CPU, {torch.get_num_threads()} threads"
@@ -197,35 +188,34 @@ def run_description(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
 
 
 def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> None:
-    """Write what was trained, and the run's predictions, scores and report.
+    """Write the trained weights by the run's mode, and the predictions, scores and report.
 
     Raises RunError, and writes nothing, if a trained value is not finite.
     """
     setup, model, log = trainer.setup, trainer.model, trainer.log
+    config, source = setup.config, setup.inputs.source
     check_finite(trainable(model), result.steps)
-    _save_trained(setup, model, folder / "adapter", base)
+    settings = {key: getattr(config, key) for key in ("mode", "adapters", "pairs", "model")}
+    with atomic_folder(folder / "adapter") as building:
+        if config.mode == "full":
+            save_encoder(model.encoder, building / ENCODER)
+            source.copy_tokenizer(building / ENCODER)
+            base = replace(base, encoder_sha256=adapters.fingerprint(model.encoder))
+        adapters.save_all(building, model, base, settings)
     # A run that was stopped after its last step, and then continued, has predicted nothing yet.
     outputs = trainer.outputs or predict(model, setup.dev, trainer.dev_features)
     for name, data in setup.dev.items():
         write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
-    table = score_table(setup.dev, outputs, "dev")
-    record = {"history": trainer.progress.scores, "parameters": parameter_report(model)}
-    write_json(folder / "result.json", {**record, "table": table, **vars(result)})
-    write_report(folder)
-    log.table(*table)
+    record: dict[str, Any] = {
+        "history": trainer.progress.scores,
+        "parameters": parameter_report(model),
+        "table": score_table(setup.dev, outputs, "dev"),
+        **vars(result),
+    }
+    write_json(folder / "result.json", record)
+    write_report(folder, setup, model.settings, outputs, record)
+    log.table(*record["table"])
     log.line(
-        f"{throughput(vars(result))}; adapter and heads in {folder / 'adapter'}, report in "
+        f"{throughput(record)}; adapter and heads in {folder / 'adapter'}, report in "
         f"{folder / 'report.html'}"
     )
-
-
-def _save_trained(setup: Setup, model: MultitaskBert, folder: Path, base: BaseInfo) -> None:
-    """Write the heads and, by the run's mode, the adapters or the encoder."""
-    config = setup.config
-    settings = {key: getattr(config, key) for key in ("mode", "adapters", "pairs", "model")}
-    with atomic_folder(folder) as building:
-        if config.mode == "full":
-            save_encoder(model.encoder, building / ENCODER)
-            setup.inputs.source.copy_tokenizer(building / ENCODER)
-            base = replace(base, encoder_sha256=adapters.fingerprint(model.encoder))
-        adapters.save_all(building, model, base, settings)

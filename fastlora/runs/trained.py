@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastlora.bert.weights import load_encoder, save_encoder
-from fastlora.data.reading import Rows, encode_rows, read_rows
+from fastlora.data.reading import encode_rows, read_rows
 from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import Task
 from fastlora.data.tokenizer import Tokenizer
@@ -26,13 +26,6 @@ from fastlora.runs.session import ENCODER
 from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import PARTS
 from fastlora.training.tuner import use_measured_blocks
-
-PROBE = (
-    "a moving film, if a little long .",
-    "How do I learn to play the guitar?",
-    "Two dogs run on the beach.",
-    "not good",
-)
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def load_trained(
     if settings["mode"] == "lora":
         names = adapters.adapter_names(settings["adapters"], tasks)
         net.adapt({name: read_config(adapters.adapter_place(folder, name)) for name in names})
-    adapters.load_all(folder, net.encoder, net.settings, net.heads, base)
+    adapters.load_all(folder, net, tasks, base)
     net = net.to(local_device(str(device))).eval()
     pack(net.encoder)  # which is safe because nobody else changes its frozen weights
     return Trained(net, tokenizer, source, tasks, settings)
@@ -101,34 +94,23 @@ def predict_rows(
     return [row[1:] for row in sorted(predictions)], truncated
 
 
-def merge_encoder(trained: Trained, task: str | None, out: str | Path) -> float:
+def merge_encoder(trained: Trained, task: str | None, out: Path) -> None:
     """Merge a task's adapters into the encoder, in fp32, and write it as a Hugging Face folder.
 
-    `task` may be None if all tasks share one adapter. Returns the largest absolute difference
-    between the logits before and after merging. Raises UserError if the run has no such adapter, or
-    if `out` is not empty.
+    `task` may be None if all tasks share one adapter. Raises UserError if the run has no such
+    adapter, or if `out` is not empty.
     """
-    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; name a new folder or remove it")
     settings, net = trained.settings, trained.model
     if settings["mode"] != "lora":
         raise UserError(f"the run was trained with --mode {settings['mode']}: no adapter")
-    shared = settings["adapters"] == "shared"
-    if task not in trained.tasks and not (shared and task is None):
+    if task is None and settings["adapters"] == "shared":
+        task = next(iter(trained.tasks))
+    if task not in trained.tasks:
         raise UserError(f"--task is {task!r} (the run's tasks are {', '.join(trained.tasks)})")
-    probe = {}
-    first = task or next(iter(trained.tasks))
-    for name in trained.tasks if shared else [first]:
-        columns = trained.tasks[name].columns
-        texts = tuple([*PROBE[i:], *PROBE[:i]] for i in range(len(columns)))
-        rows = Rows([str(i) for i in range(len(PROBE))], texts, None, 0, 0)
-        probe[name] = encode_rows(rows, trained.tasks[name], trained.tokenizer, settings["pairs"])
-    before = predict(net, probe)
-    merge(net.encoder, *net.adapters(first))
-    after = predict(net, probe)
+    merge(net.encoder, *net.adapters(task))
     with atomic_folder(out) as building:
         save_encoder(net.encoder, building)
         trained.source.copy_tokenizer(building)
     unmerge(net.encoder)
-    return max(float(abs(before[n] - after[n]).max()) for n in probe)

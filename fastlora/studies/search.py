@@ -67,7 +67,7 @@ def run_search(
     if how.join:
         if not (folder / FILE).is_file():
             raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
-        folders.check_run(folder, setup.config, hashes, FILE)
+        folders.check_run(folder, hashes)
     # The process that leads locks the folder; those that help do not.
     with nullcontext() if how.join else folders.open_run(folder, setup.config, hashes, FILE):
         log.fields([*run_description(setup, Ranks(setup.device)), ("search", str(folder))])

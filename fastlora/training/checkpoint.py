@@ -66,13 +66,18 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
 def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
     """Raise UserError naming the inputs of a run that have changed since it started.
 
-    `recorded` and `inputs` map the name of each input to its sha256, at the start and now.
+    `recorded` and `inputs` map the name of each input to its value or sha256, at the start and now.
     """
     before = recorded if isinstance(recorded, dict) else {}
-    if changed := [n for n in {**before, **inputs} if before.get(n) != inputs.get(n)]:
+    changes = [
+        f"{name} ({before.get(name, 'not set')!s:.20} -> {inputs.get(name, 'not set'):.20})"
+        for name in {**before, **inputs}
+        if before.get(name) != inputs.get(name)
+    ]
+    if changes:
         raise UserError(
-            f"{path}: the run started with other inputs than these: {', '.join(changed)} differ; "
-            "restore what it started with, or use a new --out"
+            f"{path}: the run started with other inputs than these: {', '.join(changes)}; restore "
+            "what it started with, or use a new --out"
         )
 
 

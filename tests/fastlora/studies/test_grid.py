@@ -157,7 +157,7 @@ def test_a_second_call_reports_without_training(finished, flags, capsys):
 @pytest.mark.usefixtures("small", "no_training")
 def test_other_settings_are_refused(finished, flags, capsys):
     code, _, errors = call([*flags, "--out", finished[0], "--limit", 10], capsys)
-    assert code == 2 and "limit None -> 10" in errors
+    assert code == 2 and "setting limit (not set -> 10)" in errors
 
 
 @pytest.mark.usefixtures("small")

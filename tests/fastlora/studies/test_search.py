@@ -137,7 +137,7 @@ def test_best_toml_trains(searched, tmp_path):
 
 
 def test_other_settings_need_another_folder(searched):
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="the setting r "):
         search(replace(searched, r=2))
 
 

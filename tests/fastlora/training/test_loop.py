@@ -252,7 +252,7 @@ def test_a_run_of_a_version_without_an_option_goes_on(tiny_config):
     file.write_text("".join(line for line in lines if not line.startswith("compile")))
     assert file.read_text().count("\n") == len(lines) - 1
     run(config)
-    with pytest.raises(UserError, match="compile False -> True"):
+    with pytest.raises(UserError, match=r"the setting compile \(not set -> true\)"):
         run(replace(config, compile=True))
 
 
@@ -260,7 +260,7 @@ def test_another_configuration_does_not_touch_a_run(tiny_config):
     config = tiny_config()
     run(config)
     before = final(config.out)
-    with pytest.raises(UserError, match=r"other settings \(seed 0 -> 1\)"):
+    with pytest.raises(UserError, match=r"the setting seed \(not set -> 1\)"):
         run(replace(config, seed=1))
     assert_same(before, final(config.out))
 
@@ -302,7 +302,7 @@ def test_merged_encoder_loads_in_transformers(tiny_config, tmp_path):
     config = tiny_config(lr=5e-3)
     run(config)
     trained = load_trained(config.out, torch.device("cpu"))
-    assert merge_encoder(trained, None, tmp_path / "merged") < 1e-4
+    merge_encoder(trained, None, tmp_path / "merged")
     theirs = transformers.BertModel.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_merge_asks_which_adapter(tiny_config, tmp_path, adapters):
     trained = load_trained(config.out, "cpu")
     with pytest.raises(UserError, match="tasks are sst, quora, sts"):
         merge_encoder(trained, None, tmp_path / "merged")
-    assert merge_encoder(trained, "sts", tmp_path / "merged") < 1e-4
+    merge_encoder(trained, "sts", tmp_path / "merged")
 
 
 def test_schedules():
