@@ -86,6 +86,6 @@ def number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
 
-def losses_text(losses: Mapping[str, float]) -> str:
-    """Task names and losses on one line."""
-    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+def by_task(values: Mapping[str, float | None]) -> str:
+    """Task names and their losses or scores on one line."""
+    return "  ".join(f"{name} {number(value)}" for name, value in values.items())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora.bert.layout import Layout
 from fastlora.data.reading import TaskData
-from fastlora.data.tasks import Task
+from fastlora.data.tasks import Task, sampling_exponent
 from fastlora.data.tokenizer import Encoded
 
 # Examples are sorted by length inside windows of about this many batches: enough that a batch
@@ -91,9 +91,8 @@ def plan_epoch(
     The plan is a function of its arguments alone, so a resumed run only has to know the epoch and
     the position in it. A batch mixes tasks, has examples of similar lengths, and holds at most
     `tokens_per_batch` real tokens, or one longer example. An epoch has as many examples as all
-    tasks together. `sampling` says what shares of them the tasks get: "proportional" to their
-    sizes, to the square roots of their sizes ("sqrt"), or equal ones ("uniform"). A task that has
-    fewer examples than its share repeats them.
+    tasks together, of which `sampling` gives each task a share (see `sampling_exponent`). A task
+    that has fewer examples than its share repeats them.
     """
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     sizes = np.array([len(data) for data in datasets.values()])
@@ -206,7 +205,7 @@ def subset(data: TaskData, examples: np.ndarray) -> TaskData:
 
 def _shares(sizes: np.ndarray, sampling: str) -> np.ndarray:
     """Divide sizes.sum() examples among the tasks."""
-    weights = sizes ** {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}[sampling]
+    weights = sizes ** sampling_exponent(sampling)
     ends = np.cumsum(weights)
     # The ends are rounded, not the shares, so that the shares add up to the sum of the sizes.
     return np.diff(np.round(sizes.sum() * ends / ends[-1]), prepend=0).astype(np.int64)

@@ -116,6 +116,22 @@ def _value(text: str) -> str | float:
     return float(text) if _NUMBER.fullmatch(text) else text
 
 
+def sampling_exponent(sampling: str) -> float:
+    """The power of the number of a task's examples that its share of a batch is proportional to.
+
+    `sampling` is "proportional", "sqrt", "uniform", or a temperature T as text, for the power 1 / T
+    (Raffel et al. 2020). Raises UserError for another text.
+    """
+    named = {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}
+    if sampling in named:
+        return named[sampling]
+    temperature = _value(sampling)
+    if not isinstance(temperature, float) or temperature <= 0:
+        expected = f"{', '.join(named)} or a positive number"
+        raise UserError(f"sampling is {sampling!r} (expected {expected})")
+    return 1 / temperature
+
+
 def _course(stem: str) -> dict[str, str]:
     return {split: f"{stem}-{split}.csv" for split in SPLITS}
 

@@ -50,7 +50,7 @@ def write_report(
     title, scores = folder.resolve().name, pages.table(*result["table"])
     blocks = [
         f"{subject}, started {environment['started']}. {throughput(result)}; {trained:,} trainable "
-        f"parameters ({share:.2f}%).",
+        f"parameters ({share:.2f}%). The weights of step {result['kept']:,} are kept.",
         pages.heading("Dev scores"),
         scores,
         pages.table(["epoch", "step", *setup.train], epochs),
@@ -89,7 +89,7 @@ def trained_share(counts: Mapping[str, int]) -> tuple[int, float]:
 def _training_plot(
     folder: Path, tasks: Sequence[str], history: Sequence[Mapping[str, Any]]
 ) -> pages.Block | None:
-    """Each task's training loss by step, and its dev score by epoch."""
+    """Each task's training loss and dev score by step."""
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     logged = [line for line in map(json.loads, lines) if "loss" in line]
 
@@ -100,10 +100,9 @@ def _training_plot(
             steps, values = [x["step"] for x in of_task], [x["loss"][task] for x in of_task]
             losses.plot(steps, values, marker="." if len(steps) < 20 else "")
             values = [math.nan if (v := x["scores"][task]) is None else v for x in history]
-            scores.plot([x["epoch"] + 1 for x in history], values, marker="o", label=task)
+            scores.plot([x["step"] for x in history], values, marker="o", label=task)
         losses.set(xlabel="step", ylabel="training loss", xlim=(0, None), ylim=(0, None))
-        scores.set(xlabel="epoch", ylabel="dev score", xlim=(0.5, len(history) + 0.5))
-        scores.locator_params("x", integer=True, min_n_ticks=1)
+        scores.set(xlabel="step", ylabel="dev score", xlim=(0, None))
         figure.legend(loc="outside right upper")
 
     return pages.plot(folder, "training", 2, draw)

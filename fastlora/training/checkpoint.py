@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Progress:
     """How far a run is: `position` batches of epoch `epoch` are done, and `step` batches in all.
 
     Training these took `seconds` and `examples`. `sums` holds each task's [summed loss, examples]
-    since the last logged step, and `scores` the dev scores of each finished epoch.
+    since the last logged step, and `scores` the dev scores of each evaluation.
     """
 
     step: int = 0
@@ -46,6 +47,18 @@ class Progress:
     examples: int = 0
     sums: list[list[float]] = field(default_factory=list)
     scores: list[dict] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict | None:
+        """The evaluation with the highest mean score, the first of equals; None before any.
+
+        A score that is not defined, such as a correlation with equal predictions, counts as 0.
+        """
+        return max(
+            self.scores,
+            key=lambda entry: mean(score or 0.0 for score in entry["scores"].values()),
+            default=None,
+        )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -100,7 +113,7 @@ def save_checkpoint(
     progress: Progress,
     inputs: Mapping[str, str],
 ) -> None:
-    """Write `folder`/step-NNNNNN and remove all but the newest two checkpoints.
+    """Write `folder`/step-NNNNNN and remove all but the newest two and the best checkpoint.
 
     `inputs` maps the name of each input of the run to its sha256.
     """
@@ -110,7 +123,7 @@ def save_checkpoint(
         for name, parameter in parameters.items()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
-    with atomic_folder(folder / f"step-{progress.step:06d}") as building:
+    with atomic_folder(checkpoint_at(folder, progress.step)) as building:
         for file, tensors in ((WEIGHTS, parameters), (MOMENTS, moments)):
             on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             save_file(on_cpu, building / file)
@@ -118,9 +131,16 @@ def save_checkpoint(
         write_json(building / STATE, state)
         write_json(building / MANIFEST, _digests(building))
     (folder / NONE_YET).unlink(missing_ok=True)
+    best = progress.best and checkpoint_at(folder, progress.best["step"])
     complete = [path for path in _checkpoints(folder) if not path.name.startswith(".")]
     for old in (*complete[:-KEEP], *folder.glob(".step-*")):
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
+
+
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """The checkpoint after this step."""
+    return folder / f"step-{step:06d}"
 
 
 def latest_checkpoint(folder: Path, note: Callable[[str], object] = lambda _: None) -> Path | None:
@@ -171,6 +191,18 @@ def load_checkpoint(
         return _progress_from(state["progress"])
     except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
         raise RunError(f"{path}: is not a checkpoint of this run ({error!r})") from error
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load the trained weights of a checkpoint; RunError if it is missing or damaged."""
+    try:
+        intact = read_json(path / MANIFEST) == _digests(path)
+    except (OSError, UserError):
+        intact = False
+    if not intact:
+        what = "the best checkpoint is missing or damaged"
+        raise RunError(f"{path}: {what}; restore it, or keep the last weights with --keep last")
+    copy_tensors(path / WEIGHTS, read_tensors(path / WEIGHTS)[0], trainable(model))
 
 
 def _progress_from(table: Mapping[str, Any]) -> Progress:

@@ -8,15 +8,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from fastlora.data.tasks import BUILTIN
+from fastlora.data.tasks import BUILTIN, sampling_exponent
 from fastlora.errors import UserError
-from fastlora.lora.config import LoraConfig, check
+from fastlora.lora.config import ALL, TARGETS, LoraConfig, check
 from fastlora.training.types import as_type, check_keys, check_types, types_of
 
 DEFAULT_TASKS = ("sst", "quora", "sts")
 DEFAULT_LR = {"lora": 2e-3, "full": 5e-5, "frozen": 2e-3}
 DEFAULT_HEAD_LR = 1e-3
 COUNTS = ("epochs", "max_steps", "tokens_per_batch", "accumulate", "limit", "save_every")
+COUNTS += ("patience", "eval_every")
 LORA_SETTINGS = ("r", "alpha", "dropout", "rslora", "targets")
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
@@ -67,7 +68,8 @@ class TrainConfig:
         alpha: Strength: the update is scaled by alpha / r.
         dropout: Dropout on the update's input, 0 <= p < 1.
         rslora: Scale by alpha / sqrt(r) instead.
-        targets: Matrices, comma-separated: query, key, value, output, intermediate, ffn_output.
+        targets: Matrices, comma-separated: query, key, value, output, intermediate, ffn_output; or
+            all.
         adapters: One adapter for all tasks, one each, or both together.
         add_to: Finished run with adapters per task, to which other tasks are added.
         mode: Train adapters, heads on a frozen encoder, or every weight.
@@ -76,7 +78,8 @@ class TrainConfig:
         data: Folder of the task files; by default ./data, else the demo corpus.
         model: Folder, hub id, or minilm; by default bert-base-uncased, demo: minilm.
         pairs: Encode a pair as two sentences, or as one [CLS] a [SEP] b [SEP].
-        sampling: How often a task is drawn, by its number of examples.
+        sampling: How often a task with n examples is drawn: proportional to n, sqrt(n), uniform, or
+            a temperature T: n^(1/T).
         bad_rows: Whether a malformed row is an error, or skipped and counted.
         quoting: Quotes in CSV and TSV files: around a field, or none: plain characters.
         limit: Use at most this many examples of each task's files.
@@ -86,6 +89,7 @@ class TrainConfig:
         accumulate: Split each step in this many parts, to save memory.
         lr: Peak learning rate; by default lora 2e-3, full 5e-5, frozen 2e-3.
         head_lr: Peak learning rate of the heads; by default 1e-3, or --lr when frozen.
+        lora_plus: The learning rate of each B is that of A times this (LoRA+).
         weight_decay: AdamW's decay of matrices.
         warmup: Share of the steps that warm up, 0 to 1.
         schedule: Decay after the warmup.
@@ -98,7 +102,10 @@ class TrainConfig:
         grad_checkpoint: Less memory, 1.6x the time: backward computes layers again.
         task: Tables of the tasks that are not built in, by name.
         out: Run folder; an unfinished run in it is continued.
-        save_every: Steps between checkpoints; the end of an epoch always saves.
+        keep: Which weights to keep: of the best mean dev score, or the last ones.
+        patience: Stop after this many evaluations without a better mean dev score.
+        eval_every: Steps between evaluations; the end of an epoch always evaluates.
+        save_every: Steps between checkpoints; an evaluation always saves.
     """
 
     r: int = 8
@@ -118,7 +125,7 @@ class TrainConfig:
     data: Path | None = None
     model: str | None = None
     pairs: Literal["separate", "joint"] = "separate"
-    sampling: Literal["proportional", "sqrt", "uniform"] = "proportional"
+    sampling: str = "proportional"
     bad_rows: Literal["error", "skip"] = "error"
     quoting: Literal["minimal", "none"] = "minimal"
     limit: int | None = None
@@ -129,6 +136,7 @@ class TrainConfig:
     accumulate: int = 1
     lr: float | None = None
     head_lr: float | None = None
+    lora_plus: float = 1.0
     weight_decay: float = 0.01
     warmup: float = 0.06
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -143,11 +151,16 @@ class TrainConfig:
 
     task: Mapping[str, Any] = field(default_factory=dict)
     out: Path | None = None
+    keep: Literal["best", "last"] = "best"
+    patience: int | None = None
+    eval_every: int | None = None
     save_every: int = 200
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Path):
             object.__setattr__(self, "model", str(self.model))
+        if self.targets and tuple(self.targets) in [(name,) for name in ALL]:
+            object.__setattr__(self, "targets", tuple(TARGETS))
         check_types(self)
         self.lora  # noqa: B018, raises for a value that is out of range
         for name in COUNTS:
@@ -155,10 +168,11 @@ class TrainConfig:
             check(value is None or value >= 1, name, value, "1 or more")
         check(self.tasks != (), "tasks", self.tasks, "at least one task")
         check(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2^63")
-        for name in ("lr", "head_lr", "clip"):
+        for name in ("lr", "head_lr", "lora_plus", "clip"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "a positive number")
         check(0 <= self.warmup <= 1, "warmup", self.warmup, "a share between 0 and 1")
+        sampling_exponent(self.sampling)  # raises for an unknown one
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         tables = all(isinstance(table, Mapping) for table in self.task.values())
         check(tables, "task", self.task, "tables [task.NAME]")

@@ -6,13 +6,14 @@ import math
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastlora.console import Bar, Log, losses_text, number
+from fastlora.console import Bar, Log, by_task
 from fastlora.data.batches import Batch, collate, plan_epoch
 from fastlora.devices import finished_time
 from fastlora.errors import Diverged, Interrupted, RunError
@@ -21,8 +22,10 @@ from fastlora.multitask.predictor import Features, predict, scores_of
 from fastlora.training.checkpoint import (
     Progress,
     check_finite,
+    checkpoint_at,
     latest_checkpoint,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
     start_checkpoints,
     trainable,
@@ -39,9 +42,10 @@ _STEP_SEED = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: dev scores by task after the last epoch, and the throughput."""
+    """How a run ended: the dev scores by task of the weights that are kept, and the throughput."""
 
     scores: dict[str, float | None]
+    kept: int  # the step after which the weights are kept
     steps: int
     examples: int
     seconds: float
@@ -84,7 +88,7 @@ class Trainer:
             self.positions = model.encoder.config.max_position_embeddings
         self.train_features: Features | None = None  # of a frozen encoder
         self.dev_features: Features | None = None
-        self.outputs: dict[str, np.ndarray] = {}  # of the dev data, after the last epoch
+        self.outputs: dict[str, np.ndarray] = {}  # of the dev data, by the weights as they are
         lengths = [len(self.plan(epoch)) for epoch in range(self.config.epochs)]
         self.total = min(sum(lengths), self.config.max_steps or sum(lengths))
 
@@ -126,8 +130,23 @@ class Trainer:
             stack.enter_context(self.stop)
             while progress.epoch < config.epochs:
                 self.epoch()
-        scores = progress.scores[-1]["scores"] if progress.scores else {}
-        return Result(scores, progress.step, progress.examples, progress.seconds)
+        kept = self.keep()
+        throughput = progress.step, progress.examples, progress.seconds
+        return Result(kept["scores"], kept["step"], *throughput)
+
+    def keep(self) -> dict[str, Any]:
+        """Put the weights that --keep asks for in place; returns their evaluation."""
+        last, best = self.progress.scores[-1], self.progress.best
+        if self.config.keep == "last" or self.folder is None or not best or best is last:
+            return last
+        if self.ranks.first:
+            load_weights(checkpoint_at(self.folder / "checkpoints", best["step"]), self.model)
+            self.outputs = {}
+        self.log.line(
+            f"kept the weights of step {best['step']}, dev {by_task(best['scores'])}; the last "
+            f"ones, of step {last['step']}, have {by_task(last['scores'])}"
+        )
+        return best
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The batches of an epoch."""
@@ -139,7 +158,7 @@ class Trainer:
         """The rest of the current epoch, its scores on the dev data, and a checkpoint."""
         progress = self.progress
         for batch_plan in self.plan(progress.epoch)[progress.position :]:
-            if progress.step >= self.total:
+            if self.is_done():
                 break
             if self.started is None:
                 self.started = finished_time(self.device)
@@ -149,14 +168,25 @@ class Trainer:
             progress.examples += len(batch_plan)
             if progress.step % LOG_EVERY == 0 or progress.step == self.total:
                 self.log_losses()
-            if stop or progress.step % self.config.save_every == 0:
+            due = self.config.eval_every and progress.step % self.config.eval_every == 0
+            if due:
+                self.evaluate()
+            if stop or due or progress.step % self.config.save_every == 0:
                 self.save()
             if stop:
                 raise Interrupted
-        self.evaluate()
-        done = progress.step >= self.total
+        if not progress.scores or progress.scores[-1]["step"] < progress.step:
+            self.evaluate()
+        done = self.is_done()
         progress.epoch, progress.position = self.config.epochs if done else progress.epoch + 1, 0
         self.save()
+
+    def is_done(self) -> bool:
+        """Whether all steps are done, or --patience is at its end."""
+        scores, patience = self.progress.scores, self.config.patience
+        best = self.progress.best
+        worse = len(scores) - 1 - scores.index(best) if best else 0
+        return self.progress.step >= self.total or (patience is not None and worse >= patience)
 
     def step(self, batch_plan: np.ndarray) -> bool:
         """One optimizer step on one planned batch; returns whether the run should stop."""
@@ -250,7 +280,7 @@ class Trainer:
         progress = self.progress
         if not all(map(math.isfinite, losses.values())):
             raise Diverged(
-                f"the loss diverged by step {progress.step} ({losses_text(losses)}); lower --lr "
+                f"the loss diverged by step {progress.step} ({by_task(losses)}); lower --lr "
                 f"(it is {self.config.lr:g}) or raise --warmup"
             )
         rate = progress.examples / progress.seconds
@@ -258,7 +288,7 @@ class Trainer:
         if self.metrics:
             values = {"epoch": progress.epoch, "lr": lr, "loss": losses, "examples_per_s": rate}
             self.metrics.write(progress.step, values)
-        self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {losses_text(losses)}")
+        self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {by_task(losses)}")
 
     def evaluate(self) -> None:
         """Score the dev data. Each process computes all of it, as waiting would take as long."""
@@ -269,8 +299,8 @@ class Trainer:
         progress.scores.append({"epoch": progress.epoch, "step": progress.step, "scores": scores})
         if self.metrics:
             self.metrics.write(progress.step, {"epoch": progress.epoch, "dev": scores})
-        text = "  ".join(f"{name} {number(value)}" for name, value in scores.items())
-        self.log.line(f"epoch {progress.epoch + 1}/{self.config.epochs}  dev {text}")
+        place = f"epoch {progress.epoch + 1}/{self.config.epochs}  step {progress.step}"
+        self.log.line(f"{place}  dev {by_task(scores)}")
 
     def save(self) -> None:
         """Write a checkpoint on the first rank; RunError when a weight is not finite."""

@@ -20,12 +20,16 @@ def owner(parameter: str) -> str:
 
 
 def make_optimizer(model: MultitaskBert, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what trains: heads at their own rate, weight decay of matrices only."""
+    """AdamW over what trains: heads at their own rate, weight decay of matrices only.
+
+    B of each adapter learns `config.lora_plus` times as fast as A (LoRA+, Hayou et al. 2024).
+    """
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
         special = config.task_settings(owner(name))
         lr, head_lr = config.peak_rates
         lr = head_lr if name.startswith("heads.") else special.lr or lr
+        lr *= config.lora_plus if ".lora_B." in name else 1
         warmup = config.warmup if special.warmup is None else special.warmup
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((warmup, lr, decay), []).append(parameter)

@@ -100,7 +100,8 @@ def test_batches_are_not_in_order_of_length():
 
 
 @pytest.mark.parametrize(
-    ("sampling", "power"), [("proportional", 1.0), ("sqrt", 0.5), ("uniform", 0.0)]
+    ("sampling", "power"),
+    [("proportional", 1.0), ("sqrt", 0.5), ("uniform", 0.0), ("4", 0.25)],
 )
 def test_sampling_shares(sampling, power):
     datasets = three_tasks()
