@@ -137,7 +137,8 @@ def evaluate(
     datasets = load_tasks(folder, tasks, split, trained.tokenizer, **rules)
     log = Log(quiet=False)
     log.line(f"{run} on {folder}")
-    log.table(*score_table(datasets, predict(trained.model, datasets), split))
+    outputs = predict(trained.model, datasets)
+    log.table(*score_table(trained.model, datasets, outputs, split))
 
 
 @app.command(name="predict")

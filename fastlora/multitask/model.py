@@ -81,10 +81,10 @@ class MultitaskBert(nn.Module):
         """
         return next(iter(self.adapters(task)), "")
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Mean-pooled states of the batch's sentences: fp32 [B, H]."""
+    def embed(self, batch: Batch, adapted: bool = True) -> Tensor:
+        """Mean-pooled states of the batch's sentences, with adapters or without: fp32 [B, H]."""
         layout = batch.layout
-        with self._adapters_on(batch):
+        with self._adapters_on(batch) if adapted else use_adapter(self.adapted.values()):
             states = self.encoder.encode(batch.input_ids, layout, batch.token_type_ids)
         real = batch.attention_mask.float()
         sums = torch.bmm(real.unsqueeze(1), layout.pad(states[-1].float())).squeeze(1)

@@ -16,6 +16,7 @@ from fastlora.data.reading import TaskData
 from fastlora.devices import memory_errors
 from fastlora.errors import RunError
 from fastlora.files import atomic_open
+from fastlora.multitask.heads import SimilarityHead
 from fastlora.multitask.metrics import label_texts, majority, predicted_values, score
 from fastlora.multitask.model import MultitaskBert
 
@@ -25,13 +26,15 @@ EVAL_TOKENS = 4096
 class Features:
     """The pooled states of whole datasets: a frozen encoder computes them once for all epochs."""
 
-    def __init__(self, model: MultitaskBert, datasets: Mapping[str, TaskData]) -> None:
+    def __init__(
+        self, model: MultitaskBert, datasets: Mapping[str, TaskData], adapted: bool = True
+    ) -> None:
         hidden = model.encoder.config.hidden_size
         self.states = {n: torch.empty(len(d.columns), len(d), hidden) for n, d in datasets.items()}
         device = next(model.parameters()).device
         with torch.inference_mode():
             for batch in eval_batches(datasets, EVAL_TOKENS):
-                pooled = model.eval().embed(batch.to(device)).cpu()
+                pooled = model.eval().embed(batch.to(device), adapted).cpu()
                 for span in batch.spans:
                     rows = pooled[span.start : span.stop].view(span.width, span.count, hidden)
                     self.states[span.task][:, batch.indices[span.task]] = rows
@@ -94,17 +97,45 @@ def scores_of(
     return {name: score(data.task, outputs[name], data.labels) for name, data in datasets.items()}
 
 
+def untouched_scores(
+    model: MultitaskBert, datasets: Mapping[str, TaskData]
+) -> dict[str, float | None]:
+    """What the encoder scores without its adapters, by the cosine of two sentences.
+
+    None for a task that is no regression on sentences encoded apart, and without adapters.
+    """
+    pairs = {
+        name: data
+        for name, data in datasets.items()
+        if model.settings and isinstance(model.heads[name], SimilarityHead)
+    }
+    scores: dict[str, float | None] = dict.fromkeys(datasets)
+    states = Features(model, pairs, adapted=False).states if pairs else {}  # [2, N, H]
+    for name, sentences in states.items():
+        task, cosines = pairs[name].task, torch.cosine_similarity(*sentences, dim=-1)
+        outputs = task.low + (task.high - task.low) * cosines.double().unsqueeze(1)
+        scores[name] = score(task, outputs.numpy(), pairs[name].labels)
+    return scores
+
+
 def score_table(
-    datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray], split: str
+    model: MultitaskBert,
+    datasets: Mapping[str, TaskData],
+    outputs: Mapping[str, np.ndarray],
+    split: str,
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of scores; RunError where an output is not finite."""
+    """Header and rows of the table of scores; RunError where an output is not finite.
+
+    Beside each score are those of simpler predictions: the most frequent class, and the encoder as
+    it was before training.
+    """
     for name, data in datasets.items():
         check_finite(data, outputs[name])
-    scores, rows = scores_of(datasets, outputs), []
+    scores, untouched, rows = scores_of(datasets, outputs), untouched_scores(model, datasets), []
     for name, data in datasets.items():
-        figures = number(scores[name]), number(majority(data.task, data.labels))
-        rows.append([name, data.task.metric, *figures, f"{len(data):,}"])
-    return ["task", "metric", split, "majority class", "examples"], rows
+        values = scores[name], majority(data.task, data.labels), untouched[name]
+        rows.append([name, data.task.metric, *map(number, values), f"{len(data):,}"])
+    return ["task", "metric", split, "majority class", "untouched encoder", "examples"], rows
 
 
 def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:

@@ -209,7 +209,7 @@ def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> N
     record: dict[str, Any] = {
         "history": trainer.progress.scores,
         "parameters": parameter_report(model),
-        "table": score_table(setup.dev, outputs, "dev"),
+        "table": score_table(model, setup.dev, outputs, "dev"),
         **vars(result),
     }
     write_json(folder / "result.json", record)

@@ -20,7 +20,7 @@ def test_an_output_that_is_not_finite_is_no_prediction(tmp_path, name, broken):
     for use in (
         lambda: predicted_labels(data, outputs),
         lambda: write_predictions(tmp_path / "file.csv", data, outputs),
-        lambda: score_table({name: data}, {name: outputs}, "dev"),
+        lambda: score_table(None, {name: data}, {name: outputs}, "dev"),
     ):
         with pytest.raises(RunError, match=f"task '{name}', example 'b': .* 1 of 3 examples"):
             use()

@@ -138,3 +138,13 @@ def test_all_targets(tiny_config, name):
 def test_unknown_sampling(tiny_config, sampling):
     with pytest.raises(UserError, match="proportional, sqrt, uniform or a positive number"):
         tiny_config(sampling=sampling)
+
+
+def test_the_untouched_encoder_is_beside_the_score(tiny_config):
+    """The similarity head starts as the cosine, so a run that learns nothing scores the same."""
+    config = tiny_config(lr=1e-30, head_lr=1e-30, tasks=("sst", "sts"), max_steps=1)
+    result = run(config)
+    table = json.loads((config.out / "result.json").read_text())["table"]
+    header, rows = table
+    untouched = {row[0]: row[header.index("untouched encoder")] for row in rows}
+    assert untouched == {"sst": "n/a", "sts": f"{result.scores['sts']:.3f}"}
