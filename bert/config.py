@@ -6,9 +6,12 @@ from pathlib import Path
 from fastlora.errors import UserError
 from fastlora.files import read_json, write_json
 
+# The model types, and their classes in transformers. All but the first are RoBERTa by another name.
+_CLASSES = {"bert": "BertModel", "roberta": "RobertaModel"}
+_CLASSES |= {"xlm-roberta": "XLMRobertaModel", "camembert": "CamembertModel"}
 # The values that a config.json may have for these keys; the first is the default.
 _SUPPORTED = {
-    "model_type": ("bert",),
+    "model_type": tuple(_CLASSES),
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
@@ -35,13 +38,24 @@ class BertConfig:
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+    model_type: str = "bert"
 
     def __post_init__(self) -> None:
         H, heads = self.hidden_size, self.num_attention_heads
         if H % heads:
             raise ValueError(f"hidden_size {H} is no multiple of num_attention_heads {heads}")
-        if type(P := self.max_position_embeddings) is not int or P not in range(3, 2**31):
-            raise ValueError(f"max_position_embeddings is {P!r} (expected a number, 3 or more)")
+        if type(P := self.max_position_embeddings) is not int or not 3 <= self.longest < 2**31:
+            raise ValueError(f"max_position_embeddings is {P!r} (expected room for 3 tokens)")
+
+    @property
+    def first_position(self) -> int:
+        """The first token's position; RoBERTa's follow the position that has its padding's id."""
+        return 0 if self.model_type == "bert" else self.pad_token_id + 1
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest sequence."""
+        return self.max_position_embeddings - self.first_position
 
     @classmethod
     def from_json(cls, path: str | Path) -> "BertConfig":
@@ -52,13 +66,14 @@ class BertConfig:
         values = read_json(Path(path))
         for key, supported in _SUPPORTED.items():
             if values.get(key, supported[0]) not in supported:
-                expected = " or ".join(map(repr, supported))
+                expected = " or ".join(map(repr, supported)) + "; fastlora.accelerate takes others"
                 raise UserError(f"{path}: {key} is {values[key]!r} (minBERT has {expected})")
+        values = {"pad_token_id": int(values.get("model_type", "bert") != "bert")} | values
         try:
             return cls(**{key: values[key] for key in cls.__annotations__ if key in values})
         except (ValueError, TypeError, ArithmeticError) as error:
             raise UserError(f"{path}: {error}") from error
 
     def to_json(self, path: str | Path) -> None:
-        """Write a ``config.json`` that ``transformers.BertConfig`` reads."""
-        write_json(Path(path), {"architectures": ["BertModel"], "model_type": "bert"} | vars(self))
+        """Write a ``config.json`` that transformers reads."""
+        write_json(Path(path), {"architectures": [_CLASSES[self.model_type]]} | vars(self))

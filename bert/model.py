@@ -1,8 +1,7 @@
-"""minBERT: a BERT encoder under Hugging Face's parameter names, computed on real tokens only.
+"""minBERT: BERT or RoBERTa under Hugging Face's parameter names, computed on real tokens only.
 
-Inside, a padded batch [B, S] becomes its T real tokens [T, H] (see layout.py): every GEMM,
-LayerNorm, GELU and dropout runs on tokens, and only attention sees the padded square. Shapes at
-line ends: B batch, S sequence, T real tokens, H hidden, h heads, d head width.
+Every GEMM, LayerNorm, GELU and dropout runs on tokens (see layout.py), and only attention sees the
+padded square. At line ends: B batch, S sequence, T real tokens, H hidden, h heads, d head width.
 """
 
 from __future__ import annotations
@@ -20,12 +19,8 @@ from fastlora.bert.attention import attention
 from fastlora.bert.config import BertConfig
 from fastlora.bert.layout import Layout
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_new": partial(nn.GELU, "tanh"),
-    "gelu_pytorch_tanh": partial(nn.GELU, "tanh"),
-    "relu": nn.ReLU,
-}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(nn.GELU, "tanh"))
 
 
 class Dropout(nn.Dropout):
@@ -79,9 +74,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.query = parts.linear(width, width)
-        self.key = parts.linear(width, width)
-        self.value = parts.linear(width, width)
+        self.query, self.key, self.value = (parts.linear(width, width) for _ in range(3))
         self.dropout = parts.dropout(config.attention_probs_dropout_prob)
         self.projection: Callable[[SelfAttention, Tensor], Tensor] = project
 
@@ -155,7 +148,7 @@ class Encoder(nn.Module):
 
 
 class BertModel(nn.Module):
-    """The encoder, with the parameter names and outputs of `transformers.BertModel`."""
+    """The encoder, with the parameter names and outputs of transformers' classes."""
 
     def __init__(self, config: BertConfig, parts: Parts = Parts()) -> None:
         super().__init__()
@@ -175,11 +168,12 @@ class BertModel(nn.Module):
 
         Raises ValueError when S is 0 or exceeds the position embeddings.
         """
-        limit = self.config.max_position_embeddings
-        if not 1 <= input_ids.shape[1] <= limit:
-            raise ValueError(f"input_ids has length {input_ids.shape[1]} (expected 1 to {limit})")
+        length, limit = input_ids.shape[1], self.config.longest
+        if not 1 <= length <= limit:
+            raise ValueError(f"input_ids has length {length} (expected 1 to {limit})")
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        counted = input_ids.ne(padding := self.config.first_position - 1)  # BERT's: all but -1
+        positions = counted.cumsum(1).mul_(counted).add_(padding)
         real = slice(None) if layout.index is None else layout.index
         flat = [t.flatten()[real] for t in (input_ids, types, positions)]
         return self.encoder(self.embeddings(*flat), layout)

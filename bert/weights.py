@@ -10,14 +10,14 @@ from fastlora.bert.model import BertModel, Parts
 from fastlora.errors import UserError
 from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
-# Buffers that old versions of transformers saved with the parameters.
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+# Pre-training heads, and buffers that old versions of transformers saved with the parameters.
+_HEADS, _BUFFERS = ("cls.", "lm_head."), ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
 def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertModel, list[str]]:
     """Build the encoder of a folder with its weights in fp32, in evaluation mode.
 
-    Accepts "bert." prefixes, LayerNorm.gamma/beta, pre-training heads (cls.*, ignored) and a
+    Accepts "bert." or "roberta." prefixes, LayerNorm.gamma/beta, pre-training heads (ignored) and a
     missing pooler, which is drawn from normal(0, 0.02) with a fixed seed. Returns the model and a
     note on ignored heads and on a missing pooler. Raises UserError as ``copy_tensors`` does.
     """
@@ -26,14 +26,14 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
     raw, _ = read_tensors(path)
     tensors: dict[str, Tensor] = {}
     for raw_name, tensor in raw.items():
-        name = raw_name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        name = raw_name.removeprefix("bert.").removeprefix("roberta.")
+        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
         if name in tensors:
             raise UserError(f"{path}: tensor {name!r} is there twice, once as {raw_name!r}")
-        if name not in _BUFFERS and not name.startswith("cls."):
+        if not name.startswith(_HEADS + _BUFFERS):
             tensors[name] = tensor
-    heads = sum(name.startswith("cls.") for name in raw)
-    notes = [f"ignored the {heads} tensors of the pre-training heads (cls.*)"] if heads else []
+    heads = sum(name.startswith(_HEADS) for name in raw)
+    notes = [f"ignored the {heads} tensors of the pre-training heads"] if heads else []
     # With only half a pooler, copy_tensors raises and names the missing half.
     if not any(name.startswith("pooler.") for name in tensors):
         size, generator = model.config.hidden_size, torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
 
 
 def save_encoder(model: BertModel, folder: str | Path) -> None:
-    """Write what ``transformers.BertModel.from_pretrained`` loads into a folder.
+    """Write what ``transformers.AutoModel.from_pretrained`` loads into a folder.
 
     LoRA parameters are left out: adapters must be merged first.
     """

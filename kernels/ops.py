@@ -99,14 +99,10 @@ def lora_qkv(
     `adapters` maps "query", "key" or "value" to lora_A [r, H], lora_B [H, r]; each draws a mask.
     """
     width = weight.shape[0] // 3
-    blocks = {"query": 0, "key": width, "value": 2 * width}
-    if unknown := adapters.keys() - blocks.keys():
-        raise ValueError(f"adapters has {min(unknown)!r} (expected some of {', '.join(blocks)})")
-    terms = [
-        Term(*adapters[name], scale, dropout_p, stream=column, column=column)
-        for name, column in blocks.items()
-        if name in adapters
-    ]
+    at = {"query": 0, "key": width, "value": 2 * width}
+    if unknown := adapters.keys() - at.keys():
+        raise ValueError(f"adapters has {min(unknown)!r} (expected some of {', '.join(at)})")
+    terms = [Term(*f, scale, dropout_p, at[n], column=at[n]) for n, f in adapters.items()]
     return lora_grouped(x, weight, bias, terms, seed, packed)
 
 

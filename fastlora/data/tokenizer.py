@@ -77,7 +77,7 @@ class Tokenizer:
             found = _read(Path(folder))
             if (tokens := max(found.get_vocab().values()) + 1) > config.vocab_size:
                 raise ValueError(f"it has {tokens} tokens but the model {config.vocab_size}")
-            longest, types = config.max_position_embeddings, config.type_vocab_size
+            longest, types = config.longest, config.type_vocab_size
             return cls(found.backend_tokenizer, longest, found.truncation_side, types)
         except KeyboardInterrupt:
             raise

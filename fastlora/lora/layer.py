@@ -22,6 +22,7 @@ from fastlora.lora.routing import Choice, choice_of
 DEFAULT = "default"
 PLAIN = (nn.Linear.forward, Linear.forward)
 _FORWARDS = ("forward", "_old_forward")  # the second is set by hooks of Hugging Face accelerate
+_uncompiled_choice = torch.compiler.disable(choice_of)
 
 
 class LoRALinear(Linear):
@@ -222,10 +223,8 @@ class LoRALinear(Linear):
 
     def extra_repr(self) -> str:
         """The sizes, and each adapter's settings."""
-        adapters = [
-            f"{name}(r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g})"
-            for name, s in self.settings.items()
-        ]
+        each = self.settings.items()
+        adapters = [f"{n}(r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g})" for n, s in each]
         merged = f", merged={self.merged}" if self.merged else ""
         return f"{super().extra_repr()}, adapters=[{', '.join(adapters)}]{merged}"
 
@@ -266,9 +265,6 @@ def _check_rows(x: Tensor, choice: Choice) -> None:
     if found < last or (choice.rows is not None and found != choice.rows):
         chosen = choice.rows or last
         raise UserError(f"adapters are chosen for {chosen} rows, the leading dimension is {found}")
-
-
-_uncompiled_choice = torch.compiler.disable(choice_of)
 
 
 def draw_number() -> int:

@@ -68,9 +68,8 @@ def _product(layer: Any, x: Tensor, column: int) -> Product | None:
     if not call_is_plain(layer):
         return None
     packed = layer.packed_for(x) if isinstance(layer, Linear) else None
-    if isinstance(layer, LoRALinear):
-        return Product(layer.weight, layer.bias, *layer.terms(x, column), packed)
-    return Product(layer.weight, layer.bias, packed=packed)
+    terms, seed = layer.terms(x, column) if isinstance(layer, LoRALinear) else ([], None)
+    return Product(layer.weight, layer.bias, terms, seed, packed)
 
 
 def call_is_plain(layer: nn.Linear) -> bool:

@@ -85,7 +85,7 @@ class Trainer:
         if self.config.cuda_graphs:
             step = self.forward_backward_update
             self.graphed = GraphedStep(step, self.optimizer, self.scaler, [self.sums])
-            self.positions = model.encoder.config.max_position_embeddings
+            self.positions = model.encoder.config.longest
         self.train_features: Features | None = None  # of a frozen encoder
         self.dev_features: Features | None = None
         self.outputs: dict[str, np.ndarray] = {}  # of the dev data, by the weights as they are

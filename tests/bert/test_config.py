@@ -48,6 +48,26 @@ def test_transformers_reads_what_we_write(tmp_path):
     assert BertConfig.from_json(tmp_path / "config.json") == config
 
 
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Camembert"])
+def test_robertas_are_read_and_written_under_their_names(tmp_path, kind):
+    values = getattr(transformers, f"{kind}Config")(max_position_embeddings=514).to_dict()
+    del values["pad_token_id"]  # then it is 1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = BertConfig.from_json(tmp_path / "config.json")
+    assert (config.pad_token_id, config.longest) == (1, 512)
+    config.to_json(tmp_path / "config.json")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == f"{kind}Config"
+    assert (theirs.architectures, theirs.pad_token_id) == ([f"{kind}Model"], 1)
+    assert BertConfig.from_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize("kind", ["deberta-v2", "distilbert", "mpnet", "modernbert", "new"])
+def test_other_models_are_sent_to_accelerate(tmp_path, kind):
+    with pytest.raises(UserError, match=rf"model_type is '{kind}' .*fastlora\.accelerate"):
+        BertConfig.from_json(write(tmp_path, model_type=kind))
+
+
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_every_activation_of_the_model_is_read(tmp_path, act):
     assert BertConfig.from_json(write(tmp_path, hidden_act=act)).hidden_act == act
@@ -56,7 +76,8 @@ def test_every_activation_of_the_model_is_read(tmp_path, act):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "roberta"),
+        ("model_type", "xlm-roberta-xl"),
+        ("max_position_embeddings", 2),
         ("position_embedding_type", "relative_key"),
         ("is_decoder", True),
         ("add_cross_attention", True),

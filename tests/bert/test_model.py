@@ -28,6 +28,17 @@ def random_pair(**changes):
     return ours, theirs
 
 
+def roberta_pair(kind="XLMRoberta", **changes):
+    """A RoBERTa of ours and of transformers with the same random weights."""
+    torch.manual_seed(0)
+    sizes = {**TINY, "type_vocab_size": 1, "initializer_range": 0.1, **changes}
+    theirs = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
+    config = {k: v for k, v in theirs.config.to_dict().items() if k in BertConfig.__annotations__}
+    ours = BertModel(BertConfig(**config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs.eval()
+
+
 def padded_batch(vocab, width=24, types=False):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, vocab, (4, width), generator=generator)
@@ -52,7 +63,8 @@ def assert_same(pair, **inputs):
         assert (a[real] - b[real]).abs().max() <= 1e-5, f"hidden state {layer}"
         assert not a[~real].any()
     assert torch.equal(found.last_hidden_state, found.hidden_states[-1])
-    assert (found.pooler_output - expected.pooler_output).abs().max() <= 1e-5
+    first = real[:, 0]  # ours reads zeros at padding
+    assert (found.pooler_output - expected.pooler_output)[first].abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("types", [False, True])
@@ -101,6 +113,35 @@ def test_no_mask_and_a_single_token():
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_every_activation(act):
     assert_same(random_pair(**TINY, hidden_act=act), **padded_batch(60))
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Camembert"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_roberta_counts_positions_of_real_tokens(kind, side):
+    batch = padded_batch(60)
+    batch["input_ids"][batch["attention_mask"] == 0] = 1
+    batch = {name: v.flip(1) if side == "left" else v for name, v in batch.items()}
+    assert_same(roberta_pair(kind), **batch)
+
+
+def test_roberta_gives_a_padding_token_in_a_text_no_position_of_its_own():
+    assert_same(roberta_pair(), input_ids=torch.tensor([[0, 7, 1, 8, 2], [0, 1, 1, 9, 2]]))
+    # Only the ids before a token decide its position, so what stands at padding does not matter.
+    ours, _ = roberta_pair(pad_token_id=5)
+    mask, ids = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0, 7, 2, 5], [0, 7, 2, 3]])
+    first, second = (ours(row[None], mask).last_hidden_state for row in ids)
+    assert torch.equal(first, second)
+
+
+def test_robertas_positions_leave_room_for_its_padding():
+    ours, theirs = roberta_pair(max_position_embeddings=34)
+    assert_same((ours, theirs), input_ids=torch.full((1, 32), 9))
+    with pytest.raises(ValueError, match=r"length 33 \(expected 1 to 32\)"):
+        ours(torch.full((1, 33), 9))
+
+
+def test_robertas_with_two_types():
+    assert_same(roberta_pair(type_vocab_size=2), **padded_batch(60, types=True))
 
 
 def test_the_longest_sequence_and_one_more():

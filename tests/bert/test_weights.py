@@ -56,7 +56,27 @@ def test_pretraining_checkpoint_of_old_names(folder, tensors):
     saved["cls.seq_relationship.weight"] = torch.zeros(2, 32)
     model, notes = load(folder, saved)
     assert torch.equal(model.state_dict()[QUERY], tensors[QUERY])
-    assert notes == ["ignored the 2 tensors of the pre-training heads (cls.*)"]
+    assert notes == ["ignored the 2 tensors of the pre-training heads"]
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Camembert"])
+def test_robertas_are_loaded_and_saved_under_their_names(tmp_path, kind):
+    torch.manual_seed(0)
+    sizes = {**TINY, "type_vocab_size": 1}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    theirs = getattr(transformers, f"{kind}ForMaskedLM")(config).eval()
+    theirs.save_pretrained(tmp_path / "old")
+    model, notes = load_encoder(tmp_path / "old")
+    heads, pooler = notes
+    assert heads == "ignored the 5 tensors of the pre-training heads" and "no pooler" in pooler
+    save_encoder(model, tmp_path / "new")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "new").eval()
+    assert type(again).__name__ == f"{kind}Model"
+    ids = torch.tensor([[0, 7, 8, 2], [0, 9, 2, 1]])
+    expected = theirs.roberta(ids, ids.ne(1)).last_hidden_state
+    for reader in (again, model):
+        found = reader(ids, ids.ne(1)).last_hidden_state
+        torch.testing.assert_close(found[ids != 1], expected[ids != 1], rtol=0, atol=1e-5)
 
 
 def test_half_precision_is_loaded_as_fp32(folder, tensors):
