@@ -9,7 +9,6 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors, trainers
 
 from fastlora.data.tokenizer import Tokenizer
-from fastlora.lora.config import TARGETS
 from fastlora.runs.session import run_training
 from fastlora.runs.trained import load_trained, merge_encoder, predict_rows
 
@@ -83,9 +82,7 @@ def test_a_run_from_the_first_token_to_the_merged_folder(base, tiny_config, tiny
         assert padded(encoded).tolist() == expected
         assert not encoded.types.any() and encoded.truncated == len(texts)
 
-    config = tiny_config(
-        model=str(base), pairs="joint", max_steps=2, lr=5e-3, targets=tuple(TARGETS)
-    )
+    config = tiny_config(model=str(base), pairs="joint", max_steps=2, lr=5e-3, targets=("all",))
     run_training(config, quiet=True)
     trained = load_trained(config.out, "cpu")
     rows, _ = predict_rows(trained, tiny_data / "quora-dev.csv", "quora")
