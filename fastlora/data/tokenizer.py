@@ -85,12 +85,12 @@ class Tokenizer:
         except BaseException as error:
             for file in Path(folder).glob("*.json"):
                 read_json(file)  # names the one that is no JSON
-            cause, expected = str(error).partition("\n")[0], "a fast tokenizer of transformers"
-            raise UserError(f"{folder}: tokenizer: {cause} (expected {expected})") from error
+            cause = " ".join(str(error).split())
+            raise UserError(f"{folder}: its tokenizer cannot be used: {cause}") from error
 
     @property
     def definition(self) -> str:
-        """All that decides tokens, as JSON; the fingerprint misses the rarest rules."""
+        """All that decides tokens, as text; the fingerprint misses the rarest rules."""
         return f"{self._types} {self._backend.encode_special_tokens} {self._backend.to_str()}"
 
     @cached_property
@@ -137,7 +137,8 @@ def _read(folder: Path) -> Any:
             logger.setLevel(level)
     name, files = type(found).__name__, found.vocab_files_names
     if not found.is_fast or "auto_map" in found.init_kwargs:
-        raise ValueError(found.init_kwargs.get("auto_map", name))
+        name = found.init_kwargs.get("auto_map", name)
+        raise ValueError(f"{name} is not one of the fast tokenizers of transformers")
     if not any((folder / files[key]).exists() for key in ("vocab_file", "tokenizer_file")):
         raise ValueError(f"found none of {', '.join(files.values())}, which a {name} reads")
     return found

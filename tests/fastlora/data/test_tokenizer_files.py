@@ -189,16 +189,19 @@ def test_a_copied_tokenizer_gives_the_same_tokens(tmp_path, name):
 @pytest.mark.parametrize(
     ("given", "cause"),
     [
-        ({"tokenizer_class": "BertJapaneseTokenizer"}, "BertJapaneseTokenizer"),
+        (
+            {"tokenizer_class": "BertJapaneseTokenizer"},
+            "BertJapaneseTokenizer is not one of the fast",
+        ),
         ({"tokenizer_class": "RobertaTokenizer"}, "which a RobertaTokenizer reads"),
-        ({"tokenizer_class": "Unknown"}, "Couldn't instantiate"),
-        (GENERIC, "Couldn't instantiate"),
+        ({"tokenizer_class": "Unknown"}, "Couldn't instantiate the backend .* sentencepiece"),
+        (GENERIC, "Couldn't instantiate the backend .* sentencepiece"),
     ],
 )
 def test_classes_that_do_not_fit_are_refused(tmp_path, given, cause, file):
     given = {"word_tokenizer_type": "basic", **given}
     folder = write(tmp_path / "model", {file: given})
-    with pytest.raises(UserError, match=f"{cause}.* \\(expected a fast tokenizer") as error:
+    with pytest.raises(UserError, match=f"cannot be used: .*{cause}") as error:
         Tokenizer.from_folder(folder)
     assert "\n" not in str(error.value)
 
