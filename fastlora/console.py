@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -43,7 +44,7 @@ class Log:
         for column in table.columns[2:]:
             column.justify = "right"
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # texts may look like rich's markup
         for row in (header, *rows):
             self._keep("  ".join(f"{cell:<12}" for cell in row))
         if not self.brief:

@@ -127,7 +127,7 @@ def evaluate(
         find_data(how.data, ())  # a mistake is answered at once
     from fastlora.console import Log
     from fastlora.data.token_cache import load_tasks
-    from fastlora.multitask.predictor import predict, score_table
+    from fastlora.multitask.predictor import class_tables, predict, score_table
     from fastlora.runs.trained import load_trained
 
     trained = load_trained(run, how.device, model)
@@ -138,7 +138,9 @@ def evaluate(
     log = Log(quiet=False)
     log.line(f"{run} on {folder}")
     outputs = predict(trained.model, datasets)
-    log.table(*score_table(trained.model, datasets, outputs, split))
+    tables = score_table(trained.model, datasets, outputs, split), *class_tables(datasets, outputs)
+    for table in tables:
+        log.table(*table)
 
 
 @app.command(name="predict")

@@ -45,8 +45,8 @@ class Batch:
     """The examples of one step: the B sequences of all tasks, padded to the longest of them, S.
 
     `input_ids` and `token_type_ids` are int64 [B, S], `attention_mask` is bool [B, S]. `labels`
-    maps a task to int64 [n] (classes) or float32 [n] (values, as positions in the task's range
-    from 0 to 1); `indices` maps it to the positions
+    maps a task to int64 [n] (classes), float32 [n, classes] (multilabel: 0 or 1) or float32 [n]
+    (values, as positions in the task's range from 0 to 1); `indices` maps it to the positions
     of its n examples in their TaskData. A batch of `collate(..., positions)` also has `rows`, an
     int64 list of sequences to which the spans' rows then refer, and `real`, which maps a task to
     float32 [n]: 1 for an example, 0 for one that was added to reach a common number of them.
@@ -91,14 +91,15 @@ def plan_epoch(
     The plan is a function of its arguments alone, so a resumed run only has to know the epoch and
     the position in it. A batch mixes tasks, has examples of similar lengths, and holds at most
     `tokens_per_batch` real tokens, or one longer example. An epoch has as many examples as all
-    tasks together, of which `sampling` gives each task a share (see `sampling_exponent`). A task
-    that has fewer examples than its share repeats them.
+    tasks together, of which `sampling` gives each task a share (see `sampling_exponent`), which is
+    multiplied by the task's `weight`. A task that has fewer examples than its share repeats them.
     """
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     sizes = np.array([len(data) for data in datasets.values()])
     picks = []
-    for size, share in zip(sizes, _shares(sizes, sampling), strict=True):
-        rounds = [rng.permutation(size) for _ in range(-(-share // size))]
+    factors = np.array([data.task.weight for data in datasets.values()])
+    for size, share in zip(sizes, _shares(sizes, sampling, factors), strict=True):
+        rounds = [rng.permutation(size) for _ in range(-(-share // size) or 1)]
         picks.append(np.concatenate(rounds)[:share])
     pool = rng.permutation(_pool(datasets, picks))
     _, _, tokens, longest = pool.T
@@ -170,6 +171,8 @@ def _targets(task: Task, labels: np.ndarray) -> Tensor:
     """Labels [n] as `Batch.labels` has them."""
     if task.kind == "classification":
         return torch.from_numpy(labels.astype(np.int64))
+    if task.kind == "multilabel":
+        return torch.from_numpy(labels.astype(np.float32))
     # In fp64: fp32 cannot tell labels apart that are large against their range, as dates are.
     positions = (labels.astype(np.float64) - task.low) / (task.high - task.low)
     return torch.from_numpy(positions.astype(np.float32))
@@ -186,7 +189,8 @@ def _with_common_counts(batch: Batch) -> Batch:
         missing = 0, most - span.count
         rows.append(F.pad(block_rows, missing).flatten())
         real[span.task] = F.pad(torch.ones(span.count), missing)
-        labels[span.task] = F.pad(batch.labels[span.task], missing)
+        known = batch.labels[span.task]
+        labels[span.task] = F.pad(known, (0, 0) * (known.dim() - 1) + missing)
     return replace(batch, spans=tuple(spans), rows=torch.cat(rows), labels=labels, real=real)
 
 
@@ -203,9 +207,9 @@ def subset(data: TaskData, examples: np.ndarray) -> TaskData:
     return replace(data, columns=columns, labels=labels, ids=[data.ids[i] for i in examples])
 
 
-def _shares(sizes: np.ndarray, sampling: str) -> np.ndarray:
-    """Divide sizes.sum() examples among the tasks."""
-    weights = sizes ** sampling_exponent(sampling)
+def _shares(sizes: np.ndarray, sampling: str, factors: np.ndarray | float = 1.0) -> np.ndarray:
+    """Divide sizes.sum() examples among the tasks, their shares multiplied by factors [tasks]."""
+    weights = factors * sizes ** sampling_exponent(sampling)
     ends = np.cumsum(weights)
     # The ends are rounded, not the shares, so that the shares add up to the sum of the sizes.
     return np.diff(np.round(sizes.sum() * ends / ends[-1]), prepend=0).astype(np.int64)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlora.data.tasks import Task
+from fastlora.data.tasks import Task, label_text, split_names
 from fastlora.data.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
 
@@ -21,7 +21,7 @@ class Rows:
 
     ids: list[str]
     texts: tuple[list[str], ...]  # one list a text column
-    labels: np.ndarray | None  # float64 [N], class index or value
+    labels: np.ndarray | None  # float64 [N], class index or value; multilabel: [N, C], 0 or 1
     dropped: int  # bad rows left out
     empty: int  # rows with an empty text
     positions: tuple[int, ...] = ()  # of the rows in the file, from 0
@@ -33,7 +33,7 @@ class TaskData:
 
     task: Task
     columns: tuple[Encoded, ...]  # one a sequence of an example: two for pairs "separate"
-    labels: np.ndarray | None
+    labels: np.ndarray | None  # as those of Rows
     ids: list[str]
     dropped: int
     truncated: int  # sequences cut to the longest that the encoder takes
@@ -65,16 +65,18 @@ def read_rows(
     bad_rows: str = "error",
     limit: int | None = None,
     mixed: Collection[str] = (),
+    split: str | None = None,
 ) -> Rows:
     """Read a CSV (comma or tab), TSV or JSONL file whose columns are named as the task's.
 
     `content` is what the file holds, where the caller has read it. With `quoting="none"` quotes are
     characters like others. `limit` keeps that many rows, spread over the file. With `mixed`, a
-    column "task" says which of these tasks a row is of, and rows of other tasks are left out.
+    column "task" says which of these tasks a row is of, and rows of other tasks are left out. Where
+    a task's training file is split by `dev_share`, `split` names the part: "train" or "dev".
 
     Bad rows (wrong number of fields, unbalanced quotes, bad label) are a UserError that counts
     them, or are left out and counted with `bad_rows="skip"`. A file that is not UTF-8, has no rows
-    or lacks a column is always a UserError.
+    or lacks a column is always a UserError, as is a labelled one without a word of text.
     """
     path = Path(path)
     wanted = [*task.columns, *([task.label] if labelled else [])]
@@ -91,11 +93,11 @@ def read_rows(
     found, problems = [], []
     for position, (line, record) in enumerate(records):
         try:
-            if mixed and (name := _cells(record, ["task"])[0]) != task.name:
+            if mixed and (name := _cells(record, ["task"], task)[0]) != task.name:
                 if name not in mixed:
                     raise ValueError(f"column 'task' is {name!r} (expected {' or '.join(mixed)})")
                 continue
-            cells = _cells(record, wanted)
+            cells = _cells(record, wanted, task)
             label = task.parse_label(cells.pop()) if labelled else None
             identity = record.get("id")
             name = identity if isinstance(identity, str) else str(position)
@@ -107,10 +109,17 @@ def read_rows(
         raise UserError(_complaint(path, problems) + " or pass --bad-rows skip" * labelled)
     if not found and not mixed:
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
+    if labelled and task.dev_share and split in ("train", "dev"):
+        in_dev = _dev_part(np.array([row[2] for row in found]), task)
+        found = [row for row, dev in zip(found, in_dev, strict=True) if dev == (split == "dev")]
+        if not found:
+            raise UserError(f"{path}: too few rows for a {split} split; name a dev file")
     if limit is not None and limit < len(found):
         # Evenly spaced: the SST files are sorted by label.
         found = [found[i * len(found) // limit] for i in range(limit)]
     ids, texts, labels, positions = zip(*found, strict=True) if found else ((),) * 4
+    if labelled and not any(map(any, texts)):
+        raise UserError(f"{path}: every text in {' and '.join(task.columns)} is empty")
     return Rows(
         list(ids),
         texts=tuple(map(list, zip(*texts, strict=True))),
@@ -119,6 +128,26 @@ def read_rows(
         empty=sum(not all(row) for row in texts),
         positions=positions,
     )
+
+
+def _dev_part(labels: np.ndarray, task: Task) -> np.ndarray:
+    """Which rows [N] are the dev split: a share of each class, always the same ones.
+
+    A row with several labels counts for the rarest of them. Each class has a row in both splits
+    where it has two, and a row in the training split where it has one.
+    """
+    assert task.dev_share is not None
+    strata = labels if task.kind == "classification" else np.zeros(len(labels))
+    if task.kind == "multilabel":
+        rarity = np.where(labels > 0, labels.sum(0), np.inf)
+        strata = np.where(labels.any(1), rarity.argmin(1), -1)
+    chosen = np.zeros(len(labels), bool)
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))
+    for stratum in np.unique(strata):
+        rows = order[strata[order] == stratum]
+        count = max(1, round(task.dev_share * len(rows)))
+        chosen[rows[: min(count, len(rows) - 1)]] = True
+    return chosen
 
 
 def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "separate") -> TaskData:
@@ -141,7 +170,7 @@ def _csv_records(
     """
     # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
     lines = io.StringIO(text, newline="").readlines()
-    delimiter = "\t" if path.suffix == ".tsv" or "\t" in "".join(lines[:1]) else ","
+    delimiter = _delimiter(path, lines)
     quotes: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
 
     def reader_from(line: int) -> Any:
@@ -180,10 +209,19 @@ def _csv_records(
             line += 1
 
 
+def _delimiter(path: Path, lines: list[str]) -> str:
+    header = "".join(lines[:1])
+    if path.suffix == ".tsv" or "\t" in header:
+        return "\t"
+    return ";" if header.count(";") > header.count(",") else ","
+
+
 def _check_span(
     row: list[str], lines: list[str], header: list[str], delimiter: str, task: Task
 ) -> None:
     """Raise csv.Error when a row of several lines may be several rows with stray quotes."""
+    if not task.is_complete:
+        return  # the file is read again once its labels are known
     if len(row) != len(header):
         counts = f"{len(row)} fields (the header has {len(header)})"
         raise csv.Error(f"a quoted field spans lines, and the row has {counts}")
@@ -221,8 +259,11 @@ def _json_records(text: str) -> Iterator[tuple[int, Any]]:
                 yield line, ValueError(f"not JSON: {error}")
 
 
-def _cells(record: Any, wanted: list[str]) -> list[str]:
-    """Give the texts of the wanted columns; ValueError says what is wrong with the row."""
+def _cells(record: Any, wanted: list[str], task: Task) -> list[str]:
+    """Give the texts of the wanted columns; ValueError says what is wrong with the row.
+
+    The labels of a multilabel task may be a list: it is given as in a CSV file.
+    """
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
@@ -230,6 +271,10 @@ def _cells(record: Any, wanted: list[str]) -> list[str]:
     cells = []
     for name in wanted:
         value = record.get(name)
+        if task.kind == "multilabel" and name == task.label and isinstance(value, list):
+            names = [label_text(item) for item in value if isinstance(item, (str, bool))]
+            plain = len(names) == len(value) and all([n.strip()] == split_names(n) for n in names)
+            value = "|".join(names) if plain else value
         if isinstance(value, bool):
             value = json.dumps(value)
         if not isinstance(value, str):

@@ -18,6 +18,8 @@ from fastlora.files import atomic_folder, cache_folder
 # To be raised when the code comes to give other tokens, or to store them in another way.
 _FORMAT = 3
 _ARRAYS = ("ids", "offsets", "types")
+# What of a task decides how its files are read.
+_MEANING = ("kind", "columns", "label", "labels", "low", "high", "dev_share")
 
 
 def load_tasks(
@@ -38,17 +40,19 @@ def load_tasks(
     data = {}
     reading: dict[str, Any] = {"quoting": quoting, "bad_rows": bad_rows, "limit": limit}
     for task in tasks:
-        if split not in task.files:
+        source = "train" if split == "dev" and task.dev_share else split
+        if source not in task.files:
             raise UserError(f"task {task.name!r} names no {split} file")
-        path = Path(folder) / task.files[split]
+        path = Path(folder) / task.files[source]
         content = read_content(path)
-        file = [hashlib.sha256(content).hexdigest(), path.suffix, task.to_table()]
+        meaning = [*(getattr(task, key) for key in _MEANING), task.dev_share and split]
+        file = [hashlib.sha256(content).hexdigest(), path.suffix, *meaning]
         words = [tokenizer.fingerprint, tokenizer.definition, pairs]
         key = json.dumps([_FORMAT, file, reading, words])
         entry = cache_folder() / "tokens" / hashlib.sha256(key.encode()).hexdigest()
         encoded = _read(entry / "tokens.npz", task)
         if encoded is None:
-            rows = read_rows(path, task, content=content, **reading)
+            rows = read_rows(path, task, content=content, split=split, **reading)
             encoded = encode_rows(rows, task, tokenizer, pairs)
             # No rights, no space, or another process was first: the next run tokenises again.
             with suppress(OSError), atomic_folder(entry) as building:

@@ -136,6 +136,8 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
             tasks[name] = task_from_table(name, table)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        complete = "its labels, or low and high"
+        check(f"tasks.{name}", table, tasks[name].is_complete, complete)
     check("tasks", tasks, bool(tasks), "one task or more")
     return tasks, settings
 

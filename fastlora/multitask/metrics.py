@@ -1,54 +1,158 @@
-"""Predictions and scores as functions of arrays: a model's outputs, labels, and their task."""
+"""Predictions and scores as functions of arrays: a model's outputs, labels, and their task.
+
+Labels and predictions are [N], class indices or values; those of a multilabel task are [N, C], 0 or
+1 for each class.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
-from fastlora.data.tasks import Task
+from fastlora.console import number
+from fastlora.data.tasks import METRICS, Task
 
 
 def predicted_values(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """What is predicted: [N, outputs] -> [N], class indices or values clipped to the task's range.
+    """What is predicted from outputs [N, outputs]; values are clipped to the task's range.
 
     The outputs are those of `predict`: class logits, or values in the labels' unit.
     """
-    if task.kind == "classification":
-        return outputs.argmax(-1)
-    return outputs[:, 0].clip(task.low, task.high)
+    if task.kind == "regression":
+        return outputs[:, 0].clip(task.low, task.high)
+    if task.kind == "multilabel":
+        return (outputs >= 0).astype(np.float64)  # a probability of at least 0.5
+    return outputs.argmax(-1)
 
 
 def label_texts(task: Task, values: np.ndarray) -> list[str]:
-    """Labels or predictions [N] as text: a class's name, or a number.
+    """Labels or predictions as text: a class's name, names as "a|b", or a number.
 
     A number has four decimals, or more where the task's range is shorter than 1.
     """
     if task.kind == "classification":
         return [task.labels[int(value)] for value in values]
+    if task.kind == "multilabel":
+        return ["|".join(task.labels[i] for i in row.nonzero()[0]) for row in values]
     decimals = max(4, 4 - math.floor(math.log10(task.high - task.low)))
     return [f"{value:.{decimals}f}" for value in values]
 
 
 def score(task: Task, outputs: np.ndarray, labels: np.ndarray | None) -> float | None:
-    """The accuracy of the predictions [N], or their Pearson correlation with the labels [N].
+    """The task's metric of outputs [N, outputs]; None where `metrics` has None."""
+    return metrics(task, outputs, labels, [task.metric])[task.metric]
 
-    None ("n/a") without labels, where an output is not finite, and where a correlation is not
-    defined: for fewer than two examples, and where all predictions or all labels are equal.
+
+def metrics(
+    task: Task,
+    outputs: np.ndarray,
+    labels: np.ndarray | None,
+    names: list[str] | None = None,
+) -> dict[str, float | None]:
+    """The metrics `names` of outputs [N, outputs], or all that fit the task, its own first.
+
+    None ("n/a") without labels, where an output is not finite, and where a metric is not defined:
+    a correlation of fewer than two examples, or where all predictions or all labels are equal, the
+    F1 of a class that is neither in the labels nor predicted.
     """
+    if names is None:
+        of_classes = (f"f1:{name}" for name in task.labels)
+        names = list(dict.fromkeys([task.metric, *METRICS[task.kind], *of_classes]))
     if labels is None or not np.isfinite(outputs).all():
-        return None
+        return dict.fromkeys(names)
     predictions = predicted_values(task, outputs)
-    if task.kind == "classification":
-        return float((predictions == labels).mean())
-    if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return None
-    # From `low`: the means of values that are large against their range would be rounded.
-    return float(np.corrcoef(predictions - task.low, labels - task.low)[0, 1])
+    return {name: _metric(name, task, predictions, labels) for name in names}
 
 
-def majority(task: Task, labels: np.ndarray | None) -> float | None:
-    """The accuracy of always predicting the most frequent class; None for a regression."""
-    if task.kind != "classification" or labels is None:
+def _metric(name: str, task: Task, predictions: np.ndarray, labels: np.ndarray) -> float | None:
+    """One metric; None where it is not defined."""
+    if task.kind == "regression":
+        # From `low`: the means of values that are large against their range would be rounded.
+        sides = predictions - task.low, labels - task.low
+        return _correlation(*(map(_ranks, sides) if name == "spearman" else sides))
+    examples, predicted, hits = _counts(task, predictions, labels)
+    if name == "accuracy":
+        return _ratio(hits.sum(), len(labels))
+    if name == "micro_f1":
+        return _ratio(2 * hits.sum(), examples.sum() + predicted.sum())
+    if name == "matthews":  # Gorodkin 2004
+        n = float(len(labels))
+        width = (n**2 - predicted @ predicted) * (n**2 - examples @ examples)
+        return _ratio(hits.sum() * n - predicted @ examples, math.sqrt(width))
+    f1 = [_ratio(2 * h, e + p) for h, e, p in zip(hits, examples, predicted, strict=True)]
+    if name != "macro_f1":
+        return f1[task.class_of(name.removeprefix("f1:"))]  # type: ignore[index]
+    defined = [value for value in f1 if value is not None]
+    return _ratio(sum(defined), len(defined))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _counts(task: Task, predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """By class: its examples, its predictions, and those that agree, fp64 [C] each."""
+    if task.kind == "multilabel":
+        return labels.sum(0), predictions.sum(0), (labels * predictions).sum(0)
+    groups = labels, predictions, labels[labels == predictions]
+    count = len(task.labels)
+    return tuple(np.bincount(g.astype(int), minlength=count).astype(float) for g in groups)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's correlation of two arrays [N]."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(np.bincount(labels.astype(int)).max() / len(labels))
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The ranks of values [N]; equal values have the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def class_table(
+    task: Task, outputs: np.ndarray, labels: np.ndarray
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of a task's classes: precision, recall, F1 and examples."""
+    counts = _counts(task, predicted_values(task, outputs), labels)
+    rows = []
+    for name, e, p, h in zip(task.labels, *counts, strict=True):
+        figures = _ratio(h, p), _ratio(h, e), _ratio(2 * h, e + p)
+        rows.append([name, f"{e:,.0f}", *map(number, figures)])
+    return [f"{task.name}: class", "examples", "precision", "recall", "F1"], rows
+
+
+def majority(task: Task, labels: np.ndarray | None) -> dict[str, float | None]:
+    """The metrics of always predicting the most frequent class; none for a regression.
+
+    Of a multilabel task, those of always predicting the classes that most examples have.
+    """
+    if task.kind == "regression" or labels is None:
+        return {}
+    if task.kind == "multilabel":
+        constant = labels.mean(0) - 0.5
+    else:
+        constant = np.bincount(labels.astype(int), minlength=len(task.labels))
+    return metrics(task, np.broadcast_to(constant, (len(labels), len(constant))), labels)
+
+
+def class_weights(task: Task, labels: np.ndarray | None) -> np.ndarray | None:
+    """The weights of a task's classes in its loss, fp32 [C], from its training labels [N].
+
+    "auto" weighs a class by N / (C n), n being its examples; a class that a table does not name has
+    weight 1. Their mean over the examples is 1, so that the learning rate need not change. None if
+    the task has no weights.
+    """
+    given = task.class_weights
+    if not given or labels is None:
+        return None
+    counts = np.bincount(labels.astype(int), minlength=len(task.labels))
+    weights = 1 / np.maximum(counts, 1)
+    if isinstance(given, Mapping):
+        by_class = {task.class_of(name): weight for name, weight in given.items()}
+        weights = np.array([by_class.get(index, 1.0) for index in range(len(counts))])
+    return (weights * counts.sum() / (weights @ counts)).astype(np.float32)

@@ -122,11 +122,16 @@ class MultitaskBert(nn.Module):
 
 
 def task_losses(
-    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Batch
+    tasks: Mapping[str, Task],
+    outputs: Mapping[str, Tensor],
+    batch: Batch,
+    class_weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Each task's loss [], summed over its examples, from the heads' outputs [n, outputs].
 
-    A classification has the cross-entropy. A regression has the squared error, divided by the
+    A classification has the cross-entropy, an example of it times the weight of its class where the
+    task has `class_weights`, fp32 [classes] by task. A multilabel task has the mean of the classes'
+    binary cross-entropies. A regression has the squared error, divided by the
     variance of labels spread evenly over the task's range: then always predicting the middle
     costs about 1, as always predicting the most frequent class does.
     """
@@ -134,7 +139,11 @@ def task_losses(
     for name, output in outputs.items():
         task, labels = tasks[name], batch.labels[name]  # [n]
         if task.kind == "classification":
-            each = F.cross_entropy(output.float(), labels, reduction="none")
+            weights = (class_weights or {}).get(name)
+            each = F.cross_entropy(output.float(), labels, weights, reduction="none")
+        elif task.kind == "multilabel":
+            entropies = F.binary_cross_entropy_with_logits(output.float(), labels, reduction="none")
+            each = entropies.mean(-1)
         else:
             each = 12 * (output.float().squeeze(-1) - labels).square()
         losses[name] = each @ batch.real[name] if name in batch.real else each.sum()

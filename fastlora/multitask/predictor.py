@@ -17,7 +17,14 @@ from fastlora.devices import memory_errors
 from fastlora.errors import RunError
 from fastlora.files import atomic_open
 from fastlora.multitask.heads import SimilarityHead
-from fastlora.multitask.metrics import label_texts, majority, predicted_values, score
+from fastlora.multitask.metrics import (
+    class_table,
+    label_texts,
+    majority,
+    metrics,
+    predicted_values,
+    score,
+)
 from fastlora.multitask.model import MultitaskBert
 
 EVAL_TOKENS = 4096
@@ -97,25 +104,25 @@ def scores_of(
     return {name: score(data.task, outputs[name], data.labels) for name, data in datasets.items()}
 
 
-def untouched_scores(
+def untouched_metrics(
     model: MultitaskBert, datasets: Mapping[str, TaskData]
-) -> dict[str, float | None]:
-    """What the encoder scores without its adapters, by the cosine of two sentences.
+) -> dict[str, dict[str, float | None]]:
+    """Each task's metrics of the encoder without its adapters, by the cosine of two sentences.
 
-    None for a task that is no regression on sentences encoded apart, and without adapters.
+    Only a regression on sentences encoded apart has them, in a model with adapters.
     """
     pairs = {
         name: data
         for name, data in datasets.items()
         if model.settings and isinstance(model.heads[name], SimilarityHead)
     }
-    scores: dict[str, float | None] = dict.fromkeys(datasets)
+    found: dict[str, dict[str, float | None]] = {name: {} for name in datasets}
     states = Features(model, pairs, adapted=False).states if pairs else {}  # [2, N, H]
     for name, sentences in states.items():
         task, cosines = pairs[name].task, torch.cosine_similarity(*sentences, dim=-1)
         outputs = task.low + (task.high - task.low) * cosines.double().unsqueeze(1)
-        scores[name] = score(task, outputs.numpy(), pairs[name].labels)
-    return scores
+        found[name] = metrics(task, outputs.numpy(), pairs[name].labels)
+    return found
 
 
 def score_table(
@@ -126,16 +133,31 @@ def score_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of scores; RunError where an output is not finite.
 
-    Beside each score are those of simpler predictions: the most frequent class, and the encoder as
-    it was before training.
+    A task has a row for each metric that fits it, its own first, but not for each class. Beside it
+    are those of simpler predictions: the most frequent class, and the encoder as it was before
+    training.
     """
     for name, data in datasets.items():
         check_finite(data, outputs[name])
-    scores, untouched, rows = scores_of(datasets, outputs), untouched_scores(model, datasets), []
+    untouched, rows = untouched_metrics(model, datasets), []
     for name, data in datasets.items():
-        values = scores[name], majority(data.task, data.labels), untouched[name]
-        rows.append([name, data.task.metric, *map(number, values), f"{len(data):,}"])
+        task, constant = data.task, majority(data.task, data.labels)
+        for metric, value in metrics(task, outputs[name], data.labels).items():
+            if metric == task.metric or not metric.startswith("f1:"):
+                figures = value, constant.get(metric), untouched[name].get(metric)
+                rows.append([name, metric, *map(number, figures), f"{len(data):,}"])
     return ["task", "metric", split, "majority class", "untouched encoder", "examples"], rows
+
+
+def class_tables(
+    datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray]
+) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and rows of a table of classes for each task with three classes or class weights."""
+    return [
+        class_table(data.task, outputs[name], data.labels)
+        for name, data in datasets.items()
+        if data.labels is not None and (len(data.task.labels) > 2 or data.task.class_weights)
+    ]
 
 
 def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:

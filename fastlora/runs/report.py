@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastlora.data.reading import TaskData
 from fastlora.files import atomic_open, read_json
 from fastlora.multitask.files import adapter_place
 from fastlora.multitask.metrics import predicted_values
+from fastlora.multitask.predictor import class_tables
 from fastlora.runs import pages
 from fastlora.training.metrics_log import METRICS
 from fastlora.training.setup import Setup
@@ -57,6 +59,7 @@ def write_report(
         _training_plot(folder, list(setup.train), result["history"]),
         pages.heading("Dev predictions"),
         _scatter_plot(folder, setup.dev, outputs),
+        *starmap(pages.table, class_tables(setup.dev, outputs)),
         *(_confusion_table(data, outputs[name]) for name, data in setup.dev.items()),
         pages.heading("Configuration"),
         settings,
@@ -131,7 +134,8 @@ def _scatter_plot(
 def _confusion_table(data: TaskData, outputs: np.ndarray) -> pages.Block | None:
     """How many examples of a classification have each label (rows) and prediction (columns)."""
     names = data.task.labels
-    if not 0 < len(names) <= MOST_CLASSES or data.labels is None:
+    single = data.task.kind == "classification"
+    if not single or len(names) > MOST_CLASSES or data.labels is None:
         return None
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (data.labels.astype(int), predicted_values(data.task, outputs)), 1)

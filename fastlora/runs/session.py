@@ -19,8 +19,9 @@ from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
 from fastlora.multitask import files as adapters
 from fastlora.multitask.files import BaseInfo
+from fastlora.multitask.metrics import metrics
 from fastlora.multitask.model import MultitaskBert
-from fastlora.multitask.predictor import predict, score_table, write_predictions
+from fastlora.multitask.predictor import class_tables, predict, score_table, write_predictions
 from fastlora.runs.folder import (
     SETTINGS,
     default_folder,
@@ -210,11 +211,13 @@ def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> N
         "history": trainer.progress.scores,
         "parameters": parameter_report(model),
         "table": score_table(model, setup.dev, outputs, "dev"),
+        "metrics": {n: metrics(d.task, outputs[n], d.labels) for n, d in setup.dev.items()},
         **vars(result),
     }
     write_json(folder / "result.json", record)
     write_report(folder, setup, model.settings, outputs, record)
-    log.table(*record["table"])
+    for table in (record["table"], *class_tables(setup.dev, outputs)):
+        log.table(*table)
     log.line(
         f"{throughput(record)}; adapter and heads in {folder / 'adapter'}, report in "
         f"{folder / 'report.html'}"

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.data import DEMO
+from fastlora.data.infer import complete
 from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import BUILTIN, Task, task_from_table
 from fastlora.errors import UserError
 from fastlora.lora.config import TARGETS
 from fastlora.training.config import DEFAULT_TASKS, TrainConfig
+
+NEEDED = ("train", "dev")  # the splits that a run reads
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,16 @@ def find_inputs(config: TrainConfig) -> Inputs:
     tasks = {}
     for name in names:
         # The course's test files are not needed; a user's own task names files that are there.
-        splits = ("train", "dev") if name in BUILTIN else known[name].files
+        splits = NEEDED if name in BUILTIN else known[name].files
         missing = [p for split in splits if not (p := folder / known[name].files[split]).is_file()]
         if not missing:
-            tasks[name] = known[name]
+            tasks[name] = complete(known[name], folder, config.quoting, config.bad_rows)
         # Without --tasks, the paper's three are trained where their files are there; CFIMDB's long
         # reviews join when asked for.
         elif config.tasks or name not in DEFAULT_TASKS:
             raise UserError(f"{missing[0]}: no such file (task {name!r} needs it)")
     if not tasks:
-        files = ", ".join(known[n].files[split] for n in names for split in ("train", "dev"))
+        files = ", ".join(known[n].files[split] for n in names for split in NEEDED)
         raise UserError(f"{folder}: holds no task's files (expected some of {files})")
     model, why_model = config.model, "as given"
     if model is None:
@@ -89,8 +92,8 @@ def find_data(given: str | Path | None, tasks: Collection[Task]) -> tuple[Path, 
 
 
 def has_files(folder: Path, task: Task) -> bool:
-    """Whether a task's training and dev files are both in a folder."""
-    return all((folder / task.files[split]).is_file() for split in ("train", "dev"))
+    """Whether a task's training and dev files are in a folder."""
+    return all((folder / f).is_file() for split, f in task.files.items() if split in NEEDED)
 
 
 def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from fastlora.console import Bar, Log, by_task
 from fastlora.data.batches import Batch, collate, plan_epoch
 from fastlora.devices import finished_time
 from fastlora.errors import Diverged, Interrupted, RunError
+from fastlora.multitask.metrics import class_weights
 from fastlora.multitask.model import MultitaskBert, task_losses
 from fastlora.multitask.predictor import Features, predict, scores_of
 from fastlora.training.checkpoint import (
@@ -80,6 +81,10 @@ class Trainer:
         self.started: float | None = None  # the time from which steps are not yet in `progress`
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
+        weights = {n: class_weights(data.task, data.labels) for n, data in setup.train.items()}
+        self.class_weights = {
+            n: torch.from_numpy(w).to(self.device) for n, w in weights.items() if w is not None
+        }
         self.graphed: GraphedStep | None = None
         self.positions: int | None = None  # the encoder's, where batches come in few shapes
         if self.config.cuda_graphs:
@@ -252,7 +257,7 @@ class Trainer:
         features = self.train_features
         with self.autocast():
             outputs = self.model(batch, features and features(batch))
-        by_task = task_losses(self.model.tasks, outputs, batch)
+        by_task = task_losses(self.model.tasks, outputs, batch, self.class_weights)
         zero = shares.new_zeros(())
         losses = torch.stack([by_task.get(name, zero) for name in self.setup.train])
         self.sums += torch.stack((losses.detach(), shares[:, 0]), 1)

@@ -68,6 +68,9 @@ class Setup:
         tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}
         inputs, (lr, head_lr) = replace(self.inputs, tasks=tasks), config.peak_rates
         train, dev = ({n: data[n] for n in tasks} for data in (self.train, self.dev))
+        # What the tables left out has been read from the data, and is recorded.
+        known = {n: table | tasks[n].to_table() for n, table in config.task.items() if n in tasks}
+        config = replace(config, task={**config.task, **known})
         config = replace(config, data=inputs.folder, model=inputs.model, tasks=tuple(tasks))
         config = replace(config, lr=lr, head_lr=head_lr, precision=self.config.precision)
         return replace(self, config=config, inputs=inputs, train=train, dev=dev)

@@ -1,5 +1,6 @@
 """MultitaskBert: pooling, losses, and rows of several tasks in one pass."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_task_losses():
     batch.real["sst"] = torch.tensor([1.0, 0.0, 1.0])
     losses = task_losses({"sst": SST, "sts": STS}, outputs, batch)
     assert losses["sst"].item() == pytest.approx(2 * np.log(5), rel=1e-5)
+
+
+def test_losses_of_weighted_classes_and_of_several_labels():
+    tasks = {"sst": SST, "many": replace(SST, name="many", kind="multilabel")}
+    outputs = {"sst": torch.zeros(2, 5), "many": torch.zeros(3, 5)}
+    labels = {"sst": torch.tensor([0, 1]), "many": torch.ones(3, 5)}
+    batch = SimpleNamespace(labels=labels, real={})
+    losses = task_losses(tasks, outputs, batch, {"sst": torch.tensor([3.0, 0.5, 1, 1, 1])})
+    assert losses["sst"].item() == pytest.approx(3.5 * np.log(5), rel=1e-5)
+    assert losses["many"].item() == pytest.approx(3 * np.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])

@@ -1,0 +1,105 @@
+"""What a task's table leaves out is found in its files; a part of the training file is dev."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastlora.data.infer import complete
+from fastlora.data.reading import read_rows
+from fastlora.data.tasks import task_from_table
+from fastlora.errors import UserError
+
+TABLE = {
+    "kind": "classification",
+    "columns": ["text"],
+    "label": "queue",
+    "files": {"train": "a.csv"},
+    "dev_share": 0.1,
+}
+
+
+def task(**changes):
+    return task_from_table("own", {**TABLE, **changes})
+
+
+def csv(folder, labels, name="a.csv", separator=","):
+    rows = [f"text {i}{separator}{label}\n" for i, label in enumerate(labels)]
+    (folder / name).write_text(f"text{separator}queue\n" + "".join(rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("found", "labels"),
+    [
+        (["bug", " a bill", "bug"], ("a bill", "bug")),
+        (["10", "9", "9.0", "x"], ("9", "10", "x")),
+        (["True", "False", "true"], ("False", "True")),
+        (["b", "", "a"], ("a", "b")),  # an empty label is a bad row, and no class
+    ],
+)
+@pytest.mark.parametrize("separator", ",;\t")
+def test_classes_are_read_sorted_and_recorded(tmp_path, found, labels, separator):
+    csv(tmp_path, found, separator=separator)
+    known = complete(task(), tmp_path, "minimal", "error")
+    assert known.labels == labels
+    assert task_from_table("own", known.to_table()) == known
+
+
+def test_several_labels_are_read_from_both_kinds_of_files(tmp_path):
+    csv(tmp_path, ["b|a", "", " a ", "true"])
+    lists = [["b", "a"], [], ["a"], [True]]
+    records = [json.dumps({"text": "x", "queue": labels}) for labels in lists]
+    (tmp_path / "a.jsonl").write_text("\n".join(records), encoding="utf-8")
+    for name in ("a.csv", "a.jsonl"):
+        many = task(kind="multilabel", files={"train": name})
+        many = complete(many, tmp_path, "minimal", "error")
+        assert many.labels == ("a", "b", "true")
+        expected = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]]
+        assert read_rows(tmp_path / name, many).labels.tolist() == expected
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "queue": ["a|b"]}', encoding="utf-8")
+    with pytest.raises(UserError, match="column 'queue' is "):
+        read_rows(tmp_path / "a.jsonl", many)
+
+
+def test_a_range_is_that_of_the_training_and_the_dev_file(tmp_path):
+    csv(tmp_path, [2, "3.5", -1])
+    csv(tmp_path, [7, 2], "b.csv")
+    files = {"train": "a.csv", "dev": "b.csv"}
+    known = task(kind="regression", files=files, dev_share=None)
+    known = complete(known, tmp_path, "minimal", "error")
+    assert (known.low, known.high) == (-1, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        ("classification", ["a", "a"], "column 'queue' has the label 'a' alone"),
+        ("classification", range(100), "100 different labels in 100 rows"),
+        ("regression", ["3", "3"], "has 3.0 in every row"),
+        ("regression", ["a", "b"], "has no number, but 'a'"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused(tmp_path, kind, labels, message):
+    csv(tmp_path, labels)
+    with pytest.raises(UserError, match=message):
+        complete(task(kind=kind), tmp_path, "minimal", "error")
+
+
+def test_the_dev_part_has_its_share_of_each_class(tmp_path):
+    csv(tmp_path, np.repeat(["a", "b", "c", "d"], [800, 180, 19, 1]))
+    own = task(labels=["a", "b", "c", "d"])
+    parts = {split: read_rows(tmp_path / "a.csv", own, split=split) for split in ("train", "dev")}
+    assert np.bincount(parts["dev"].labels.astype(int)).tolist() == [80, 18, 2]
+    assert np.bincount(parts["train"].labels.astype(int)).tolist() == [720, 162, 17, 1]
+    texts = [set(rows.texts[0]) for rows in parts.values()]
+    assert len(texts[0] | texts[1]) == 1000
+    assert len(read_rows(tmp_path / "a.csv", own, split="dev", limit=7).ids) == 7
+    half = replace(own, kind="multilabel", dev_share=0.5)
+    assert len(read_rows(tmp_path / "a.csv", half, split="dev").ids) == 400 + 90 + 10
+
+
+def test_texts_that_are_all_empty_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,queue\n,a\n,b\n", encoding="utf-8")
+    with pytest.raises(UserError, match="every text in text is empty"):
+        read_rows(tmp_path / "a.csv", task(labels=["a", "b"]))
