@@ -10,14 +10,14 @@ from fastlora.bert.model import BertModel, Parts
 from fastlora.errors import UserError
 from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
-# Pre-training heads, and buffers that old versions of transformers saved with the parameters.
-_HEADS, _BUFFERS = ("cls.", "lm_head."), ("embeddings.position_ids", "embeddings.token_type_ids")
+_HEADS = ("cls.", "lm_head.", "classifier.", "qa_outputs.")  # what transformers' classes add
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # of its old versions
 
 
 def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertModel, list[str]]:
     """Build the encoder of a folder with its weights in fp32, in evaluation mode.
 
-    Accepts "bert." or "roberta." prefixes, LayerNorm.gamma/beta, pre-training heads (ignored) and a
+    Accepts "bert." or "roberta." prefixes, LayerNorm.gamma/beta, heads of all kinds (ignored) and a
     missing pooler, which is drawn from normal(0, 0.02) with a fixed seed. Returns the model and a
     note on ignored heads and on a missing pooler. Raises UserError as ``copy_tensors`` does.
     """
@@ -33,7 +33,7 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
         if not name.startswith(_HEADS + _BUFFERS):
             tensors[name] = tensor
     heads = sum(name.startswith(_HEADS) for name in raw)
-    notes = [f"ignored the {heads} tensors of the pre-training heads"] if heads else []
+    notes = [f"ignored the {heads} tensors of its heads"] if heads else []
     # With only half a pooler, copy_tensors raises and names the missing half.
     if not any(name.startswith("pooler.") for name in tensors):
         size, generator = model.config.hidden_size, torch.Generator().manual_seed(0)

@@ -30,7 +30,10 @@ class Log:
     def line(self, text: str) -> None:
         """Write a line of text."""
         if not self.brief:
-            self.console.print(text, markup=False)
+            # A path may have characters that the terminal's encoding lacks.
+            encoding = self.console.encoding
+            shown = text.encode(encoding, "backslashreplace").decode(encoding)
+            self.console.print(shown, markup=False)
         self._keep(text)
 
     def fields(self, pairs: Iterable[tuple[str, str]]) -> None:
@@ -52,7 +55,7 @@ class Log:
 
     def _keep(self, text: str) -> None:
         if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as out:
+            with self.file.open("a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(text + "\n")
 
 

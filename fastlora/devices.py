@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -38,19 +38,36 @@ def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
         raise RunError(f"out of memory on {device} ({text}); {advice}") from error
 
 
+@contextmanager
+def usual_modes() -> Iterator[None]:
+    """A block with PyTorch's modes as in a new process, whatever the caller's, which come back.
+
+    They are the default type and device, autocast, `no_grad` and `inference_mode`.
+    """
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        stack.enter_context(torch.inference_mode(False))  # which ends `no_grad`, too
+        if torch.empty(0).device.type != "cpu":  # for this mode slows each call of PyTorch down
+            stack.enter_context(torch.device("cpu"))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def local_device(name: str) -> torch.device:
     """This process's device for "auto", "cpu", "cuda" or "cuda:N"; UserError if there is none."""
     available = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if available else "cpu"
-    if not re.fullmatch(r"(cpu|cuda)(:\d{1,2})?", name):
+    if name == "cuda" and available:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if not re.fullmatch("(cpu|cuda)(:[0-9]{1,2})?", name):
         raise UserError(f"device is {name!r} (expected auto, cpu, cuda or cuda:N)")
     device = torch.device(name)
     if device.type == "cuda":
         if not available:
             raise UserError(f"device is {name!r} but PyTorch finds no CUDA GPU; use --device cpu")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if (count := torch.cuda.device_count()) <= device.index:
             raise UserError(f"device is '{device}' but PyTorch finds {count} CUDA GPUs here")
         torch.cuda.set_device(device)

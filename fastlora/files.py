@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -65,6 +66,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             os.rename(old, path)
         for folder in (building, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_open` and `atomic_folder` in a locked folder."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+(\.\d+|-\w{8}(\.old)?)", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from cyclopts import CycloptsError
-
-from fastlora.cli.commands import app
 from fastlora.errors import Interrupted, RunError, UserError
 
 
@@ -17,18 +14,26 @@ def exit_code(arguments: list[str]) -> int:
     130 for an interrupted command.
     """
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        # Imported here, so that Ctrl-C during the import is an interruption like any other.
+        from cyclopts import CycloptsError
+
+        from fastlora.cli.commands import app
+
+        try:
+            app(arguments, exit_on_error=False, print_error=False)
+        except (UserError, CycloptsError, RunError, OSError) as error:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            return 2 if isinstance(error, (UserError, CycloptsError)) else 1
     except (Interrupted, KeyboardInterrupt):
         return 130
-    except (UserError, CycloptsError, RunError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2 if isinstance(error, (UserError, CycloptsError)) else 1
     return 0
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The `fastlora` command."""
     given = sys.argv[1:] if arguments is None else arguments
+    # A path may have characters that the terminal's encoding lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # torchrun needs "--" before our flags, and some Pythons pass it on.
     code = exit_code(given[1:] if given[:1] == ["--"] else given)
     sys.stdout.flush()

@@ -5,7 +5,6 @@ torch is imported inside the commands, so that --help and mistakes are answered 
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,15 +20,15 @@ from fastlora.cli.options import (
     TableFlags,
     TrainFlags,
     given,
+    number,
     settings_from,
-    whole_number,
 )
 from fastlora.cli.process import command_stop
 from fastlora.errors import UserError
 from fastlora.files import check_replaceable
 from fastlora.studies.paper_tables import TABLES
 from fastlora.training.config import SearchConfig
-from fastlora.training.inputs import adapter_folder, find_data, find_inputs
+from fastlora.training.inputs import adapter_folder, find_data, find_inputs, rank_and_world
 
 _FLAT = Parameter(name="*")
 ConfigFile = Annotated[
@@ -158,8 +157,10 @@ def predict_file(
     model: Encoder = None,
 ) -> None:
     """Predict the labels of a file's rows; labels in the file are not needed."""
-    if not input.is_file():
+    if not (input.is_file() or input.is_fifo()):
         raise UserError(f"{input}: no such file")
+    if input.is_fifo() and out is None:
+        raise UserError(f"{input} is a pipe: --out has to name the file to write")
     out = out or input.with_name(f"{input.name}.predictions.csv")
     check_replaceable(out)
     if out.exists() and out.samefile(input):
@@ -206,9 +207,7 @@ def reproduce(
     /,
     *,
     settings: Annotated[TableFlags, _FLAT] = TableFlags(),  # noqa: B008
-    seeds: Annotated[
-        int, Parameter(help="Runs a row, with seeds 0, 1, ...", converter=whole_number)
-    ] = 1,
+    seeds: Annotated[int, Parameter(help="Runs a row, with seeds 0, 1, ...", converter=number)] = 1,
     out: Annotated[Path, Parameter(help="Folder of the runs and the tables.")] = Path("studies"),
     quiet: Quiet = False,
 ) -> None:
@@ -268,5 +267,5 @@ def tune(
 
 
 def _check_alone(command: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if rank_and_world()[1] > 1:
         raise UserError(f"{command} runs in one process; start it without torchrun")

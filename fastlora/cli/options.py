@@ -6,13 +6,15 @@ file of settings can be read below the flags.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass, make_dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, convert
 
 from fastlora.files import read_toml
 from fastlora.training.config import SearchConfig, TaskLoraConfig, TrainConfig
@@ -33,9 +35,18 @@ _GROUPS = {name: Group(_TITLES[name], sort_key=i) for i, name in enumerate(_TITL
 OUTPUT = _GROUPS["out"]
 
 
-def whole_number(_type: Any, tokens: Sequence[Any]) -> int:
-    """An integer option's value. cyclopts itself would round "1.5" to 2."""
-    return int(tokens[0].value)
+def number(kind: Any, tokens: Sequence[Any]) -> Any:
+    """The value of an option that is an int, a float or a timedelta.
+
+    Alone, cyclopts would round "1.5" to 2, and Python take "1_0", " 5 " and other scripts' digits.
+    """
+    text = tokens[0].value
+    if not re.fullmatch("[0-9a-zA-Z.+-]+", text):
+        raise ValueError(f"{text!r} is no number")
+    try:
+        return convert(kind, tokens) if kind is timedelta else kind(text)
+    except OverflowError as error:
+        raise ValueError(f"{text!r} is too large") from error
 
 
 def _split(_type: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
@@ -48,8 +59,8 @@ def _option(kind: Any, default: Any, **how: Any) -> Any:
     kind = next((part for part in get_args(kind) if get_origin(kind) in _UNIONS), kind)
     if kind is TaskLoraConfig:
         return Optional[_TaskFlags]  # noqa: UP045
-    if kind is int:
-        how["converter"] = whole_number
+    if kind in (int, float, timedelta):
+        how["converter"] = number
     if get_origin(kind) is tuple:
         how |= {"converter": _split, "n_tokens": 1}
         default = default and ",".join(default)

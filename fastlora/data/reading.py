@@ -85,7 +85,7 @@ def read_rows(
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         records = _json_records(text)
     else:
         required = ["task"] if mixed else wanted  # columns of other tasks may be missing
@@ -189,29 +189,35 @@ def _csv_records(
             hint = "; or name the rows' task with --task" if name == "task" else ""
             raise UserError(f"{path}:1: {columns} (expected 1){hint}")
     line = reader.line_num
-    while line < len(lines):
-        start, reader = line, reader_from(line)
-        try:
-            for row in reader:
-                end = start + reader.line_num
-                if end > line + 1:
-                    _check_span(row, lines[line:end], header, delimiter, task)
-                # In a file of one column, a blank line is an empty text.
-                row = row or [""] * (len(header) == 1)
-                if len(row) == len(header):
-                    yield line + 1, dict(zip(header, row, strict=True))
-                elif row:
-                    yield line + 1, ValueError(f"{len(row)} fields (the header has {len(header)})")
-                line = end
-        except csv.Error as error:
-            remedy = "double the quotes in a quoted field, or pass --quoting none"
-            yield line + 1, ValueError(f"the quotes do not balance: {error}; {remedy}")
-            line += 1
+    # A field of one line may be as long as the line; beyond that, the limit stops stray quotes.
+    limit = csv.field_size_limit(max(csv.field_size_limit(), *map(len, lines), 0))
+    try:
+        while line < len(lines):
+            start, reader = line, reader_from(line)
+            try:
+                for row in reader:
+                    end = start + reader.line_num
+                    if end > line + 1:
+                        _check_span(row, lines[line:end], header, delimiter, task)
+                    # In a file of one column, a blank line is an empty text.
+                    row = row or [""] * (len(header) == 1)
+                    if len(row) == len(header):
+                        yield line + 1, dict(zip(header, row, strict=True))
+                    elif row:
+                        counts = f"{len(row)} fields (the header has {len(header)})"
+                        yield line + 1, ValueError(counts)
+                    line = end
+            except csv.Error as error:
+                remedy = "double the quotes in a quoted field, or pass --quoting none"
+                yield line + 1, ValueError(f"the quotes do not balance: {error}; {remedy}")
+                line += 1
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _delimiter(path: Path, lines: list[str]) -> str:
     header = "".join(lines[:1])
-    if path.suffix == ".tsv" or "\t" in header:
+    if path.suffix.lower() == ".tsv" or "\t" in header:
         return "\t"
     return ";" if header.count(";") > header.count(",") else ","
 

@@ -127,8 +127,10 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
         if not ok:
             raise UserError(f"task {name!r}: {key} is {table.get(key)!r} (expected {expected})")
 
-    if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "default":  # the shared adapter's
-        raise UserError(f"task {name!r}: expected another name of lower-case letters, digits and _")
+    # Files are named after tasks, and the shared adapter is called "default".
+    if not re.fullmatch("[a-z][a-z0-9_]{0,99}", name) or name == "default":
+        expected = "another name of at most 100 lower-case letters, digits and _"
+        raise UserError(f"task {name!r:.99}: expected {expected}")
     get: Callable[[str], Any] = table.get
     kind, columns, label = map(get, ("kind", "columns", "label"))
     check("kind", kind in tuple(_KEYS), "classification, multilabel or regression")

@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's format and task heads on disk.
 
-Files are written into a folder that the caller makes atomic. `heads.json` has the sha256 of the
-tensors in each file, and of the encoder and the tokenizer that they belong to.
+Files are written into a folder that the caller makes atomic. `heads.json` has the fingerprints of
+them all, and of the encoder and tokenizer that the weights belong to.
 """
 
 from __future__ import annotations
@@ -34,12 +34,6 @@ BASE_PARTS = {
     "encoder_config_sha256": "encoder configuration (config.json)",
     "tokenizer_sha256": "tokenizer",
 }
-# The settings that a model is built of, with their values.
-SETTINGS = {
-    "mode": ("lora", "frozen", "full"),
-    "adapters": ("shared", "per-task", "shared+per-task"),
-    "pairs": ("separate", "joint"),
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,18 @@ def fingerprint(encoder: nn.Module) -> str:
 
 def config_fingerprint(config: BertConfig) -> str:
     """sha256 over an encoder's configuration."""
-    return hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()
+    return _json_sha256(asdict(config))
+
+
+def _json_sha256(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    """sha256 over what a JSON or safetensors file says, however it is written."""
+    return (
+        _json_sha256(read_json(path)) if path.suffix == ".json" else _sha256(read_tensors(path)[0])
+    )
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -87,7 +92,7 @@ def adapter_place(folder: Path, adapter: str) -> Path:
 def save_all(
     folder: Path, model: MultitaskBert, base: BaseInfo, settings: Mapping[str, Any]
 ) -> None:
-    """Write a model's adapters and `heads.safetensors`, then `heads.json`, which has their sha256.
+    """Write a model's adapters and `heads.safetensors`, then `heads.json` with the sha256 of all.
 
     `heads.json` says what a model to load them into is built of: the tasks and the `settings`
     "mode", "adapters", "pairs" and "model".
@@ -96,82 +101,58 @@ def save_all(
         place = adapter_place(folder, adapter)
         lora.save_adapter(model.encoder, place, adapter, base_model=base.base_model, heads=False)
     write_tensors(folder / HEADS, model.heads.state_dict())
-    files = sorted([folder / HEADS, *folder.rglob(lora.WEIGHTS)])
+    files = sorted([folder / HEADS, *folder.rglob(lora.WEIGHTS), *folder.rglob(lora.CONFIG)])
     info = {
         "format": FORMAT,
         "fastlora_version": version("fastlora-bert"),
         **asdict(base),
         "tasks": {name: task.to_table() for name, task in model.tasks.items()},
         "settings": settings,
-        "sha256": {str(f.relative_to(folder)): _sha256(read_tensors(f)[0]) for f in files},
+        "sha256": {str(f.relative_to(folder)): _file_sha256(f) for f in files},
     }
-    write_json(folder / HEADS_INFO, info)
+    write_json(folder / HEADS_INFO, {**info, "own_sha256": _json_sha256(info)})
 
 
 def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     """The tasks and settings in `heads.json`, as `save_all` was given them.
 
-    Raises UserError, naming the file and the key, for a value that is missing or wrong.
+    Raises UserError if it is of another version of fastlora, and if it, or a file that it has the
+    sha256 of, has changed since it was saved.
     """
-    path, tasks = folder / HEADS_INFO, {}
+    path = folder / HEADS_INFO
     info = read_json(path)
-
-    def check(key: str, value: Any, ok: bool, expected: str) -> None:
-        if not ok:
-            raise UserError(f"{path}: {key} is {value!r:.80} (expected {expected})")
-
-    same = f"{FORMAT}, that of this fastlora: train again, or use the version it was saved by"
-    check("format", info.get("format"), info.get("format") == FORMAT, same)
-    for key in ("tasks", "settings", "sha256"):
-        check(key, info.get(key), isinstance(info.get(key), dict), "a table")
-    settings = info["settings"]
-    for key, known in SETTINGS.items():
-        check(f"settings.{key}", settings.get(key), settings.get(key) in known, " or ".join(known))
-    model = settings.get("model")
-    for key, value in (("base_model", info.get("base_model")), ("settings.model", model)):
-        check(key, value, isinstance(value, str), "the encoder's name or folder")
-    for name, table in info["tasks"].items():
-        check(f"tasks.{name}", table, isinstance(table, dict), "a table")
-        try:
-            tasks[name] = task_from_table(name, table)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        complete = "its labels, or low and high"
-        check(f"tasks.{name}", table, tasks[name].is_complete, complete)
-    check("tasks", tasks, bool(tasks), "one task or more")
-    return tasks, settings
+    if info.get("format") != FORMAT:
+        expected = (
+            f"{FORMAT}, that of this fastlora: train again, or use the version it was saved by"
+        )
+        raise UserError(f"{path}: format is {info.get('format')!r:.80} (expected {expected})")
+    own_sha256 = info.pop("own_sha256", None)
+    changed = [path] if own_sha256 != _json_sha256(info) else []
+    stored = {} if changed else info["sha256"]
+    changed += [folder / name for name in stored if _file_sha256(folder / name) != stored[name]]
+    if changed:
+        raise UserError(f"{changed[0]}: has changed since it was saved; copy the run again")
+    tasks = {name: task_from_table(name, table) for name, table in info["tasks"].items()}
+    return tasks, info["settings"]
 
 
 def load_all(folder: Path, model: MultitaskBert, tasks: Iterable[str], base: BaseInfo) -> None:
     """Load a run's adapters, and the heads of its tasks, into a model that has these.
 
-    Raises UserError, before anything is loaded, for files of another base model or tokenizer, for
-    other files than `heads.json` lists, and for tensors that are not those saved; also for what
-    `fastlora.load_adapter` refuses, and for heads of other names or shapes.
+    `read_heads` has checked the files.
+
+    Raises UserError, before anything is loaded, for those of another base model or tokenizer; also
+    for what `fastlora.load_adapter` refuses, and for heads of other names or shapes.
     """
-    path, heads = folder / HEADS_INFO, nn.ModuleDict({name: model.heads[name] for name in tasks})
-    names = [name for name in model.settings if name == DEFAULT or name in heads]
-    places = {name: adapter_place(folder, name) for name in names}
-    info = read_json(path)
+    info, heads = read_json(folder / HEADS_INFO), nn.ModuleDict({t: model.heads[t] for t in tasks})
     for key, what in BASE_PARTS.items():
-        if info.get(key) != (expected := getattr(base, key)):
+        if info[key] != (expected := getattr(base, key)):
             raise UserError(
-                f"{path}: trained on another {what}, that of {info.get('base_model')!r} (sha256 "
-                f"{info.get(key)!s:.12}; here {base.base_model!r}, {expected:.12}); give the one "
-                "it was trained on as --model"
+                f"{folder}: trained on another {what}, that of {info['base_model']!r} (sha256 "
+                f"{info[key]:.12}; here {base.base_model!r}, {expected:.12}); give the one it was "
+                "trained on as --model"
             )
-    paths = [*(place / lora.WEIGHTS for place in places.values()), folder / HEADS]
-    files = {str(path.relative_to(folder)): read_tensors(path)[0] for path in paths}
-    stored = info["sha256"]
-    if files.keys() != stored.keys():
-        listed, needed = ", ".join(sorted(stored)), ", ".join(sorted(files))
-        raise UserError(f"{path}: sha256 names {listed} (expected, by its settings, {needed})")
-    for name, tensors in files.items():
-        if (sha256 := _sha256(tensors)) != stored[name]:
-            raise UserError(
-                f"{folder / name}: its tensors have sha256 {sha256:.12} (expected "
-                f"{stored[name]!r:.14}, as {path} says): damaged or replaced; copy the run again"
-            )
-    for name, place in places.items():
-        lora.load_adapter(model.encoder, place, name)
-    copy_tensors(folder / HEADS, files[HEADS], heads.state_dict())
+    for name in model.settings:
+        if name == DEFAULT or name in heads:
+            lora.load_adapter(model.encoder, adapter_place(folder, name), name)
+    copy_tensors(folder / HEADS, read_tensors(folder / HEADS)[0], heads.state_dict())

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlora.console import number
 from fastlora.data.batches import Batch, eval_batches
 from fastlora.data.reading import TaskData
-from fastlora.devices import memory_errors
+from fastlora.devices import memory_errors, usual_modes
 from fastlora.errors import RunError
 from fastlora.files import atomic_open
 from fastlora.multitask.heads import SimilarityHead
@@ -52,6 +52,7 @@ class Features:
         return torch.cat(rows).to(batch.input_ids.device)
 
 
+@usual_modes()
 @torch.inference_mode()
 def predict(
     model: MultitaskBert, datasets: Mapping[str, TaskData], features: Features | None = None

@@ -21,7 +21,7 @@ import torch
 
 from fastlora.data.reading import TaskData
 from fastlora.errors import UserError
-from fastlora.files import atomic_open, read_json, write_json
+from fastlora.files import atomic_open, read_json, remove_leftovers, write_json
 from fastlora.multitask.files import HEADS_INFO
 from fastlora.training.checkpoint import check_inputs
 from fastlora.training.config import TrainConfig
@@ -36,9 +36,9 @@ SETTINGS, ENVIRONMENT, INPUTS, LOCK = "run.toml", "env.json", "inputs.json", "ru
 
 
 def default_folder(config: TrainConfig) -> Path:
-    """runs/DATE_TIME_rR, with the mode in place of the rank where the mode is not LoRA."""
+    """runs/DATE_TIME_rR, or the mode for rR; the microseconds tell apart what starts at once."""
     name = f"r{config.lora.r}" if config.mode == "lora" else config.mode
-    return Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S}_{name}"
+    return Path("runs") / f"{datetime.now():%Y-%m-%d_%H%M%S.%f}_{name}"
 
 
 def fingerprints(setup: Setup, encoder_sha256: str, config_sha256: str) -> dict[str, str]:
@@ -93,6 +93,8 @@ def open_run(
             )
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        for part in ("", "adapter", "plots", "predictions"):
+            remove_leftovers(folder / part)
         if (folder / settings).exists():
             check_run(folder, inputs)
         else:

@@ -13,6 +13,7 @@ import torch
 from fastlora.bert.weights import save_encoder
 from fastlora.console import Log
 from fastlora.data.tasks import Task
+from fastlora.devices import usual_modes
 from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_folder, read_json, write_json
 from fastlora.lora.files import read_config
@@ -42,6 +43,7 @@ from fastlora.training.stopping import Stop
 ENCODER = "encoder"
 
 
+@usual_modes()
 def run_training(
     config: TrainConfig,
     inputs: Inputs | None = None,

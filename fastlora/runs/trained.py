@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fastlora.bert.weights import load_encoder, save_encoder
-from fastlora.data.reading import encode_rows, read_rows
+from fastlora.data.reading import encode_rows, read_content, read_rows
 from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import Task
 from fastlora.data.tokenizer import Tokenizer
-from fastlora.devices import local_device
+from fastlora.devices import local_device, usual_modes
 from fastlora.errors import UserError
 from fastlora.files import atomic_folder
 from fastlora.lora.files import read_config
@@ -39,6 +39,7 @@ class Trained:
     settings: dict[str, Any]  # the run's "mode", "adapters", "pairs" and "model"
 
 
+@usual_modes()
 @torch.random.fork_rng([])  # new layers draw random weights before theirs are read
 def load_trained(
     path: str | Path, device: str | torch.device = "auto", model: str | Path | None = None
@@ -71,16 +72,18 @@ def load_trained(
 def predict_rows(
     trained: Trained, path: str | Path, task: str | None, quoting: str = "minimal"
 ) -> tuple[list[tuple[str, str, str]], int]:
-    """The id, task and prediction of each row of a file, in the file's order.
+    """The id, task and prediction of each row of a file or a pipe, in its order.
 
     Also returns how many texts were truncated. If `task` is None, the column "task" of the file
     names the task of each row. Raises UserError if the file has no rows.
     """
     names, pairs = [task] if task else list(trained.tasks), trained.settings["pairs"]
     data, positions = {}, {}
+    content = Path(path).read_bytes() if Path(path).is_fifo() else read_content(path)
+    rules: dict[str, Any] = {"content": content, "labelled": False, "quoting": quoting}
     for name in names:
         mixed = () if task else names
-        rows = read_rows(path, trained.tasks[name], labelled=False, quoting=quoting, mixed=mixed)
+        rows = read_rows(path, trained.tasks[name], mixed=mixed, **rules)
         if rows.ids:
             positions[name] = rows.positions
             data[name] = encode_rows(rows, trained.tasks[name], trained.tokenizer, pairs)
@@ -94,6 +97,7 @@ def predict_rows(
     return [row[1:] for row in sorted(predictions)], truncated
 
 
+@usual_modes()
 def merge_encoder(trained: Trained, task: str | None, out: Path) -> None:
     """Merge a task's adapters into the encoder, in fp32, and write it as a Hugging Face folder.
 

@@ -6,29 +6,39 @@ request to stop. So the model needs no wrapper, and a task without rows in a pro
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastlora.errors import RunError, user_errors
+from fastlora.training.inputs import rank_and_world
 
-def world_size() -> int:
-    """The number of processes that torchrun started, or one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+
+@contextmanager
+def _reaching_peers() -> Iterator[None]:
+    """Raise RunError in place of PyTorch's error if a process of the run cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(f"the run's other processes cannot be reached: {error}") from error
 
 
 class Ranks:
-    """This process among its peers; without torchrun, the only one."""
+    """This process among its peers; without torchrun, the only one.
+
+    Raises UserError for a wrong environment, and RunError if another process cannot be reached.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = world_size()
+        self.rank, self.world = rank_and_world()
         self.device = device
         self.created_group = self.world > 1 and not dist.is_initialized()
         if self.created_group:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            with user_errors(), _reaching_peers():
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     @property
     def first(self) -> bool:
@@ -45,7 +55,7 @@ class Ranks:
         flags = torch.tensor([*(float(p.grad is not None) for p in parameters), float(stop)])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([*(g.flatten() for g in gradients), flags.to(self.device)])
-        dist.all_reduce(flat)
+        self.sum(flat)
         *present, stop_votes = flat[-len(flags) :].tolist()
         start = 0
         for p, votes in zip(parameters, present, strict=True):
@@ -56,13 +66,13 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over the ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(values)
+            with _reaching_peers():
+                dist.all_reduce(values)
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier()
+        self.sum(torch.zeros(1, device=self.device)).item()
 
     def close(self) -> None:
         """Leave the group, unless it was there before."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -33,6 +35,7 @@ class Inputs:
 
 def find_inputs(config: TrainConfig) -> Inputs:
     """Resolve --data, --tasks and --model and check --targets; UserError when one is not there."""
+    rank_and_world()  # a mistake is answered at once
     for settings in (config, *vars(config).values()):
         for target in getattr(settings, "targets", None) or ():
             _check_name("target", target, TARGETS)
@@ -67,6 +70,15 @@ def find_inputs(config: TrainConfig) -> Inputs:
     if (local := Path(model).expanduser()).is_dir():
         model = str(local.resolve())  # so that the run can go on from another folder
     return Inputs(folder, why_data, tasks, model, why_model, source)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many torchrun started, or (0, 1); UserError for wrong ones."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch("[0-9]{1,6},[0-9]{1,6}", f"{rank},{world}") or int(rank) >= int(world):
+        given = f"RANK is {rank!r} and WORLD_SIZE {world!r} in the environment"
+        raise UserError(f"{given} (expected RANK below WORLD_SIZE); start with torchrun")
+    return int(rank), int(world)
 
 
 def adapter_folder(path: str | Path) -> Path:

@@ -38,6 +38,7 @@ from fastlora.training.optimizer import make_optimizer, owner, set_rates
 from fastlora.training.setup import Setup, seed_random
 
 LOG_EVERY = 10  # steps
+COUNTED = 100  # epochs that are planned before the first step, to count the run's steps
 _STEP_SEED = 0x9E3779B97F4A7C15
 
 
@@ -94,8 +95,7 @@ class Trainer:
         self.train_features: Features | None = None  # of a frozen encoder
         self.dev_features: Features | None = None
         self.outputs: dict[str, np.ndarray] = {}  # of the dev data, by the weights as they are
-        lengths = [len(self.plan(epoch)) for epoch in range(self.config.epochs)]
-        self.total = min(sum(lengths), self.config.max_steps or sum(lengths))
+        self.total = self.count_steps()
 
     def resume(self) -> bool:
         """Continue from the newest valid checkpoint; returns whether there was one.
@@ -159,6 +159,15 @@ class Trainer:
         tokens = config.tokens_per_batch
         return plan_epoch(self.setup.train, tokens, config.seed, epoch, config.sampling)
 
+    def count_steps(self) -> int:
+        """The steps of the run: exact up to `COUNTED` epochs, beyond them by the mean of those."""
+        counted, steps, most = min(self.config.epochs, COUNTED), 0, self.config.max_steps
+        for epoch in range(counted):
+            steps += len(self.plan(epoch))
+            if most and steps >= most:
+                return most
+        return steps * self.config.epochs // counted
+
     def epoch(self) -> None:
         """The rest of the current epoch, its scores on the dev data, and a checkpoint."""
         progress = self.progress
@@ -204,10 +213,9 @@ class Trainer:
             return self.stop.asked
         parts = self.ranks.world * self.config.accumulate
         first = self.ranks.rank * self.config.accumulate
-        for part in range(first, first + self.config.accumulate):
-            if part < len(batch_plan):
-                self.seed_part(part, parts)
-                self.scaler.scale(self.loss(*self.inputs(batch_plan, part, parts))).backward()
+        for part in range(first, min(first + self.config.accumulate, len(batch_plan))):
+            self.seed_part(part, parts)
+            self.scaler.scale(self.loss(*self.inputs(batch_plan, part, parts))).backward()
         stop = self.ranks.sum_gradients(self.parameters, self.stop.asked)
         self.update()
         return stop

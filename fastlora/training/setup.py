@@ -24,8 +24,7 @@ from fastlora.lora.model import pack
 from fastlora.multitask.files import adapter_names, fingerprint
 from fastlora.multitask.model import MultitaskBert
 from fastlora.training.config import Precision, TrainConfig
-from fastlora.training.distributed import world_size
-from fastlora.training.inputs import Inputs
+from fastlora.training.inputs import Inputs, rank_and_world
 from fastlora.training.stopping import Stop
 from fastlora.training.tuner import use_measured_blocks
 
@@ -78,7 +77,7 @@ class Setup:
 
 def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
     """Find device and precision, read and tokenise the data; UserError where one is wrong."""
-    if config.cuda_graphs and world_size() > 1:
+    if config.cuda_graphs and rank_and_world()[1] > 1:
         raise UserError("cuda_graphs is given (expected one process, not torchrun's)")
     device, precision = compute_of(config.device, config.precision)
     if config.cuda_graphs and device.type != "cuda":

@@ -54,9 +54,10 @@ def test_pretraining_checkpoint_of_old_names(folder, tensors):
     saved["bert.embeddings.position_ids"] = torch.arange(16)[None]
     saved["cls.predictions.bias"] = torch.zeros(50)
     saved["cls.seq_relationship.weight"] = torch.zeros(2, 32)
+    saved["classifier.weight"] = torch.zeros(2, 32)
     model, notes = load(folder, saved)
     assert torch.equal(model.state_dict()[QUERY], tensors[QUERY])
-    assert notes == ["ignored the 2 tensors of the pre-training heads"]
+    assert notes == ["ignored the 3 tensors of its heads"]
 
 
 @pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Camembert"])
@@ -68,7 +69,7 @@ def test_robertas_are_loaded_and_saved_under_their_names(tmp_path, kind):
     theirs.save_pretrained(tmp_path / "old")
     model, notes = load_encoder(tmp_path / "old")
     heads, pooler = notes
-    assert heads == "ignored the 5 tensors of the pre-training heads" and "no pooler" in pooler
+    assert heads == "ignored the 5 tensors of its heads" and "no pooler" in pooler
     save_encoder(model, tmp_path / "new")
     again = transformers.AutoModel.from_pretrained(tmp_path / "new").eval()
     assert type(again).__name__ == f"{kind}Model"

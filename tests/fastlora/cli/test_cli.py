@@ -1,5 +1,6 @@
 """The commands as typed: answers, exit codes, speed of failure, interruption."""
 
+import io
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from fastlora.cli import main
 from fastlora.cli.options import TrainFlags, settings_from
+from fastlora.console import Log
 from fastlora.files import read_toml
 
 TRAIN = [sys.executable, "-m", "fastlora.cli", "train"]
@@ -93,6 +95,43 @@ def test_usage_errors_exit_2_and_write_nothing(
     (line,) = err.splitlines()
     assert line.startswith("error: ") and message in line and not out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["1_0", "\uff15", " 5 ", "", "5\n"])
+def test_only_plain_numbers_are_taken(text, capsys):
+    train, seeds = ["train", "--data", "nowhere"], ["reproduce", "table1", "--data", "nowhere"]
+    search = ["search", "--data", "nowhere", "--budget"]
+    options = ([*train, "--epochs"], [*train, "--lr"], [*train, "--sst.r"], [*seeds, "--seeds"])
+    for command in (*options, search):
+        code, _, err = call([*command, text + "m" * (command is search)], capsys)
+        assert code == 2 and command[-1] in err and "nowhere" not in err, command
+    code, _, err = call([*search, "99999999999999999y"], capsys)
+    assert code == 2 and "too large" in err
+
+
+def test_ctrl_c_during_the_imports(monkeypatch, capsys):
+    class Module:
+        @property
+        def app(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fastlora.cli.commands", Module())
+    assert call(["doctor"], capsys) == (130, "", "")
+
+
+def test_a_terminal_without_the_letters_of_a_path(tmp_path, monkeypatch):
+    """As in an ASCII locale, and with the name of a folder that is not UTF-8."""
+    output = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    log = Log(quiet=False)
+    log.file = tmp_path / "train.log"
+    log.line("caf\xe9 \udce9")
+    output.flush()
+    assert output.buffer.getvalue() == b"caf\\xe9 \\udce9\n"
+    assert log.file.read_bytes() == b"caf\xc3\xa9 \\udce9\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "nowhere"])
+    print("caf\xe9")
 
 
 def test_broken_row_stops_with_file_and_line(tiny_model, tiny_data, tmp_path, capsys):
@@ -261,6 +300,17 @@ def test_predict_writes_neither_over_its_input_nor_to_a_folder(
     code, _, err = call(flags, capsys)
     assert code == 2 and f"{what} (expected the name of a file" in err
     assert file.read_text() == "sentence\ngood\n" and list(tmp_path.iterdir()) == [file]
+
+
+def test_predict_reads_a_pipe(finished, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    write = "open('pipe', 'w').write('sentence\\na good film\\n')"
+    with subprocess.Popen([sys.executable, "-c", write], cwd=tmp_path):
+        flags = ["predict", finished, tmp_path / "pipe", "--task", "sst"]
+        code, _, err = call(flags, capsys)
+        assert code == 2 and "--out has to name" in err
+        assert call([*flags, "--out", tmp_path / "out.csv"], capsys)[0] == 0
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
 
 
 def test_predict_names_the_tasks(finished, tmp_path, capsys):

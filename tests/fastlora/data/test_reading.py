@@ -1,5 +1,6 @@
 """Strict reading: every quirk of the real files, and every error a user can meet."""
 
+import csv
 import json
 import os
 import re
@@ -111,7 +112,7 @@ def test_jsonl(tmp_path):
         {"sentence1": "C\u2028c", "sentence2": "D", "similarity": "3", "more": None},
     ]
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
-    rows = read_rows(write(tmp_path, text, "x.jsonl"), STS)
+    rows = read_rows(write(tmp_path, text, "x.JSONL"), STS)
     assert (rows.ids, rows.texts) == (["7", "1"], (["A", "C\u2028c"], ["", "D"]))
     assert rows.labels == pytest.approx([4.2, 3])
     assert rows.empty == 1
@@ -258,6 +259,13 @@ def test_many_stray_quotes_do_not_slow_reading_down(tmp_path):
     rows = read_rows(path, SST, bad_rows="skip")
     assert (rows.dropped, len(rows.ids)) == (50_000, 1)
     assert time.process_time() - start < 5
+
+
+def test_a_text_may_be_longer_than_the_csv_modules_limit(tmp_path):
+    limit = csv.field_size_limit()
+    text = "good " * 30_000
+    rows = read_rows(write(tmp_path, f"id\tsentence\tsentiment\n1\t{text}\t3\n", "x.TSV"), SST)
+    assert rows.texts[0] == [text.strip()] and csv.field_size_limit() == limit
 
 
 def test_json_values_are_the_text_that_the_file_has(tmp_path):

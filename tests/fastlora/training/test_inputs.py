@@ -26,6 +26,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize(("rank", "world"), [("1", None), ("0", "x"), ("-1", "2"), ("0", "")])
+def test_a_wrong_environment_is_answered_at_once(rank, world, monkeypatch):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"RANK is '{rank}' and WORLD_SIZE .* start with torchrun"):
+        find_inputs(TrainConfig())
+
+
 def files(folder, *names):
     folder.mkdir(exist_ok=True)
     for name in names:

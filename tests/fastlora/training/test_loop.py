@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastlora.console import Log
 from fastlora.data.token_cache import load_tasks
 from fastlora.devices import local_device
 from fastlora.errors import RunError, UserError
@@ -22,8 +23,11 @@ from fastlora.runs.trained import load_trained, merge_encoder
 from fastlora.training import loop as train
 from fastlora.training.checkpoint import Progress, latest_checkpoint, save_checkpoint
 from fastlora.training.config import TrainConfig
+from fastlora.training.distributed import Ranks
+from fastlora.training.inputs import find_inputs
 from fastlora.training.metrics_log import Metrics
 from fastlora.training.optimizer import schedule
+from fastlora.training.setup import build_model, prepare
 from fastlora.training.stopping import Stop
 
 
@@ -319,6 +323,26 @@ def test_merge_asks_which_adapter(tiny_config, tmp_path, adapters):
     with pytest.raises(UserError, match="tasks are sst, quora, sts"):
         merge_encoder(trained, None, tmp_path / "merged")
     merge_encoder(trained, "sts", tmp_path / "merged")
+
+
+def test_epochs_are_planned_as_they_come(tiny_config, monkeypatch):
+    planned = []
+    plan = train.plan_epoch
+
+    def counting(data, tokens, seed, epoch, sampling):
+        planned.append(epoch)
+        assert len(planned) < 300
+        return plan(data, tokens, seed, epoch, sampling)
+
+    monkeypatch.setattr(train, "plan_epoch", counting)
+    result = run(tiny_config(epochs=10**9, max_steps=1, accumulate=10**9))
+    assert result.steps == 1 and planned == [0, 0]
+    planned.clear()
+    setup = prepare(tiny_config(epochs=10**9), find_inputs(tiny_config()))
+    model, *_ = build_model(setup, setup.inputs.tasks, setup.config)
+    trainer = train.Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+    mean = np.mean([len(trainer.plan(epoch)) for epoch in range(100)])
+    assert trainer.total == round(mean * 10**9)
 
 
 def test_schedules():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fastlora.cli import main
-from fastlora.errors import Interrupted, RunError
+from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.runs.session import run_training
-from fastlora.runs.trained import load_trained
+from fastlora.runs.trained import load_trained, merge_encoder, predict_rows
 from fastlora.training.checkpoint import latest_checkpoint
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
@@ -54,6 +55,13 @@ def at_step(monkeypatch, number, action):
     monkeypatch.setattr(Trainer, "step", patched)
 
 
+def raises(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
 @pytest.fixture(autouse=True)
 def another_state():
     """None that a seed of the library's would lead to."""
@@ -69,6 +77,42 @@ def test_a_run_leaves_handlers_and_random_states_alone(tiny_config, monkeypatch,
     assert within[-1] == before[0]
     load_trained(tiny_config().out, "cpu")
     assert states() == before
+
+
+@contextmanager
+def unusual_modes():
+    """All that a caller may have changed about how PyTorch computes."""
+    with ExitStack() as stack:
+        for mode in (torch.inference_mode(), torch.autocast("cpu"), torch.device("meta")):
+            stack.enter_context(mode)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        yield
+
+
+def modes():
+    grad = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return *grad, torch.is_autocast_enabled("cpu"), torch.empty(0).device, torch.get_default_dtype()
+
+
+def test_the_callers_modes_change_nothing_and_are_left_alone(tiny_config, tmp_path):
+    (tmp_path / "new.csv").write_text("sentence\na good film\n")
+
+    def outcome(name):
+        config = tiny_config(out=tmp_path / name, max_steps=2, tasks=("sst",))
+        run_training(config, quiet=True)
+        trained = load_trained(config.out, "cpu")
+        predictions = predict_rows(trained, tmp_path / "new.csv", "sst")
+        difference = merge_encoder(trained, "sst", tmp_path / f"{name} merged")
+        return trained.model.state_dict(), predictions, difference
+
+    state, *others = outcome("usual")
+    with unusual_modes():
+        before = modes()
+        found, *others_found = outcome("unusual")
+        assert modes() == before
+    assert others_found == others
+    assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_so_does_a_run_that_fails_and_one_that_does_not_start(tiny_config, tmp_path):
@@ -157,6 +201,16 @@ def test_the_callers_process_group_survives(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda backend: begin(backend, **group))
     run_training(tiny_config(max_steps=1, out=tmp_path / "own"), quiet=True)
     assert not dist.is_initialized()
+
+
+def test_a_group_without_an_address_is_refused(tiny_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK expected, but not set"):
+        run_training(tiny_config(max_steps=1), quiet=True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", raises(RuntimeError("Connection closed by peer")))
+    with pytest.raises(RunError, match="processes cannot be reached: Connection closed"):
+        run_training(tiny_config(max_steps=1), quiet=True)
 
 
 IMPORTS = """
