@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from fastlora.studies.stages import train_share
+from fastlora.studies.search import train_share
 from fastlora.studies.truncation import RANKS, sweep
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import find_inputs

@@ -91,7 +91,6 @@ def search(
 
     fastlora search --tasks sts --data data/ --budget 30m
     fastlora search --adapters per-task --data data/ --out searches/mine
-    fastlora search --adapters per-task --data data/ --out searches/mine --join
 
     Trial 0 has the settings given here. Short runs then choose learning rate, warmup, dropout and
     targets; one longer run scores every rank. At the end the best settings are compared with trial
@@ -108,7 +107,7 @@ def search(
     except ModuleNotFoundError as error:
         raise UserError(f'no {error.name}: pip install "fastlora-bert[search]"') from None
 
-    run_search(wanted, inputs, how, quiet=quiet, stop=command_stop())
+    run_search(wanted, inputs, how, quiet, command_stop())
 
 
 @app.command(name="eval")
@@ -225,11 +224,11 @@ def reproduce(
     _check_alone("reproduce")
     names = tuple(TABLES) if "all" in tables else tuple(dict.fromkeys(tables))
     tasks = dict.fromkeys(task for name in names for task in TABLES[name].tasks)
-    wanted = replace(settings_from(settings, None), tasks=tuple(tasks))
+    wanted = replace(settings_from(settings, None), tasks=tuple(tasks), out=out)
     inputs = find_inputs(wanted)
     from fastlora.studies.grid import reproduce as run
 
-    run(names, wanted, inputs, seeds, out, quiet, command_stop())
+    run(names, wanted, inputs, seeds, quiet, command_stop())
 
 
 @app.command

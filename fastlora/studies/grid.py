@@ -1,11 +1,12 @@
-"""The paper's tables: a run for each row of settings and each seed, and a report of the scores."""
+"""The paper's tables: runs for each row of settings; their reports, and that of a search."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,7 +17,7 @@ from fastlora.files import read_json
 from fastlora.multitask.predictor import write_rows
 from fastlora.runs import pages
 from fastlora.runs.report import trained_share
-from fastlora.runs.session import is_finished, run_description, run_prepared
+from fastlora.runs.session import run_description, run_prepared
 from fastlora.studies.paper_tables import COURSE, TABLES, Row
 from fastlora.training.config import TrainConfig
 from fastlora.training.distributed import Ranks
@@ -27,35 +28,38 @@ from fastlora.training.stopping import Stop
 NOTES = """\
 Scores are those on the dev files, with the standard deviation over seeds. The paper's encoder is
 BERT-base. The paper does not give its learning rate: the rows use this library's default, except
-the last, which uses the course's and is left out of the comparison. Trainable parameters include
-the heads. Seconds are those of training steps, without loading and evaluation."""
+the last, which uses the course's and is left out of the comparison. Of an adapter for one task, it
+gives the best score with the dropout but not the rank: each rank shows it. Trainable parameters
+include the heads. Seconds are those of training steps, without loading and evaluation."""
+SEARCH_NOTES = """\
+The trials are scored on one half of the dev examples, full runs on the other, which no choice was
+based on. The error of a rank is the standard error of the difference from the best rank's score."""
 Record = dict[str, Any]  # the value of each column of a row, or None
 
 
-def reproduce(
-    names: Sequence[str],
-    config: TrainConfig,
-    inputs: Inputs,
-    seeds: int,
-    out: Path,
-    quiet: bool = False,
-    stop: Stop | None = None,
-) -> None:
-    """Run tables of `TABLES` with seeds 0 to `seeds` - 1, and report each in `out`/TABLE.
-
-    Finished runs are read, and unfinished ones are continued. Raises UserError before training, or
-    if a folder holds a run with other settings; RunError after the last table, if a run failed; and
-    Interrupted, with the state saved, if `stop` asked for it.
-    """
-    setup, log = prepare(config, inputs), Log(quiet)
-    setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop or Stop())
+def begin(config: TrainConfig, inputs: Inputs, quiet: bool, stop: Stop) -> tuple[Setup, Log]:
+    """The setup that a study's runs share, with the encoder, and the log, to which it says both."""
+    log, setup = Log(quiet), prepare(config, inputs)
+    setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop)
     log.fields(run_description(setup, Ranks(setup.device)))
+    return setup, log
+
+
+def reproduce(
+    names: Sequence[str], config: TrainConfig, inputs: Inputs, seeds: int, quiet: bool, stop: Stop
+) -> None:
+    """Run or continue some of `TABLES` with seeds 0, 1, ..., and report each in `config.out`/TABLE.
+
+    Raises UserError before training, or if a folder holds a run with other settings; RunError after
+    the last table, if a run failed; and Interrupted, with the state saved, if `stop` asked for it.
+    """
+    setup, log = begin(config, inputs, quiet, stop)
     model, data = map(pages.without_folders, (inputs.model, inputs.folder))
     limit = f"at most {config.limit:,} examples of a file" if config.limit else "all examples"
     scope = f"{model} on {data}: {limit}, {config.epochs} epochs, {setup.config.precision}"
     failures = 0
     for name in names:
-        records, folder = [], out / name
+        records, folder = [], Path(config.out or "studies", name)
         for row in TABLES[name].rows:
             changed = setup.narrow(replace(config, tasks=TABLES[name].tasks, **row.changes))
             records.append(run_row(row, changed, seeds, folder / "rows" / row.name, log))
@@ -66,44 +70,59 @@ def reproduce(
 
 
 def run_row(row: Row, setup: Setup, seeds: int, folder: Path, log: Log) -> Record:
-    """Run a row with each seed in `folder`/seedN; a failed run does not stop the others."""
+    """Run a row with some seeds in `folder`/seedN, and read the runs that are finished there.
+
+    A failed run does not stop the others. Raises Interrupted, and UserError if a run's settings or
+    its data differ.
+    """
     results, failed = [], None
-    for seed in range(seeds):
-        config = replace(setup.config, seed=seed, out=folder / f"seed{seed}")
+    for seed in range(setup.config.seed, setup.config.seed + seeds):
+        label, out = f"{row.setting} {row.variant}  seed {seed}", folder / f"seed{seed}"
+        run = replace(setup, config=replace(setup.config, seed=seed, out=out))
         try:
-            label = f"{row.setting} {row.variant}  seed {seed}"
-            results.append(run_once(replace(setup, config=config), label, log))
+            run_prepared(run, quiet=log.console.quiet, brief=True)
+        except Interrupted:
+            log.line(f"{label}  stopped, saved; the same command continues from there")
+            raise
         except RunError as error:
             failed = f"seed {seed} failed: {error}"
             log.line(f"{row.setting} {row.variant}  {failed}")
+            continue
+        # A finished run needs no checkpoints, which would fill the disk in a study of many runs.
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        results.append(result := read_json(out / "result.json"))
+        scores = "  ".join(f"{task} {number(value)}" for task, value in result["scores"].items())
+        log.line(f"{label}  {scores}  {result['seconds']:.1f} s")
     record: Record = {"setting": row.setting, "variant": row.variant}
     for task in setup.train:
-        scores = [score for result in results if (score := result["scores"][task]) is not None]
-        record[task] = mean(scores) if scores else None
-        record[f"{task} spread"] = stdev(scores) if len(scores) > 1 else None
+        values = [value for result in results if (value := result["scores"][task]) is not None]
+        record[task] = mean(values) if values else None
+        record[f"{task} spread"] = stdev(values) if len(values) > 1 else None
         record[f"{task} paper"] = row.paper.get(task)
     record["trainable"] = trained_share(results[0]["parameters"])[0] if results else None
     record["seconds"] = mean(result["seconds"] for result in results) if results else None
     return {**record, "failed": failed}
 
 
-def run_once(setup: Setup, label: str, log: Log) -> dict[str, Any]:
-    """Run a setup in `setup.config.out`, unless it is finished there; returns its result.json."""
-    folder = setup.config.out
-    assert folder is not None
-    new = not is_finished(folder)
-    try:  # also for a finished run, as this raises UserError if its settings or its data differ
-        run_prepared(setup, quiet=log.console.quiet, brief=True)
-    except Interrupted:
-        log.line(f"{label}  stopped, saved; the same command continues from there")
-        raise
-    # A finished run needs no checkpoints, which would fill the disk in a study of many runs.
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    result = read_json(folder / "result.json")
-    if new:
-        scores = "  ".join(f"{task} {number(score)}" for task, score in result["scores"].items())
-        log.line(f"{label}  {scores}  {result['seconds']:.1f} s")
-    return result
+def write_table(name: str, records: list[Record], scope: str, folder: Path, log: Log) -> None:
+    """Print a table and write its CSV file, plot and report."""
+    title, tasks, _ = TABLES[name]
+    header, cells = table_of(records)
+    comparison = [_comparison(task, records) for task in tasks]
+    log.line(f"{name}: {title}")
+    log.table(header, cells)
+    log.line("\n".join(comparison))
+    write_rows(folder / f"{name}.csv", list(records[0]), [list(r.values()) for r in records])
+    plot = pages.plot(folder, name, len(tasks), partial(_draw, tasks, records))
+    blocks = [scope, pages.table(header, cells), comparison, plot, NOTES]
+    pages.write_pages(folder, f"{name}: {title}", blocks)
+    log.line(f"report in {folder / 'report.html'}")
+
+
+def table_of(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """The header and the cells of a table, without columns that have no value."""
+    names = [n for n in records[0] if any(r[n] not in (None, "") for r in records)]
+    return names, [[cell(record[name]) for name in names] for record in records]
 
 
 def cell(value: object) -> str:
@@ -113,55 +132,66 @@ def cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
-def write_table(name: str, records: list[Record], scope: str, folder: Path, log: Log) -> None:
-    """Print a table and write its CSV file, plot and report."""
-    title, tasks, _, note = TABLES[name]
-    header, cells = list(records[0]), [list(map(cell, record.values())) for record in records]
-    comparison = [_comparison(task, records) for task in tasks]
-    log.line(f"{name}: {title}")
-    log.table(header, cells)
-    for line in comparison:
-        log.line(line)
-    write_rows(folder / f"{name}.csv", header, [list(record.values()) for record in records])
-    plot = pages.plot(folder, name, len(tasks), partial(_draw, tasks, records))
-    blocks = [scope, pages.table(header, cells), comparison, plot, note, NOTES]
-    pages.write_pages(folder, f"{name}: {title}", blocks)
-    log.line(f"report in {folder / 'report.html'}")
-
-
 def _comparison(task: str, records: Sequence[Record]) -> str:
     """The best score and how many rows exceed the paper's, without the course's learning rate."""
-    ours = [r for r in records if r["variant"] != COURSE and r[task] is not None]
-    if not ours:
-        return f"{task}: no score"
-    best = max(ours, key=lambda record: record[task])
-    known = [r for r in ours if r[f"{task} paper"] is not None]
-    better = sum(record[task] > record[f"{task} paper"] for record in known)
+    ours = [record for record in records if record["variant"] != COURSE]
+    best = max(ours, key=lambda record: record[task] or 0.0)
+    pairs = [(record[task], record[f"{task} paper"]) for record in ours]
+    exceed = [score > paper for score, paper in pairs if None not in (score, paper)]
     return (
-        f"{task}: best {best[task]:.3f} ({best['setting']} {best['variant']}); {better} of the "
-        f"{len(known)} rows that the paper has a score for exceed it"
+        f"{task}: best {number(best[task])} ({best['setting']} {best['variant']}); {sum(exceed)} "
+        f"of the {len(exceed)} rows that the paper has a score for exceed it"
     )
 
 
 def _draw(
     tasks: Sequence[str], records: Sequence[Record], figure: pages.Figure, axes: list[pages.Axes]
 ) -> None:
-    """Plot the scores of each task by setting: a line for each variant, and the paper's as crosses.
-
-    The course's learning rate is left out: its low scores would hide the differences of the others.
-    """
+    """Plot each task's scores by setting, and the paper's as crosses."""
     figure.set_size_inches(2 * len(tasks) + 6, 5)  # fits six ranks and ten variants
+    # The low scores at the course's learning rate would hide the differences of the others.
     shown = [record for record in records if record["variant"] != COURSE]
     for panel, task in zip(axes, tasks, strict=True):
-        for i, variant in enumerate(dict.fromkeys(record["variant"] for record in shown)):
-            rows = [r for r in shown if r["variant"] == variant and r[task] is not None]
-            x, y, spread = ([r[key] for r in rows] for key in ("setting", task, f"{task} spread"))
-            line = "o" + ("-" if i < 4 else "--")
-            panel.errorbar(
-                x, y, [s or 0 for s in spread], fmt=line, color=f"C{i % 4}", label=variant
-            )
-        known = [r for r in shown if r[f"{task} paper"] is not None]
-        x, y = ([r[key] for r in known] for key in ("setting", f"{task} paper"))
-        panel.plot(x, y, "kx", zorder=3, label="the paper" if known else "")
+        draw_lines(panel, shown, "setting", task, "variant")
+        known = {r["setting"]: r[f"{task} paper"] for r in shown if r[f"{task} paper"] is not None}
+        panel.plot([*known], [*known.values()], "kx", zorder=3, label="the paper" if known else "")
         panel.set(title=task, ylabel="dev score")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def draw_lines(panel: pages.Axes, rows: Sequence[Record], x: str, y: str, by: str) -> None:
+    """Plot the values `y` over `x`, with their spread, as a line for each value of `by`."""
+    for i, value in enumerate(dict.fromkeys(row[by] for row in rows)):
+        line = [row for row in rows if row[by] == value and row[y] is not None]
+        xs, ys = ([row[key] for row in line] for key in (x, y))
+        spread = [row.get(f"{y} spread") or 0 for row in line]
+        panel.errorbar(xs, ys, spread, fmt="o-" if i < 4 else "o--", color=f"C{i % 4}", label=value)
+
+
+def report_search(folder: Path, findings: Mapping[str, dict[str, Any]], log: Log) -> None:
+    """Write and print what was found for all tasks, or for each."""
+    blocks: list[pages.Block | None] = [SEARCH_NOTES]
+    for name, finding in findings.items():
+        best = ", ".join(f"{key} {cell(value)}" for key, value in finding["best"].items())
+        runs, trials = table_of(finding["full_runs"]), table_of(finding["trials"])
+        log.line(f"{name}: the best are {best}")
+        log.table(*runs)
+        plot = pages.plot(folder, name, 3, partial(_draw_search, finding))
+        blocks += [pages.heading(f"{name}: {best}"), pages.table(*runs), plot, pages.table(*trials)]
+    pages.write_pages(folder, "Search of LoRA settings", blocks)
+    log.line(f"report in {folder / 'report.html'}; train with the settings found:")
+    log.line(f"  fastlora-train --config {folder / 'best.toml'}")
+
+
+def _draw_search(finding: Record, figure: pages.Figure, panels: list[pages.Axes]) -> None:
+    """Plot the scores of the ranks, and those of the shortest runs of the other stages."""
+    for rank, (score, error) in reversed(finding["ranks"]):
+        panels[0].errorbar(str(rank), score, error, marker="o", capsize=3, color="C0")
+    panels[0].set(title="one run, truncated", xlabel="rank", ylabel="score")
+    stages = (("rates", "lr", "warmup"), ("shapes", "dropout", "targets"))
+    for panel, (stage, x, line) in zip(panels[1:], stages, strict=True):
+        rows = [row for row in finding["trials"] if row["stage"] == stage]
+        draw_lines(panel, sorted(rows, key=itemgetter(x)), x, "first score", line)
+        panel.set(title=f"shortest runs, by {line}", xlabel=x)
+    panels[1].legend()
+    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=2)

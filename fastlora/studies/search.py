@@ -1,223 +1,262 @@
-"""`fastlora search`: runs the searches of stages.py; writes search.json, best.toml and a report."""
+"""`fastlora search`: LoRA settings by short runs and by truncation of trained adapters.
+
+After a full run with the settings given come three stages, each an Optuna study:
+    rates    learning rate and warmup, by short runs; trial 0 has the settings given
+    ranks    half a run at the largest rank, with the rate found and with that given; its adapters
+             are cut to every smaller rank, and the smallest is kept that scores as the best does
+    shapes   dropout and targets, by short runs
+In the end, full runs over three seeds compare the settings found with those given. A short run
+trains on a sixteenth of the examples, and if its score is in the best third of its stage, on an
+eighth (successive halving, Li et al. 2020). Trials are scored on one half of the dev examples, full
+runs on the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import json
+import os
+import time
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from itertools import accumulate
+from itertools import product
+from math import inf
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import optuna
-import tomlkit
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.trial import TrialState
+from optuna.distributions import CategoricalDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 
 from fastlora.console import Log
-from fastlora.data.tasks import BUILTIN
-from fastlora.errors import Interrupted, UserError
+from fastlora.data.batches import subset
+from fastlora.data.reading import TaskData
+from fastlora.errors import Diverged, Interrupted, RunError, UserError
 from fastlora.files import write_json
+from fastlora.lora.config import TARGETS
 from fastlora.multitask.files import config_fingerprint
 from fastlora.runs import folder as folders
-from fastlora.runs import pages
-from fastlora.runs.session import run_description
-from fastlora.studies.grid import cell
-from fastlora.studies.stages import Params, Search, value_of
-from fastlora.training.config import SearchConfig, TaskLoraConfig, TrainConfig
+from fastlora.studies.grid import Record, begin, report_search, run_row
+from fastlora.studies.paper_tables import Row
+from fastlora.studies.truncation import RANKS, smallest_within_error, sweep
+from fastlora.training.config import SearchConfig, TrainConfig
 from fastlora.training.distributed import Ranks
 from fastlora.training.inputs import Inputs
-from fastlora.training.setup import Setup, prepare, read_encoder, training
+from fastlora.training.loop import Trainer
+from fastlora.training.setup import Setup, build_model, to_compute, training
 from fastlora.training.stopping import Stop
 
-FILE = "search.toml"  # the settings given, which trial 0 trains
-SETTINGS = ("lr", "warmup", "r", "dropout", "targets", "seed")
-COLUMNS = ("stage", "trial", *SETTINGS, "share", "score", "parameters", "seconds")
-SCORES = """\
-The stages rates, ranks and shapes are scored on one half of the dev examples (short runs on at most
-400 of a task), the stages defaults and best on the other half, which no choice was based on."""
-RANKED = """\
-Ranks, by truncation of the adapters of one run. The error is the standard error of the difference
-from the best rank's score."""
+RATES = (1.0, 2.0, 0.5, 4.0, 0.25, 1.4, 0.7, 2.8, 0.35)  # times the rate given, the likelier first
+WARMUPS = (0.06, 0.2)
+SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
+DROPOUTS, SEEDS = (0.0, 0.05, 0.1, 0.2), 3
+# The shares of the training examples that a trial of a stage trains on, one after the other.
+SHARES = {"rates": (1 / 16, 1 / 8), "ranks": (1 / 2,), "shapes": (1 / 16, 1 / 8)}
+SHORT_DEV = 400  # the most dev examples of a task that score a short run
+# The time of the last full runs, in that of the first; with more targets, one takes 1.5 times it.
+LAST_RUNS = SEEDS * 1.5 + SEEDS - 1
+DIVERGED = -1.0  # a score below all others
 
 
 def run_search(
-    config: TrainConfig,
-    inputs: Inputs,
-    how: SearchConfig,
-    *,
-    quiet: bool = False,
-    stop: Stop | None = None,
+    config: TrainConfig, inputs: Inputs, how: SearchConfig, quiet: bool, stop: Stop
 ) -> None:
     """Search in `config.out`, for all tasks jointly or for each task's adapter in turn.
 
     Raises UserError before training if the configuration or the data are wrong, and RunError and
-    Interrupted as `Search.lead`.
+    Interrupted as `Search.run`.
     """
     if config.mode != "lora" or config.adapters == "shared+per-task" or config.add_to:
         raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
-    log, setup = Log(quiet), prepare(config, inputs)
-    loaded = read_encoder(inputs.source)
-    setup = replace(setup, loaded=loaded, stop=stop or Stop())
-    folder = config.out or folders.default_folder(config)
-    config_sha256 = config_fingerprint(loaded.encoder.config)
-    hashes = folders.fingerprints(setup, loaded.sha256, config_sha256)
-    if how.join:
-        if not (folder / FILE).is_file():
-            raise UserError(f"{folder}: holds no search to help with (--out names its folder)")
-        folders.check_run(folder, hashes)
-    # The process that leads locks the folder; those that help do not.
-    with nullcontext() if how.join else folders.open_run(folder, setup.config, hashes, FILE):
-        log.fields([*run_description(setup, Ranks(setup.device)), ("search", str(folder))])
-        _search(setup, folder, how, log)
+    setup, log = begin(config, inputs, quiet, stop)
+    if few := [name for name, data in setup.dev.items() if len(data) < 2]:
+        raise UserError(f"{few[0]}: has one dev example (a search expects two or more)")
+    loaded = setup.loaded
+    assert loaded is not None
+    hashes = folders.fingerprints(setup, loaded.sha256, config_fingerprint(loaded.encoder.config))
+    folder, best, findings = config.out or folders.default_folder(config), setup.config, {}
+    tasks = [None] if best.adapters == "shared" else list(setup.train)
+    how = replace(how, budget=how.budget and how.budget / len(tasks))
+    with folders.open_run(folder, best, hashes, "search.toml"), training(setup):
+        log.line(f"search     {folder}")
+        for task in tasks:
+            search = Search(setup, task, folder / (task or ""), how, log)
+            try:
+                findings[task or "jointly"] = finding = search.run()
+            except Interrupted:
+                log.line(f"stopped; the same command with --out {folder} continues")
+                raise
+            best = search.configure(best, finding["best"])
+        folders.write_config(folder / "best.toml", best)
+        write_json(folder / "search.json", findings)
+        report_search(folder, findings, log)
 
 
-def _search(setup: Setup, folder: Path, how: SearchConfig, log: Log) -> None:
-    """Lead the searches of a folder, and write what they found, or help with them."""
-    best = setup.config
-    shared = best.adapters == "shared"
-    parts = {"jointly": best} if shared else {task: _alone(best, task) for task in setup.train}
-    if how.budget:
-        how = replace(how, budget=how.budget / len(parts))
-    findings = {}
-    for part, part_config in parts.items():
-        part_folder = folder if shared else folder / part
-        part_folder.mkdir(exist_ok=True)
-        search = Search(setup.narrow(part_config), part_folder, how, log)
-        try:
-            with training(search.setup):
-                if how.join:
-                    search.help()
-                    continue
-                findings[part] = findings_of(search, search.lead())
-        except Interrupted:
-            log.line(f"stopped; the same command with --out {folder} continues")
-            raise
-        new = search.configure(findings[part]["best"])
-        tuned = replace(TaskLoraConfig.of(new.lora), lr=new.lr, warmup=new.warmup)
-        best = new if shared else best.with_task_settings(part, tuned)
-    if not how.join:
-        write_search(folder, best, findings, log)
+class Search:
+    """A search in a folder, for the adapter of a task or (None) of all; continues what is there."""
 
+    def __init__(
+        self, setup: Setup, task: str | None, folder: Path, how: SearchConfig, log: Log
+    ) -> None:
+        config, own = setup.config, setup.config.task_settings(task or "").changes()
+        self.setup = setup.narrow(replace(config, tasks=(task,))) if task else setup
+        self.task, self.folder, self.how, self.log = task, folder, how, log
+        given = {**vars(config), "lr": config.peak_rates[0], **own}
+        given["targets"] = ",".join(name for name in TARGETS if name in given["targets"])
+        rates = [given["lr"] * rate for rate in RATES]
+        tried = {"lr": rates, "warmup": WARMUPS, "r": RANKS, "dropout": DROPOUTS, "targets": SHAPES}
+        self.given: Record = {name: given[name] for name in tried}
+        self.tried = {name: list(dict.fromkeys((given[name], *tried[name]))) for name in tried}
+        folder.mkdir(exist_ok=True)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.storage = open_journal(folder / "journal.log")
+        self.rows: list[Record] = []  # what the report says of each trial, by stage and number
 
-def _alone(config: TrainConfig, task: str) -> TrainConfig:
-    """The configuration that trains a task alone, with the settings of its adapter."""
-    changes = config.task_settings(task).changes()
-    for name in (*BUILTIN, *config.task):
-        config = config.with_task_settings(name, TaskLoraConfig())
-    return replace(config, adapters="shared", tasks=(task,), **changes)
+    def run(self) -> dict[str, Any]:
+        """Run or continue the search; returns what it found, in JSON's types.
 
+        Raises RunError if the first run fails, all trials of a stage diverge, or the budget is too
+        small, and Interrupted if the setup's `stop` asked for it.
+        """
+        given = self.given
+        if error := (first := self.full_runs("given", given, 1))["failed"]:
+            raise RunError(f"with the settings given, {error}")
+        budget = self.how.budget.total_seconds() if self.how.budget else inf
+        if (spare := budget - first["seconds"] * (2 + LAST_RUNS)) < 0:
+            takes = (
+                f"but a full run takes {first['seconds']:.0f} s, which needs {budget - spare:.0f}"
+            )
+            raise RunError(f"--budget is {budget:.0f} s, {takes}; lower --limit or --epochs")
+        rates = {name: self.tried[name] for name in ("lr", "warmup")}
+        best = self.stage("rates", given, rates, spare / 2, self.how.trials)
+        found = {**given, **best.params, "r": max(self.tried["r"])}
+        # Short runs favour high rates, so the rate given gets a longer run, too.
+        best = self.stage("ranks", found, {"lr": [found["lr"], given["lr"]]})
+        ranks = best.user_attrs["ranks"]
+        found |= {**best.params, "r": smallest_within_error(dict(ranks))}
+        shapes = {name: self.tried[name] for name in ("dropout", "targets")}
+        found |= self.stage("shapes", found, shapes, first["seconds"] + spare).params
+        runs = [first]
+        if found != given:
+            runs = [self.full_runs("given", given, SEEDS), self.full_runs("found", found, SEEDS)]
+            old, new = (mean(run[task] or 0.0 for task in self.setup.train) for run in runs)
+            if new <= old or runs[1]["failed"]:
+                found = given
+        return {"best": found, "full_runs": runs, "ranks": ranks, "trials": self.rows}
 
-def findings_of(search: Search, best: Params) -> dict[str, Any]:
-    """The results of a search in JSON's types; "best" are the settings given unless others won."""
-    scores = {}
-    for stage in ("best", "defaults"):
-        runs = search.trials(TrialState.COMPLETE, stage=stage)
-        scores[stage] = [value_of(run) for run in sorted(runs, key=lambda run: run.params["seed"])]
-    p_value = None
-    if scores["best"]:
-        # Imported here because it takes most of a second.
-        from scipy.stats import ttest_rel
+    def stage(
+        self, name: str, base: Record, changes: Record, until: float = inf, most: int | None = None
+    ) -> FrozenTrial:
+        """Train `most` combinations of some settings' values; returns the best trial.
 
-        same = scores["best"] == scores["defaults"]
-        p_value = 1.0 if same else float(ttest_rel(*scores.values()).pvalue)
-    better = p_value is not None and mean(scores["best"]) > mean(scores["defaults"])
-    return {
-        "best": best if better else search.defaults,
-        "given": search.defaults,
-        "scores": scores,
-        "p_value": p_value,
-        "ranks": search.stage("ranks", []).user_attrs["ranks"],
-        "seconds": search.spent(),
-        "trials": [
-            {"trial": trial.number, **trial.params, "state": trial.state.name.lower()}
-            | {"rungs": list(trial.intermediate_values.values()), **trial.user_attrs}
-            for trial in search.trials()
-        ],
-    }
-
-
-def write_search(
-    folder: Path, config: TrainConfig, findings: Mapping[str, dict[str, Any]], log: Log
-) -> None:
-    """Write and print the findings for all tasks, or for each; `config` has the best settings."""
-    folders.write_config(folder / "best.toml", config)
-    write_json(folder / "search.json", findings)
-    blocks: list[pages.Block | None] = [SCORES]
-    for name, finding in findings.items():
-        summary = _summary(finding)
-        for line in summary:
-            log.line(f"{name}: {line}")
-        ranks = [[str(rank), *map(cell, score)] for rank, score in finding["ranks"]]
-        trials = [{**trial, "score": trial["rungs"][-1]} for trial in _trained(finding)]
-        cells = [[cell(trial[column]) for column in COLUMNS] for trial in trials]
-        blocks += [
-            pages.heading(name),
-            summary,
-            pages.plot(folder, name, 3, partial(_draw, finding)),
-            RANKED,
-            pages.table(["rank", "score", "error"], ranks),
-            pages.table(COLUMNS, cells),
-        ]
-    settings = tomlkit.dumps(pages.without_folders(config.to_table()))
-    blocks += [pages.heading("The best configuration"), pages.code(settings)]
-    pages.write_pages(folder, "Search of LoRA settings", blocks)
-    log.line(f"train with it: fastlora-train --config {folder / 'best.toml'}")
-    log.line(f"report in {folder / 'report.html'}")
-
-
-def _trained(finding: Mapping[str, Any], stage: str | None = None) -> list[dict[str, Any]]:
-    """The trials of a stage, or of all, that were trained before the budget was spent."""
-    trials = finding["trials"]
-    return [trial for trial in trials if trial["rungs"] and stage in (None, trial["stage"])]
-
-
-def _summary(finding: Mapping[str, Any]) -> list[str]:
-    """The best settings, how they compare with those given, and the cost, in words."""
-    seconds, full, p_value = finding["seconds"], finding["trials"][0]["seconds"], finding["p_value"]
-    comparison = "No other settings were better than those given"
-    if finding["scores"]["best"]:
-        new, given = (f"{mean(s):.4f} ± {stdev(s):.4f}" for s in finding["scores"].values())
-        kept = "; the settings given are kept" if finding["best"] == finding["given"] else ""
-        comparison = (
-            f"Mean score over {len(finding['scores']['best'])} seeds, on dev examples that no "
-            f"choice was based on: {new} for the settings found, {given} for those given (paired t "
-            f"test: p = {p_value:.2f}){kept}"
+        Others are as in `base`. After `until` seconds of all trials, only a stage's first begins.
+        """
+        study = optuna.create_study(
+            storage=self.storage,
+            study_name=name,
+            direction="maximize",
+            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+            load_if_exists=True,
         )
-    return [
-        f"The best: {', '.join(f'{key} {cell(value)}' for key, value in finding['best'].items())}.",
-        f"{comparison}.",
-        f"The search took {seconds:.0f} s, the time of {seconds / full:.1f} full runs.",
-    ]
+        for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a process that has ended
+            study.enqueue_trial(left.system_attrs["fixed_params"])
+            study.tell(left.number, state=TrialState.FAIL)
+        for values in list(product(*changes.values()))[:most]:
+            study.enqueue_trial(dict(zip(changes, values, strict=True)), skip_if_exists=True)
+        done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+        self.rows += [trial.user_attrs["row"] for trial in done]
+        for i in range(len(study.get_trials(states=(TrialState.WAITING,)))):
+            if (done or i) and sum(row["seconds"] for row in self.rows) > until:
+                break
+            trial = study.ask({key: CategoricalDistribution(self.tried[key]) for key in changes})
+            try:
+                study.tell(trial, self.train(trial, name, {**base, **trial.params}))
+            except optuna.TrialPruned:
+                study.tell(trial, state=TrialState.PRUNED)
+            self.rows.append(trial.user_attrs["row"])
+        if study.best_value == DIVERGED:
+            raise RunError(f"all runs of the stage {name!r} diverged; lower --lr")
+        return study.best_trial
+
+    def train(self, trial: optuna.Trial, stage: str, settings: Record) -> float:
+        """Train a trial on growing shares of the examples; returns its score on the last.
+
+        Raises TrialPruned if its score on an earlier share is not in the best third.
+        """
+        start, scores = time.perf_counter(), []
+        setup = self.setup.narrow(self.configure(self.setup.config, settings))
+        setup = replace(setup, dev=self.dev(0, inf if stage == "ranks" else SHORT_DEV))
+        for share in SHARES[stage]:
+            try:
+                trainer = train_share(setup, share)
+                of_tasks = trainer.progress.scores[-1]["scores"].values()
+                scores.append(mean(score or 0.0 for score in of_tasks))
+                if stage == "ranks":
+                    ranks = sweep(trainer.model, setup.dev, self.tried["r"])
+                    trial.set_user_attr("ranks", list(ranks.items()))
+            except Diverged:
+                scores.append(DIVERGED)
+            seconds = time.perf_counter() - start
+            row = {"stage": stage, "trial": trial.number, **settings, "first score": scores[0]}
+            results = {"share": share, "score": scores[-1], "seconds": seconds}
+            trial.set_user_attr("row", row | results)
+            text = f"{scores[-1]:.4f} on {share:.0%} of the examples, {seconds:.0f} s"
+            self.log.line(f"{stage:<6} trial {trial.number}: {text}")
+            trial.report(scores[-1], len(scores))
+            if share < SHARES[stage][-1] and trial.should_prune():
+                raise optuna.TrialPruned
+        return scores[-1]
+
+    def full_runs(self, name: str, settings: Record, seeds: int) -> Record:
+        """Train in full with some seeds, in run folders; finished ones are read."""
+        setup = self.setup.narrow(self.configure(self.setup.config, settings))
+        setup, folder = replace(setup, dev=self.dev(1)), self.folder / "runs" / name
+        return run_row(Row(name, name, ""), setup, seeds, folder, self.log)
+
+    def dev(self, first: int, most: float = inf) -> dict[str, TaskData]:
+        """Each task's dev examples `first` (0 or 1), `first` + 2, ..., at most `most` of them."""
+        return {
+            name: subset(data, np.arange(first, len(data), 2 + 2 * int(len(data) / (2 * most))))
+            for name, data in self.setup.dev.items()
+        }
+
+    def configure(self, config: TrainConfig, settings: Record) -> TrainConfig:
+        """`config` with some settings; alpha stays, so that one learning rate suits all ranks."""
+        settings = {**settings, "targets": tuple(settings["targets"].split(","))}
+        if self.task is None:
+            return replace(config, **settings)
+        own = replace(config.task_settings(self.task), **settings)
+        return config.with_task_settings(self.task, own)
 
 
-def _draw(finding: Mapping[str, Any], _: pages.Figure, panels: list[pages.Axes]) -> None:
-    for rank, (score, error) in reversed(finding["ranks"]):
-        panels[0].errorbar(str(rank), score, error, marker="o", capsize=3, color="C0")
-    panels[0].set(title="ranks: one run, truncated", xlabel="rank", ylabel="score")
-    rates, shapes = _trained(finding, "rates"), _trained(finding, "shapes")
-    shares = importance(rates, ("lr", "warmup")) | importance(shapes, ("dropout", "targets"))
-    panels[1].barh(list(shares), list(shares.values()))
-    panels[1].set(title="importance in its stage", xlabel="share", xlim=(0, 1))
-    ordered = sorted((t["parameters"], -t["rungs"][0]) for t in shapes)
-    parameters, scores = [x for x, _ in ordered], [-y for _, y in ordered]
-    panels[2].scatter(parameters, scores)
-    panels[2].step(parameters, list(accumulate(scores, max)), where="post")  # the Pareto front
-    panels[2].set(title="shapes, first rung", xlabel="trained parameters", ylabel="score")
+def open_journal(file: Path) -> JournalStorage:
+    """Open or create the journal in a file of a folder that this process has locked.
+
+    An incomplete last line, such as a full disk leaves, is removed. Raises UserError with the
+    number of the line if another line is damaged.
+    """
+    Path(f"{file}.lock").unlink(missing_ok=True)  # Optuna's own, of a process that was killed
+    backend = JournalFileBackend(str(file))
+    *lines, rest = file.read_bytes().split(b"\n")
+    os.truncate(file, file.stat().st_size - len(rest))
+    for number, line in enumerate(lines, 1):
+        with suppress(ValueError, TypeError):
+            if "op_code" in json.loads(line):
+                continue
+        raise UserError(f"{file}:{number}: not an entry of an Optuna journal; use a new --out")
+    return JournalStorage(backend)
 
 
-def importance(trials: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    """Optuna's importance of settings for the score on the first rung, which all trials reached."""
-    study = optuna.create_study(direction="maximize")
-    space: dict[str, BaseDistribution] = {
-        name: CategoricalDistribution(sorted({trial[name] for trial in trials})) for name in names
-    }
-    for trial in trials:
-        params = {name: trial[name] for name in names}
-        value = trial["rungs"][0]
-        study.add_trial(optuna.create_trial(params=params, distributions=space, value=value))
-    # The importance for being in the better half: of so few trials, a smaller part says little.
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+def train_share(setup: Setup, share: float) -> Trainer:
+    """Train on a share of the examples, with a complete schedule, and write nothing."""
+    model, *_ = build_model(setup, setup.inputs.tasks, setup.config)
+    to_compute(model, setup.config, setup.device)
+    trainer = Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+    trainer.total = max(1, round(share * trainer.total))
+    trainer.run()
+    if trainer.stop.asked:  # during the last evaluation
+        raise Interrupted
+    return trainer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -26,31 +26,21 @@ def sweep(
     The error is the standard error of the difference from the best rank's score (paired bootstrap
     over the examples, Efron & Tibshirani 1993). The adapters are left at the lowest rank.
     """
-    ordered, outputs = sorted(ranks, reverse=True), []
+    ordered, rng, outputs = sorted(ranks, reverse=True), np.random.default_rng(0), []
     for rank in ordered:
         truncate(model, rank)
         outputs.append(predict(model, dev))
-    scores = _mean_scores(dev, outputs, {name: np.arange(len(d)) for name, d in dev.items()})
-    rng, draws = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        rows = {name: rng.integers(len(d), size=len(d)) for name, d in dev.items()}
-        draws.append(_mean_scores(dev, outputs, rows))
-    errors = np.std([draw[scores.argmax()] - draw for draw in draws], axis=0)
+    draws = []  # the mean scores [ranks] on all examples, then on resampled ones
+    for draw in range(1 + RESAMPLES):
+        by_task = []
+        for name, data in dev.items():
+            rows = rng.integers(len(data), size=len(data)) if draw else np.arange(len(data))
+            labels = data.labels[rows] if data.labels is not None else None
+            by_task.append([score(data.task, o[name][rows], labels) or 0.0 for o in outputs])
+        draws.append(np.mean(by_task, axis=0))
+    scores, *resampled = draws
+    errors = np.std([draw[scores.argmax()] - draw for draw in resampled], axis=0)
     return dict(zip(ordered, zip(scores.tolist(), errors.tolist(), strict=True), strict=True))
-
-
-def _mean_scores(
-    dev: Mapping[str, TaskData],
-    outputs: Sequence[Mapping[str, np.ndarray]],
-    rows: Mapping[str, np.ndarray],
-) -> np.ndarray:
-    """The mean score of the tasks at each rank on the examples `rows`, [ranks]."""
-    parts = [
-        [score(data.task, o[name][rows[name]], data.labels[rows[name]]) or 0.0 for o in outputs]
-        for name, data in dev.items()
-        if data.labels is not None
-    ]
-    return np.mean(parts, axis=0)
 
 
 @torch.no_grad()

@@ -235,17 +235,15 @@ class SearchConfig:
 
     Args:
         budget: Time, as 90s, 30m or 2h, after which no short run begins.
-        trials: Short runs of learning rate and warmup, 1 or more.
-        join: Help with the search in --out that another process leads.
+        trials: Short runs of learning rate and warmup, 1 to 18.
     """
 
     budget: timedelta | None = None
     trials: int = 10
-    join: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
-        check(self.trials >= 1, "trials", self.trials, "1 or more")
+        check(1 <= self.trials <= 18, "trials", self.trials, "1 to 18")
         ok = self.budget is None or self.budget > timedelta(0)
         check(ok, "budget", str(self.budget), "more than no time")
 
