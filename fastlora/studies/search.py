@@ -66,8 +66,7 @@ def run_search(
 ) -> None:
     """Search in `config.out`, for all tasks jointly or for each task's adapter in turn.
 
-    Raises UserError before training if the configuration or the data are wrong, and RunError and
-    Interrupted as `Search.run`.
+    Raises UserError before training if the configuration or the data are wrong; as `Search.run`.
     """
     if config.mode != "lora" or config.adapters == "shared+per-task" or config.add_to:
         raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
@@ -212,9 +211,10 @@ class Search:
 
     def full_runs(self, name: str, settings: Record, seeds: int) -> Record:
         """Train in full with some seeds, in run folders; finished ones are read."""
-        setup = self.setup.narrow(self.configure(self.setup.config, settings))
-        setup, folder = replace(setup, dev=self.dev(1)), self.folder / "runs" / name
-        return run_row(Row(name, name, ""), setup, seeds, folder, self.log)
+        # The best weights would be chosen by the examples that score them.
+        config = replace(self.configure(self.setup.config, settings), keep="last")
+        setup = replace(self.setup.narrow(config), dev=self.dev(1))
+        return run_row(Row(name, name, ""), setup, seeds, self.folder / "runs" / name, self.log)
 
     def dev(self, first: int, most: float = inf) -> dict[str, TaskData]:
         """Each task's dev examples `first` (0 or 1), `first` + 2, ..., at most `most` of them."""
