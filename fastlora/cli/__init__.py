@@ -16,13 +16,16 @@ def exit_code(arguments: list[str]) -> int:
     try:
         # Imported here, so that Ctrl-C during the import is an interruption like any other.
         from cyclopts import CycloptsError
+        from cyclopts.exceptions import UnusedCliTokensError
 
         from fastlora.cli.commands import app
 
         try:
             app(arguments, exit_on_error=False, print_error=False)
         except (UserError, CycloptsError, RunError, OSError) as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            hint = "a list has commas, as in --tasks sst,quora,sts"
+            text = f"{error} {hint * isinstance(error, UnusedCliTokensError)}"
+            print("error:", " ".join(text.split()), file=sys.stderr)
             return 2 if isinstance(error, (UserError, CycloptsError)) else 1
     except (Interrupted, KeyboardInterrupt):
         return 130

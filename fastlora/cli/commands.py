@@ -15,6 +15,7 @@ from fastlora.cli.options import (
     OUTPUT,
     ComputeFlags,
     EvalFlags,
+    FileFlags,
     PredictFlags,
     SearchFlags,
     TableFlags,
@@ -24,11 +25,18 @@ from fastlora.cli.options import (
     settings_from,
 )
 from fastlora.cli.process import command_stop
+from fastlora.data.infer import FileTask
 from fastlora.errors import UserError
 from fastlora.files import check_replaceable
 from fastlora.studies.paper_tables import TABLES
 from fastlora.training.config import SearchConfig
-from fastlora.training.inputs import adapter_folder, find_data, find_inputs, rank_and_world
+from fastlora.training.inputs import (
+    adapter_folder,
+    find_data,
+    find_inputs,
+    rank_and_world,
+    with_file,
+)
 
 _FLAT = Parameter(name="*")
 ConfigFile = Annotated[
@@ -51,7 +59,10 @@ app = App(
 
 @app.command
 def train(
-    *,
+    *files: Annotated[
+        Path, Parameter(help="CSV, TSV or JSONL file to train on, with --text and --label.")
+    ],
+    own: Annotated[FileFlags, _FLAT] = FileFlags(),  # noqa: B008
     settings: Annotated[TrainFlags, _FLAT] = TrainFlags(),  # noqa: B008
     config: ConfigFile = None,
     resume: Annotated[
@@ -67,13 +78,21 @@ def train(
     fastlora-train --r 32
     fastlora-train --r 32 --data data/ --model bert-base-uncased --epochs 3
     fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
+    fastlora-train tickets.csv --text subject,body --label queue
     """
+    if len(files) > 1 or not all(file.is_file() for file in files):
+        what = f"{files[-1]}: no such file" if len(files) == 1 else "expected one FILE"
+        raise UserError(f"{what}; a list has commas, as in --tasks sst,quora,sts")
+    if given(own) and not files:
+        raise UserError(f"--{next(iter(given(own)))} needs a file: fastlora-train FILE.csv ...")
     if resume is not None:
-        if config is not None or "out" in given(settings):
-            raise UserError("--resume names a run folder; leave out --config and --out")
+        if config is not None or files or "out" in given(settings):
+            raise UserError("--resume names a run folder; leave out FILE, --config and --out")
         settings, config = replace(settings, out=resume), resume / "run.toml"
-    wanted = settings_from(settings, config)
-    inputs = find_inputs(wanted)
+    wanted, why = settings_from(settings, config), "as given"
+    if files:
+        wanted, why = with_file(wanted, files[0], FileTask(**given(own)))
+    inputs = find_inputs(wanted, why, config)
     from fastlora.runs.session import run_training
 
     run_training(wanted, inputs, quiet=quiet, dry_run=dry_run, stop=command_stop())
@@ -101,7 +120,7 @@ def search(
     _check_alone("search")
     how = SearchConfig(**given(limits))
     wanted = settings_from(settings, config)
-    inputs = find_inputs(wanted)
+    inputs = find_inputs(wanted, beside=config)
     try:
         from fastlora.studies.search import run_search
     except ModuleNotFoundError as error:

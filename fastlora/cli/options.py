@@ -16,6 +16,7 @@ from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
 from cyclopts import Group, Parameter, convert
 
+from fastlora.data.infer import FileTask
 from fastlora.files import read_toml
 from fastlora.training.config import SearchConfig, TaskLoraConfig, TrainConfig
 from fastlora.training.types import check_keys, types_of
@@ -24,6 +25,7 @@ _UNIONS = (Union, UnionType)
 # The groups of options in the order of --help, by the first setting of each.
 _TITLES = {
     "budget": "Search",
+    "text": "A file of your own",
     "r": "LoRA",
     "tasks": "Tasks and data",
     "epochs": "Optimisation",
@@ -94,6 +96,7 @@ TableFlags = _flags(
 EvalFlags = _flags(TrainConfig, "data", "bad_rows", "quoting", "device")
 PredictFlags = _flags(TrainConfig, "quoting", "device")
 ComputeFlags = _flags(TrainConfig, "precision", "device")
+FileFlags = _flags(FileTask)
 SearchFlags = _flags(SearchConfig)
 
 

@@ -1,12 +1,124 @@
-"""What a task's table leaves out, and the table of a single file: found in the data."""
+"""What a task's table leaves out, and the whole task of a single file: found in the data."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import islice
+from os.path import commonpath
 from pathlib import Path
+from typing import Any, Literal
 
-from fastlora.data.reading import read_rows
-from fastlora.data.tasks import Task, distinct_names, label_value, split_names, task_from_table
+from fastlora.data.reading import read_records, read_rows, separator_of
+from fastlora.data.tasks import (
+    BUILTIN,
+    Task,
+    distinct_names,
+    label_value,
+    split_names,
+    task_from_table,
+)
 from fastlora.errors import UserError
+
+DEV_SHARE = 0.1  # of a file that comes without a dev file
+# Up to so many different whole numbers are classes, not values.
+MOST_CLASSES = 20
+_SEPARATED = {",": "separated by commas", ";": "separated by semicolons", "\t": "separated by tabs"}
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """What to learn from a file; text may also be one name, or names with commas between them.
+
+    Args:
+        text: Columns of text, comma-separated; two are a pair.
+        label: Column of the labels.
+        dev: File of the dev split; by default a tenth of FILE, of each class.
+        kind: By default found in the labels.
+        metric: Score that counts, such as macro_f1 or f1:CLASS; see the manual.
+        class_weights: auto: each class counts alike, however rare it is.
+    """
+
+    text: tuple[str, ...] | None = None
+    label: str | None = None
+    dev: Path | None = None
+    kind: Literal["classification", "multilabel", "regression"] | None = None
+    metric: str | None = None
+    class_weights: str | Mapping[str, float] | None = None
+
+
+def task_of_file(file: Path, how: FileTask, quoting: str, bad_rows: str) -> tuple[Path, Task, str]:
+    """The data folder and the task of a file, complete, and what separates its fields, in words.
+
+    Raises UserError where a column is missing or the labels are no labels, and as `read_rows`.
+    """
+    if file.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".txt"):
+        raise UserError(f"{file}: expected a CSV, TSV or JSONL file")
+    draft = Task("file", "multilabel", (), "", {})  # which may have lists as labels, too
+    records = [record for _, record in islice(read_records(file, draft, quoting), 100)]
+    records = [record for record in records if isinstance(record, dict)]
+    columns, label = _columns(file, records, how)
+    path, dev = file.resolve(), how.dev and Path(how.dev).resolve()
+    folder = Path(commonpath([path.parent, (dev or path).parent]))
+    files = {"train": path, **({"dev": dev} if dev else {})}
+    kind: str = how.kind or "multilabel"
+    if how.kind is None and not any(isinstance(record.get(label), list) for record in records):
+        kind = _kind(label_cells(path, replace(draft, label=label), quoting, bad_rows))
+    table = {
+        "kind": kind,
+        "columns": columns,
+        "label": label,
+        "files": {split: str(name.relative_to(folder)) for split, name in files.items()},
+        "dev_share": None if dev else DEV_SHARE,
+        "metric": how.metric or "",
+        "class_weights": how.class_weights,
+    }
+    table = {key: value for key, value in table.items() if value is not None}
+    task = complete(task_from_table(_name(path.stem, label), table), folder, quoting, bad_rows)
+    with path.open(encoding="utf-8-sig") as lines:
+        separated = _SEPARATED[separator_of(path, lines.readline())]
+    return folder, task, "JSON lines" if path.suffix.lower() == ".jsonl" else separated
+
+
+def _columns(file: Path, records: list[dict], how: FileTask) -> tuple[tuple[str, ...], str]:
+    """The columns of texts and of labels; UserError where they are not given, or not there."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    if not how.text or not how.label:
+        texts = {name: [str(record.get(name)) for record in records] for name in names}
+        text = max(names, key=lambda name: sum(map(len, texts[name])))
+        label = min(names, key=lambda name: (len(set(texts[name])) < 2, len(set(texts[name]))))
+        command = shlex.join(["fastlora-train", str(file), "--text", text, "--label", label])
+        raise UserError(
+            f"{file} has the columns {', '.join(names)}; name those of the texts (two are a pair) "
+            f"and of the labels, as in: {command}"
+        )
+    text = how.text.split(",") if isinstance(how.text, str) else how.text
+    for name in (*text, how.label):
+        if name not in names:
+            close = get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{file} has no column {name!r}, but {', '.join(names)}{hint}")
+    return tuple(text), how.label
+
+
+def _kind(cells: list[str]) -> str:
+    """The kind of task that has these labels."""
+    values = {label_value(cell) for cell in cells} - {""}
+    whole = {value for value in values if isinstance(value, float) and value.is_integer()}
+    numbers = all(isinstance(value, float) for value in values)
+    few = values == whole and len(values) <= MOST_CLASSES
+    return "regression" if numbers and not few else "classification"
+
+
+def _name(stem: str, label: str) -> str:
+    """A legal name for a task: from the stem of its file, or from its label's column."""
+    from torch.nn import ModuleDict  # here, because that takes a second
+
+    stems = re.sub(r"(^|[-_. ])train$", "", stem.lower()), label.lower(), "task"
+    names = [re.sub("[^a-z0-9_]+", "_", name).strip("_0123456789") for name in stems]
+    taken = {"", "default", *BUILTIN, *dir(ModuleDict())}
+    return next(name for name in (*names, "own_task") if name not in taken)
 
 
 def complete(task: Task, folder: Path, quoting: str, bad_rows: str) -> Task:
@@ -16,17 +128,21 @@ def complete(task: Task, folder: Path, quoting: str, bad_rows: str) -> Task:
     """
     if task.is_complete:
         return task
-    path = folder / task.files["train"]
-    cells = label_cells(path, task, quoting, bad_rows)
+    splits = ("train", "dev") if task.kind == "regression" else ("train",)
+    paths = [folder / task.files[split] for split in splits if split in task.files]
+    cells = [cell for path in paths for cell in label_cells(path, task, quoting, bad_rows)]
+    numbers = [value for value in map(label_value, cells) if isinstance(value, float)]
+    found: dict[str, Any]
     if task.kind != "regression":
-        return task_from_table(task.name, task.to_table() | {"labels": _classes(path, task, cells)})
-    if "dev" in task.files:
-        cells += label_cells(folder / task.files["dev"], task, quoting, bad_rows)
-    numbers = _numbers(cells)
-    if len(set(numbers)) < 2:
-        found = f"{numbers[0]!r} in every row" if numbers else f"no number, but {cells[0]!r}"
-        raise UserError(f"{path}: column {task.label!r} has {found} (expected different numbers)")
-    return task_from_table(task.name, task.to_table() | {"low": min(numbers), "high": max(numbers)})
+        found = {"labels": _classes(paths[0], task, cells)}
+    elif len(set(numbers)) > 1:
+        found = {"low": min(numbers), "high": max(numbers)}
+    else:
+        only = f"{numbers[0]!r} in every row" if numbers else f"no number, but {cells[0]!r}"
+        raise UserError(
+            f"{paths[0]}: column {task.label!r} has {only} (expected different numbers)"
+        )
+    return task_from_table(task.name, task.to_table() | found)
 
 
 def label_cells(path: Path, task: Task, quoting: str, bad_rows: str) -> list[str]:
@@ -42,11 +158,7 @@ def _classes(path: Path, task: Task, cells: list[str]) -> list[str]:
     where = f"{path}: column {task.label!r} has"
     if len(labels) < 2:
         raise UserError(f"{where} the label {''.join(labels)!r} alone (expected two or more)")
-    if len(labels) > max(20, len(cells) / 2):
+    if len(labels) > max(MOST_CLASSES, len(cells) / 2):
         found = f"{len(labels):,} different labels in {len(cells):,} rows"
-        raise UserError(f"{where} {found} (expected labels that repeat); is it the labels' column?")
+        raise UserError(f"{where} {found} (expected labels that repeat, or a kind of regression)")
     return labels
-
-
-def _numbers(cells: Iterable[str]) -> list[float]:
-    return [value for value in map(label_value, cells) if isinstance(value, float)]

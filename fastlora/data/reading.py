@@ -80,16 +80,8 @@ def read_rows(
     """
     path = Path(path)
     wanted = [*task.columns, *([task.label] if labelled else [])]
-    try:
-        text = (read_content(path) if content is None else content).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    if path.suffix.lower() == ".jsonl":
-        records = _json_records(text)
-    else:
-        required = ["task"] if mixed else wanted  # columns of other tasks may be missing
-        records = _csv_records(path, text, required, quoting, task)
+    required = ["task"] if mixed else wanted  # columns of other tasks may be missing
+    records = read_records(path, task, quoting, required, content)
     found, problems = [], []
     for position, (line, record) in enumerate(records):
         try:
@@ -109,9 +101,10 @@ def read_rows(
         raise UserError(_complaint(path, problems) + " or pass --bad-rows skip" * labelled)
     if not found and not mixed:
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
-    if labelled and task.dev_share and split in ("train", "dev"):
-        in_dev = _dev_part(np.array([row[2] for row in found]), task)
-        found = [row for row, dev in zip(found, in_dev, strict=True) if dev == (split == "dev")]
+    in_dev = bool(task.dev_share and split == "dev")
+    if task.dev_share and split in ("train", "dev"):
+        part = _dev_part(np.array([row[2] for row in found]), task)
+        found = [row for row, dev in zip(found, part, strict=True) if dev == in_dev]
         if not found:
             raise UserError(f"{path}: too few rows for a {split} split; name a dev file")
     if limit is not None and limit < len(found):
@@ -124,10 +117,32 @@ def read_rows(
         list(ids),
         texts=tuple(map(list, zip(*texts, strict=True))),
         labels=np.array(labels, np.float64) if labelled else None,
-        dropped=len(problems),
+        dropped=0 if in_dev else len(problems),  # counted for the training part alone
         empty=sum(not all(row) for row in texts),
         positions=positions,
     )
+
+
+def read_records(
+    path: Path,
+    task: Task,
+    quoting: str = "minimal",
+    required: Collection[str] = (),
+    content: bytes | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Each row's line and cells by column, or a ValueError that says what is wrong with the row.
+
+    Raises UserError where a CSV file has not one column of each `required` name, and for a file
+    that is not UTF-8.
+    """
+    try:
+        text = (read_content(path) if content is None else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+    if path.suffix.lower() == ".jsonl":
+        return _json_records(text)
+    return _csv_records(path, text, required, quoting, task)
 
 
 def _dev_part(labels: np.ndarray, task: Task) -> np.ndarray:
@@ -162,15 +177,15 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "sepa
 
 
 def _csv_records(
-    path: Path, text: str, required: list[str], quoting: str, task: Task
+    path: Path, text: str, required: Collection[str], quoting: str, task: Task
 ) -> Iterator[tuple[int, Any]]:
-    """Give each row's line and cells by column, or a ValueError that says what is wrong with it.
+    """What `read_records` gives for a CSV file.
 
     After a row whose quotes are wrong, reading goes on with the next line.
     """
     # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
     lines = io.StringIO(text, newline="").readlines()
-    delimiter = _delimiter(path, lines)
+    delimiter = separator_of(path, "".join(lines[:1]))
     quotes: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
 
     def reader_from(line: int) -> Any:
@@ -215,8 +230,8 @@ def _csv_records(
         csv.field_size_limit(limit)
 
 
-def _delimiter(path: Path, lines: list[str]) -> str:
-    header = "".join(lines[:1])
+def separator_of(path: Path, header: str) -> str:
+    """What separates the fields of a CSV file with this first line: a tab, comma or semicolon."""
     if path.suffix.lower() == ".tsv" or "\t" in header:
         return "\t"
     return ";" if header.count(";") > header.count(",") else ","

@@ -84,6 +84,13 @@ class Task:
         names = _listed(self.labels)
         return names if self.kind == "classification" else f"{names}, several as a|b"
 
+    @property
+    def description(self) -> str:
+        """The task in words, for a run's banner."""
+        dev = self.files.get("dev", f"{self.dev_share or 0:.0%} of {self.files.get('train')}")
+        what = f"{self.label} ({self.expected}) from {' and '.join(self.columns)}"
+        return f"{self.name}: {self.kind}, {what}; metric {self.metric}; dev split: {dev}"
+
     @cached_property
     def _classes(self) -> dict[str | float, int]:
         return {label_value(name): index for index, name in enumerate(self.labels)}

@@ -12,7 +12,7 @@ import torch
 
 from fastlora.bert.weights import save_encoder
 from fastlora.console import Log
-from fastlora.data.tasks import Task
+from fastlora.data.tasks import BUILTIN, Task
 from fastlora.devices import usual_modes
 from fastlora.errors import Interrupted, UserError
 from fastlora.files import atomic_folder, read_json, write_json
@@ -186,6 +186,7 @@ def run_description(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
         ("device", f"{hardware}, {setup.config.precision}, kernels: {kernels} ({reason})"),
         ("model", f"{inputs.model} ({inputs.why_model}) from {inputs.source.folder}"),
         ("data", f"{inputs.folder} ({inputs.why_data})"),
+        *(("task", task.description) for name, task in inputs.tasks.items() if name not in BUILTIN),
         ("examples", "; ".join(examples)),
     ]
 

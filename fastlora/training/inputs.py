@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fastlora.data import DEMO
-from fastlora.data.infer import complete
+from fastlora.data.infer import FileTask, complete, task_of_file
 from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import BUILTIN, Task, task_from_table
 from fastlora.errors import UserError
@@ -33,8 +33,22 @@ class Inputs:
     source: Source
 
 
-def find_inputs(config: TrainConfig) -> Inputs:
-    """Resolve --data, --tasks and --model and check --targets; UserError when one is not there."""
+def with_file(config: TrainConfig, file: Path, how: FileTask) -> tuple[TrainConfig, str]:
+    """The configuration with the task of one file, as `task_of_file` finds it; and why the data."""
+    if config.tasks or config.data:
+        raise UserError(f"{file} says what to train on; leave out --tasks and --data")
+    folder, task, separated = task_of_file(file, how, config.quoting, config.bad_rows)
+    tables = {**config.task, task.name: task.to_table()}
+    config = replace(config, data=folder, tasks=(task.name,), task=tables)
+    return config, f"the folder of {file.name}, {separated}"
+
+
+def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None = None) -> Inputs:
+    """Resolve --data, --tasks and --model and check --targets; UserError when one is not there.
+
+    `why` is the reason for the data folder that the configuration names; where it names none, the
+    tasks' files may also lie `beside` the file of the configuration.
+    """
     rank_and_world()  # a mistake is answered at once
     for settings in (config, *vars(config).values()):
         for target in getattr(settings, "targets", None) or ():
@@ -46,7 +60,7 @@ def find_inputs(config: TrainConfig) -> Inputs:
     names = config.tasks or [n for n in known if n in DEFAULT_TASKS or n in config.task]
     for name in names:
         _check_name("task", name, known)
-    folder, why_data = find_data(config.data, known.values())
+    folder, why_data = find_data(config.data, known.values(), why, beside)
     tasks = {}
     for name in names:
         # The course's test files are not needed; a user's own task names files that are there.
@@ -89,12 +103,19 @@ def adapter_folder(path: str | Path) -> Path:
     raise UserError(f"{path}: holds no trained adapter and heads (expected a finished run folder)")
 
 
-def find_data(given: str | Path | None, tasks: Collection[Task]) -> tuple[Path, str]:
-    """The folder of the tasks' files and why it is the one."""
+def find_data(
+    given: str | Path | None,
+    tasks: Collection[Task],
+    why: str = "as given",
+    beside: Path | None = None,
+) -> tuple[Path, str]:
+    """The folder of the tasks' files and why it is the one; see `find_inputs`."""
     if given is not None:
         if not Path(given).is_dir():
             raise UserError(f"{given}: no such folder (--data names the task files' folder)")
-        return Path(given).resolve(), "as given"
+        return Path(given).resolve(), why
+    if beside and any(has_files(beside.parent, task) for task in tasks):
+        return beside.parent.resolve(), f"{beside.name} lies beside the task files"
     local = Path("data").resolve()
     if any(has_files(local, task) for task in tasks):
         return local, "./data holds the task files"
@@ -112,4 +133,9 @@ def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:
     if name not in known:
         close = get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
+        if what == "task" and not close:
+            hint = (
+                f"; describe it as [task.{name}] in a file for --config, or train on its file: "
+                f"fastlora-train {name}.csv --text COLUMN --label COLUMN"
+            )
         raise UserError(f"{what} {name!r} is none of {', '.join(known)}{hint}")
