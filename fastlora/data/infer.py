@@ -1,4 +1,4 @@
-"""What a task's table leaves out, and the whole task of a single file: found in the data."""
+"""Infers what a task's table leaves out, or the whole task of a file, from the data."""
 
 import re
 import shlex
@@ -22,22 +22,22 @@ from fastlora.data.tasks import (
 from fastlora.errors import UserError
 
 DEV_SHARE = 0.1  # of a file that comes without a dev file
-# Up to so many different whole numbers are classes, not values.
+# Labels of up to so many different whole numbers are classes, not values.
 MOST_CLASSES = 20
 _SEPARATED = {",": "separated by commas", ";": "separated by semicolons", "\t": "separated by tabs"}
 
 
 @dataclass(frozen=True)
 class FileTask:
-    """What to learn from a file; text may also be one name, or names with commas between them.
+    """How to train on a file; `text` may also be one text, with commas between the names.
 
     Args:
         text: Columns of text, comma-separated; two are a pair.
         label: Column of the labels.
-        dev: File of the dev split; by default a tenth of FILE, of each class.
-        kind: By default found in the labels.
-        metric: Score that counts, such as macro_f1 or f1:CLASS; see the manual.
-        class_weights: auto: each class counts alike, however rare it is.
+        dev: File of the dev split; by default a tenth of FILE, stratified by class.
+        kind: Kind of the task; by default inferred from the labels.
+        metric: Metric that selects weights, such as macro_f1 or f1:CLASS; see docs/training.md.
+        class_weights: auto: weigh each class by 1 / its frequency in the loss.
     """
 
     text: tuple[str, ...] | None = None
@@ -49,13 +49,13 @@ class FileTask:
 
 
 def task_of_file(file: Path, how: FileTask, quoting: str, bad_rows: str) -> tuple[Path, Task, str]:
-    """The data folder and the task of a file, complete, and what separates its fields, in words.
+    """Infer the task of a file: returns its data folder, the task, and its separator in words.
 
-    Raises UserError where a column is missing or the labels are no labels, and as `read_rows`.
+    Raises UserError if a column is missing or the labels fit no kind, and as `read_rows` does.
     """
     if file.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".txt"):
         raise UserError(f"{file}: expected a CSV, TSV or JSONL file")
-    draft = Task("file", "multilabel", (), "", {})  # which may have lists as labels, too
+    draft = Task("file", "multilabel", (), "", {})  # whose labels may also be lists
     records = [record for _, record in islice(read_records(file, draft, quoting), 100)]
     records = [record for record in records if isinstance(record, dict)]
     columns, label = _columns(file, records, how)
@@ -82,7 +82,7 @@ def task_of_file(file: Path, how: FileTask, quoting: str, bad_rows: str) -> tupl
 
 
 def _columns(file: Path, records: list[dict], how: FileTask) -> tuple[tuple[str, ...], str]:
-    """The columns of texts and of labels; UserError where they are not given, or not there."""
+    """The columns of texts and of labels; UserError unless they are given and in the file."""
     names = list(dict.fromkeys(name for record in records for name in record))
     if not how.text or not how.label:
         texts = {name: [str(record.get(name)) for record in records] for name in names}
@@ -103,7 +103,7 @@ def _columns(file: Path, records: list[dict], how: FileTask) -> tuple[tuple[str,
 
 
 def _kind(cells: list[str]) -> str:
-    """The kind of task that has these labels."""
+    """Infer the kind of a task from its label cells."""
     values = {label_value(cell) for cell in cells} - {""}
     whole = {value for value in values if isinstance(value, float) and value.is_integer()}
     numbers = all(isinstance(value, float) for value in values)
@@ -113,7 +113,7 @@ def _kind(cells: list[str]) -> str:
 
 def _name(stem: str, label: str) -> str:
     """A legal name for a task: from the stem of its file, or from its label's column."""
-    from torch.nn import ModuleDict  # here, because that takes a second
+    from torch.nn import ModuleDict  # imported here, because it takes a second
 
     stems = re.sub(r"(^|[-_. ])train$", "", stem.lower()), label.lower(), "task"
     names = [re.sub("[^a-z0-9_]+", "_", name).strip("_0123456789") for name in stems]
@@ -122,9 +122,9 @@ def _name(stem: str, label: str) -> str:
 
 
 def complete(task: Task, folder: Path, quoting: str, bad_rows: str) -> Task:
-    """A task with its classes, from the training file, or its range, from the dev file, too.
+    """Infer a task's classes from its training file, or its range from that and the dev file.
 
-    Raises UserError where they cannot be found, and as `read_rows`.
+    Raises UserError if they cannot be inferred, and as `read_rows` does.
     """
     if task.is_complete:
         return task
@@ -146,13 +146,13 @@ def complete(task: Task, folder: Path, quoting: str, bad_rows: str) -> Task:
 
 
 def label_cells(path: Path, task: Task, quoting: str, bad_rows: str) -> list[str]:
-    """The label of each row of a file, as text; UserError as `read_rows`."""
+    """The label of each row of a file, as text; raises UserError as `read_rows` does."""
     column = replace(task, columns=(task.label,))
     return read_rows(path, column, labelled=False, quoting=quoting, bad_rows=bad_rows).texts[0]
 
 
 def _classes(path: Path, task: Task, cells: list[str]) -> list[str]:
-    """The classes in label cells, sorted; UserError where they are no classes."""
+    """The classes in label cells, sorted; UserError if there is one alone, or too many."""
     several = task.kind == "multilabel"
     labels = distinct_names(name for c in cells for name in (split_names(c) if several else [c]))
     where = f"{path}: column {task.label!r} has"
@@ -160,5 +160,5 @@ def _classes(path: Path, task: Task, cells: list[str]) -> list[str]:
         raise UserError(f"{where} the label {''.join(labels)!r} alone (expected two or more)")
     if len(labels) > max(MOST_CLASSES, len(cells) / 2):
         found = f"{len(labels):,} different labels in {len(cells):,} rows"
-        raise UserError(f"{where} {found} (expected labels that repeat, or a kind of regression)")
+        raise UserError(f"{where} {found} (expected labels that repeat, or kind regression)")
     return labels

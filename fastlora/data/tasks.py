@@ -18,12 +18,12 @@ METRICS = {
 }
 # The keys of a task's table.
 _COMMON = ("kind", "columns", "label", "files")
-_READ = ("labels", "low", "high")  # read from the files where the table leaves them out
-_MORE = ("metric", "weight", "dev_share")
+_INFERRED = ("labels", "low", "high")  # from the files, where the table leaves them out
+_OPTIONAL = ("metric", "weight", "dev_share")
 _KEYS = {
-    "classification": (*_COMMON, "labels", "class_weights", *_MORE),
-    "multilabel": (*_COMMON, "labels", *_MORE),
-    "regression": (*_COMMON, "low", "high", *_MORE),
+    "classification": (*_COMMON, "labels", "class_weights", *_OPTIONAL),
+    "multilabel": (*_COMMON, "labels", *_OPTIONAL),
+    "regression": (*_COMMON, "low", "high", *_OPTIONAL),
 }
 _MOST_NAMES = 12  # of classes in a message
 # Narrower than float(), which also takes "nan", "1_0" and non-ASCII digits.
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORE
 
 @dataclass(frozen=True)
 class Task:
-    """One task; `task_from_table` is the way in that checks.
+    """One task; `task_from_table` checks a table and builds one from it.
 
     Raises UserError where `metric` or `class_weights` name a class that is none of `labels`.
     """
@@ -96,7 +96,7 @@ class Task:
         return {label_value(name): index for index, name in enumerate(self.labels)}
 
     def class_of(self, name: str) -> int | None:
-        """The index of a class, however its number is spelled; None for another name."""
+        """The index of a class, or None; "1.0" names the class "1", too."""
         return self._classes.get(label_value(name))
 
     def parse_label(self, text: str) -> float | tuple[float, ...]:
@@ -119,13 +119,13 @@ class Task:
         return float(label)
 
     def to_table(self) -> dict[str, Any]:
-        """Give the task as the plain table that `task_from_table` reads back."""
-        keys = [key for key in _KEYS[self.kind] if self.is_complete or key not in _READ]
+        """Return the task as the plain table that `task_from_table` reads."""
+        keys = [key for key in _KEYS[self.kind] if self.is_complete or key not in _INFERRED]
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
 
 def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
-    """Build a user's own task from its TOML table; anything unknown or ill-typed is a UserError.
+    """Build a user's own task from its TOML table; UserError for what is unknown or ill-typed.
 
     The task is not complete if the table leaves out `labels`, or `low` and `high`.
     """
@@ -136,7 +136,7 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
 
     # Files are named after tasks, and the shared adapter is called "default".
     if not re.fullmatch("[a-z][a-z0-9_]{0,99}", name) or name == "default":
-        expected = "another name of at most 100 lower-case letters, digits and _"
+        expected = "another name of at most 100 lower-case letters, digits and _, a letter first"
         raise UserError(f"task {name!r:.99}: expected {expected}")
     get: Callable[[str], Any] = table.get
     kind, columns, label = map(get, ("kind", "columns", "label"))
@@ -148,7 +148,7 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
     check("columns", _distinct(columns) and len(columns) in (1, 2), "one or two text columns")
     check("label", isinstance(label, str) and label not in columns, "another column's name")
     _check_files(table, check)
-    own = {**_labels_or_range(table, check), **_more(table, check)}
+    own = {**_labels_or_range(table, check), **_optional(table, check)}
     return Task(name, kind, tuple(map(str, columns)), label, dict(table["files"]), **own)
 
 
@@ -162,7 +162,7 @@ def _check_files(table: Mapping[str, Any], check: _Check) -> None:
     splits = set(files) if isinstance(files, Mapping) else set()
     needed, how = {"train", "dev"}, "files for train, dev, maybe test; or dev_share without dev"
     if share is not None:
-        needed, how = {"train"}, "files for train, maybe test, but for no dev beside dev_share"
+        needed, how = {"train"}, "files for train, maybe test, and none for dev beside dev_share"
     check("files", needed <= splits <= needed | {"test"}, how)
     assert isinstance(files, Mapping)
     paths = [PurePath(file) for file in files.values() if isinstance(file, str)]
@@ -171,9 +171,9 @@ def _check_files(table: Mapping[str, Any], check: _Check) -> None:
 
 
 def _labels_or_range(table: Mapping[str, Any], check: _Check) -> dict[str, Any]:
-    """What a table says of `labels`, or of `low` and `high`, in a Task's types."""
+    """Check a table's `labels`, or `low` and `high`; returns them in a Task's types."""
     get: Callable[[str], Any] = table.get
-    labels, low, high = map(get, _READ)
+    labels, low, high = map(get, _INFERRED)
     if labels is low is high is None:
         return {}
     if table["kind"] != "regression":
@@ -187,8 +187,8 @@ def _labels_or_range(table: Mapping[str, Any], check: _Check) -> dict[str, Any]:
     return {"low": float(low), "high": float(high)}
 
 
-def _more(table: Mapping[str, Any], check: _Check) -> dict[str, Any]:
-    """What a table says of scores, weights and the dev split, in a Task's types."""
+def _optional(table: Mapping[str, Any], check: _Check) -> dict[str, Any]:
+    """Check a table's optional keys; returns them in a Task's types."""
     metric, weights = table.get("metric", ""), table.get("class_weights")
     known, of_class = METRICS[table["kind"]], table["kind"] != "regression"
     fits = isinstance(metric, str) and (not metric or metric in known)
@@ -198,7 +198,7 @@ def _more(table: Mapping[str, Any], check: _Check) -> dict[str, Any]:
     ok = weights in (None, "auto") or (bool(values) and all(map(_is_positive, values)))
     check("class_weights", ok, '"auto", or a table of classes and positive numbers')
     check("weight", _is_positive(table.get("weight", 1)), "a positive number")
-    return {key: table[key] for key in (*_MORE, "class_weights") if table.get(key) is not None}
+    return {key: table[key] for key in (*_OPTIONAL, "class_weights") if table.get(key) is not None}
 
 
 def _is_number(value: Any) -> bool:
@@ -216,7 +216,7 @@ def _distinct(names: Any) -> bool:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    """Names of classes in a message: the first ones where there are many."""
+    """Names of classes for a message; of many, only the first ones."""
     if len(names) > _MOST_NAMES:
         return f"{', '.join(names[:_MOST_NAMES])} or {len(names) - _MOST_NAMES} others"
     return f"{', '.join(names[:-1])} or {names[-1]}"
@@ -249,9 +249,9 @@ def distinct_names(names: Iterable[str]) -> list[str]:
 
 
 def sampling_exponent(sampling: str) -> float:
-    """The power of the number of a task's examples that its share of a batch is proportional to.
+    """The exponent a for which a task's share of an epoch is proportional to its examples ** a.
 
-    `sampling` is "proportional", "sqrt", "uniform", or a temperature T as text, for the power 1 / T
+    `sampling` is "proportional", "sqrt", "uniform", or a temperature T as text, for a = 1 / T
     (Raffel et al. 2020). Raises UserError for another text.
     """
     named = {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}

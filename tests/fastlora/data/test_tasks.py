@@ -106,7 +106,7 @@ def test_table_survives_toml():
         ({"files": None}, "files is None"),
         ({"files": {"train": "a.csv"}}, "files for train, dev, maybe test"),
         ({"files": {"train": "a", "dev": "b", "tset": "c"}}, "'tset': 'c'"),
-        ({"dev_share": 0.1}, "for no dev beside dev_share"),
+        ({"dev_share": 0.1}, "none for dev beside dev_share"),
         ({"dev_share": 1}, "dev_share is 1 (expected a share between 0 and 1)"),
         ({"metric": "f1"}, "metric is 'f1' (expected accuracy, macro_f1, matthews or f1:CLASS)"),
         ({"metric": "pearson"}, "metric is 'pearson'"),
