@@ -44,8 +44,8 @@ class Log:
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         """Write a table; its columns are plain text in train.log."""
         table = Table(*header, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
-        for column in table.columns[2:]:
-            column.justify = "right"
+        for number, column in enumerate(table.columns):
+            column.justify, column.overflow = "right" if number > 1 else "left", "fold"
         for row in rows:
             table.add_row(*map(Text, row))  # texts may look like rich's markup
         for row in (header, *rows):

@@ -251,6 +251,20 @@ def reproduce(
 
 
 @app.command
+def compare(
+    *runs: Annotated[Path, Parameter(help="Folders of finished runs.", required=True)],
+    out: Annotated[Path | None, Parameter(help="Folder of a report, if one is wanted.")] = None,
+) -> None:
+    """Set runs side by side: scores, settings that differ, parameters, seconds; one plot.
+
+    fastlora compare runs/a runs/b runs/c
+    """
+    from fastlora.studies.compare import compare as run
+
+    run(runs, out)
+
+
+@app.command
 def doctor() -> None:
     """Say what this machine is and which kernels fastlora uses on it."""
     from fastlora.console import Log
