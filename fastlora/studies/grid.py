@@ -174,7 +174,7 @@ def report_search(folder: Path, findings: Mapping[str, dict[str, Any]], log: Log
     for name, finding in findings.items():
         best = ", ".join(f"{key} {cell(value)}" for key, value in finding["best"].items())
         runs, trials = table_of(finding["full_runs"]), table_of(finding["trials"])
-        log.line(f"{name}: the best are {best}")
+        log.line(f"{name}: the best settings are {best}")
         log.table(*runs)
         plot = pages.plot(folder, name, 3, partial(_draw_search, finding))
         blocks += [pages.heading(f"{name}: {best}"), pages.table(*runs), plot, pages.table(*trials)]

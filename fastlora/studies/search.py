@@ -125,10 +125,8 @@ class Search:
             raise RunError(f"with the settings given, {error}")
         budget = self.how.budget.total_seconds() if self.how.budget else inf
         if (spare := budget - first["seconds"] * (2 + LAST_RUNS)) < 0:
-            takes = (
-                f"but a full run takes {first['seconds']:.0f} s, which needs {budget - spare:.0f}"
-            )
-            raise RunError(f"--budget is {budget:.0f} s, {takes}; lower --limit or --epochs")
+            needs = f"{budget - spare:.0f} s are needed, as a full run takes {first['seconds']:.0f}"
+            raise RunError(f"--budget is {budget:.0f} s, but {needs}; lower --limit or --epochs")
         rates = {name: self.tried[name] for name in ("lr", "warmup")}
         best = self.stage("rates", given, rates, spare / 2, self.how.trials)
         found = {**given, **best.params, "r": max(self.tried["r"])}

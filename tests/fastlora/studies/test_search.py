@@ -341,7 +341,7 @@ def test_a_budget_ends_the_short_runs(pretended, monkeypatch):
 
 
 def test_a_budget_too_small_says_what_is_needed(pretended):
-    with pytest.raises(RunError, match=r"--budget is 1 s, but a full run takes 1 s, which needs"):
+    with pytest.raises(RunError, match=r"is 1 s, but 8 s are needed, as a full run takes 1;"):
         pretended.search(budget=timedelta(seconds=1)).run()
 
 
