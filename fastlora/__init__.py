@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from fastlora.lora.routing import Segment
     from fastlora.multitask.model import MultitaskBert
+    from fastlora.runs.api import Dataset, Run, train
     from fastlora.runs.session import run_training
     from fastlora.runs.trained import load_trained
     from fastlora.training.config import TrainConfig
@@ -41,6 +42,7 @@ _HOMES = {
     ],
     "lora.routing": ["Segment"],
     "multitask.model": ["MultitaskBert"],
+    "runs.api": ["Dataset", "Run", "train"],
     "runs.session": ["run_training"],
     "data.tasks": ["Task"],
     "runs.trained": ["load_trained"],
@@ -48,10 +50,11 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _PACKAGES = ("bert", "kernels")
 __all__ = [
-    "Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "RunError", "Segment", "Task",
-    "TrainConfig", "UserError", "accelerate", "bert", "eject", "inject", "kernels", "load_adapter",
+    "Dataset", "Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "Run", "RunError",
+    "Segment", "Task", "TrainConfig", "UserError", "accelerate", "bert", "eject", "inject",
+    "kernels", "load_adapter",
     "load_trained", "lora_layers", "merge", "merge_and_unload", "pack", "parameter_report",
-    "restore", "run_training", "save_adapter", "set_adapter", "unmerge", "use_adapter",
+    "restore", "run_training", "save_adapter", "set_adapter", "train", "unmerge", "use_adapter",
 ]  # fmt: skip
 
 

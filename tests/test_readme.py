@@ -33,7 +33,7 @@ def test_the_readmes_example_runs(capsys, tmp_path, monkeypatch):
     names = run(block)
     assert "1 encoder on real tokens" in capsys.readouterr().out
     assert not any(isinstance(module, fastlora.LoRALinear) for module in names["plain"].modules())
-    assert list(names["trained"].tasks) == ["sst"]
+    assert list(names["run"].scores) == ["mood"]
 
 
 def test_the_library_pages_examples_run(capsys, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from fastlora.data.tasks import (
 )
 from fastlora.errors import UserError
 
+Kind = Literal["classification", "multilabel", "regression"]
 DEV_SHARE = 0.1  # of a file that comes without a dev file
 # Labels of up to so many different whole numbers are classes, not values.
 MOST_CLASSES = 20
@@ -40,24 +41,29 @@ class FileTask:
         class_weights: auto: weigh each class by 1 / its frequency in the loss.
     """
 
-    text: tuple[str, ...] | None = None
+    text: tuple[str, ...] | str | None = None
     label: str | None = None
-    dev: Path | None = None
-    kind: Literal["classification", "multilabel", "regression"] | None = None
+    dev: Path | str | None = None
+    kind: Kind | None = None
     metric: str | None = None
     class_weights: str | Mapping[str, float] | None = None
 
 
-def task_of_file(file: Path, how: FileTask, quoting: str, bad_rows: str) -> tuple[Path, Task, str]:
+def task_of_file(
+    file: Path, how: FileTask, quoting: str, bad_rows: str, name: str | None = None
+) -> tuple[Path, Task, str]:
     """Infer the task of a file: returns its data folder, the task, and its separator in words.
 
-    Raises UserError if a column is missing or the labels fit no kind, and as `read_rows` does.
+    Without a `name`, the task's name is made from that of the file. Raises UserError if a column is
+    missing or the labels fit no kind, and as `read_rows` does.
     """
     if file.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".txt"):
         raise UserError(f"{file}: expected a CSV, TSV or JSONL file")
     draft = Task("file", "multilabel", (), "", {})  # whose labels may also be lists
     records = [record for _, record in islice(read_records(file, draft, quoting), 100)]
     records = [record for record in records if isinstance(record, dict)]
+    if not records:
+        raise UserError(f"{file}: no rows")
     columns, label = _columns(file, records, how)
     path, dev = file.resolve(), how.dev and Path(how.dev).resolve()
     folder = Path(commonpath([path.parent, (dev or path).parent]))
@@ -75,7 +81,8 @@ def task_of_file(file: Path, how: FileTask, quoting: str, bad_rows: str) -> tupl
         "class_weights": how.class_weights,
     }
     table = {key: value for key, value in table.items() if value is not None}
-    task = complete(task_from_table(_name(path.stem, label), table), folder, quoting, bad_rows)
+    name = name or _name(path.stem, label)
+    task = complete(task_from_table(name, table), folder, quoting, bad_rows)
     with path.open(encoding="utf-8-sig") as lines:
         separated = _SEPARATED[separator_of(path, lines.readline())]
     return folder, task, "JSON lines" if path.suffix.lower() == ".jsonl" else separated

@@ -134,10 +134,7 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
         if not ok:
             raise UserError(f"task {name!r}: {key} is {table.get(key)!r} (expected {expected})")
 
-    # Files are named after tasks, and the shared adapter is called "default".
-    if not re.fullmatch("[a-z][a-z0-9_]{0,99}", name) or name == "default":
-        expected = "another name of at most 100 lower-case letters, digits and _, a letter first"
-        raise UserError(f"task {name!r:.99}: expected {expected}")
+    check_name(name)
     get: Callable[[str], Any] = table.get
     kind, columns, label = map(get, ("kind", "columns", "label"))
     check("kind", kind in tuple(_KEYS), "classification, multilabel or regression")
@@ -150,6 +147,14 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
     _check_files(table, check)
     own = {**_labels_or_range(table, check), **_optional(table, check)}
     return Task(name, kind, tuple(map(str, columns)), label, dict(table["files"]), **own)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for what is no name of a user's own task."""
+    # Files are named after tasks, and the shared adapter is called "default".
+    if not re.fullmatch("[a-z][a-z0-9_]{0,99}", name) or name == "default":
+        expected = "another name of at most 100 lower-case letters, digits and _, a letter first"
+        raise UserError(f"task {name!r:.99}: expected {expected}")
 
 
 _Check = Callable[[str, bool, str], None]

@@ -33,6 +33,7 @@ WHEELS = ("fastlora-bert", "torch", "triton", "numpy", "transformers", "tokenize
 # content of the folders of the model and the data does, and `fingerprints` has its sha256.
 FREE_KEYS = ("device", "save_every", "grad_checkpoint", "model", "data")
 SETTINGS, ENVIRONMENT, INPUTS, LOCK = "run.toml", "env.json", "inputs.json", "run.lock"
+DATA = "data"  # the folder of a run's data that were given in memory
 
 
 def default_folder(config: TrainConfig) -> Path:
@@ -86,7 +87,7 @@ def open_run(
     if folder.exists() and not (folder / settings).is_file():
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
         # A process that was killed may have left these, or temporary files such as .env.json.123.
-        first = (LOCK, ENVIRONMENT, INPUTS, settings)
+        first = (LOCK, ENVIRONMENT, INPUTS, DATA, settings)
         if not all(name.lstrip(".").startswith(first) for name in names):
             raise UserError(
                 f"{folder}: exists and holds other things (no {settings}); use a new --out"
