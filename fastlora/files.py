@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from errno import EPIPE
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,13 +27,26 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        # A report names its folder, and that name need not be UTF-8.
+        coding: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+        with naming(path), temporary.open("w", newline="", **coding) as file:
             yield file
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of the system that names no file, as that of a full disk, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (None, EPIPE):
+            error.filename = error.filename or str(path)
+        raise
 
 
 def check_replaceable(path: Path) -> None:
@@ -85,10 +99,13 @@ def _sync(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of files that can be computed again: $FASTLORA_CACHE or the user's cache."""
-    if folder := os.environ.get("FASTLORA_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlora"
+    """The folder of files that can be computed again: $FASTLORA_CACHE or the user's cache.
+
+    Without either, as in a container without a home, nothing can be read or written there.
+    """
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.path.expanduser(os.environ.get("FASTLORA_CACHE") or f"{shared}/fastlora")
+    return Path(os.devnull if folder.startswith("~") else "", folder)
 
 
 def require(path: Path) -> None:

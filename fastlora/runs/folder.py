@@ -21,7 +21,7 @@ import torch
 
 from fastlora.data.reading import TaskData
 from fastlora.errors import UserError
-from fastlora.files import atomic_open, read_json, remove_leftovers, write_json
+from fastlora.files import atomic_open, naming, read_json, remove_leftovers, write_json
 from fastlora.multitask.files import HEADS_INFO
 from fastlora.training.checkpoint import check_inputs
 from fastlora.training.config import TrainConfig
@@ -127,7 +127,8 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        with naming(folder):
+            yield
 
 
 def check_run(folder: Path, inputs: Mapping[str, str]) -> None:

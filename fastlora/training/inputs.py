@@ -83,6 +83,10 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
     source = resolve(model)
     if (local := Path(model).expanduser()).is_dir():
         model = str(local.resolve())  # so that the run can go on from another folder
+    out = os.fsencode(config.out or "").decode(errors="surrogateescape")
+    for path in map(str, (folder, model, config.add_to, out)):
+        if path != path.encode(errors="replace").decode():
+            raise UserError(f"{path}: is not UTF-8, which run.toml and safetensors need; rename it")
     return Inputs(folder, why_data, tasks, model, why_model, source)
 
 

@@ -37,13 +37,17 @@ class Metrics:
                 if at is not None and at <= step:
                     out.write(line + "\n")
         self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self.board: SummaryWriter | None = None
+        try:
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        except UnicodeEncodeError:
+            note("TensorBoard cannot write below a name that is not UTF-8; there are no curves")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log values at a step; nested tables become TensorBoard groups."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items():
+        for name, value in values.items() if self.board else ():
             group = value if isinstance(value, dict) else {"": value}
             for key, scalar in group.items():
                 if isinstance(scalar, (int, float)):
@@ -52,7 +56,8 @@ class Metrics:
     def close(self) -> None:
         """Write out what is buffered."""
         self.file.close()
-        self.board.close()
+        if self.board:
+            self.board.close()
 
 
 def _step(line: str) -> int | None:

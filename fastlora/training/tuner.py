@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ def tuned_file() -> Path:
 
 def use_measured_blocks() -> None:
     """Take what `fastlora tune` measured here, if it ran; UserError for a broken file."""
-    if tuned_file().is_file():
+    if os.path.isfile(tuned_file()):  # which is False for a cache without rights, too
         load(tuned_file())
 
 

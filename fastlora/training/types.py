@@ -74,5 +74,6 @@ def as_type(name: str, value: Any, kind: Any) -> Any:
         ok = ok and math.isfinite(value)
     if origin is tuple:
         ok = ok and all(isinstance(item, str) for item in value)
+    ok = ok and not (origin in (str, Path) and "\0" in str(value))  # no file has such a name
     check(ok, name, value, expected)
     return origin(value) if origin in (int, float, tuple, Path) else value

@@ -1,9 +1,10 @@
 import os
+from errno import ENOSPC
 
 import pytest
 
 from fastlora.errors import UserError
-from fastlora.files import atomic_folder, atomic_open, read_json, read_toml
+from fastlora.files import atomic_folder, atomic_open, cache_folder, read_json, read_toml
 
 
 def test_folder_appears_when_it_is_complete(tmp_path):
@@ -36,6 +37,24 @@ def test_failed_file_leaves_the_old_one(tmp_path):
         raise OSError("disk full")
     assert target.read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_full_disks_error_names_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space.*result\.json"),
+        atomic_open(tmp_path / "result.json"),
+    ):
+        raise OSError(ENOSPC, "No space left on device")
+
+
+def test_the_cache_is_in_the_home_or_nowhere(monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE", "~/x")
+    assert str(cache_folder()) == os.path.expanduser("~/x")
+    monkeypatch.delenv("FASTLORA_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without a home
+    assert not os.path.isfile(cache_folder() / "blocks.json")
+    with pytest.raises(OSError), atomic_open(cache_folder() / "blocks.json"):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to itself", "folder"])

@@ -35,6 +35,12 @@ def test_a_wrong_environment_is_answered_at_once(rank, world, monkeypatch):
         find_inputs(TrainConfig())
 
 
+def test_paths_that_are_not_utf8_are_answered_at_once(here, minilm):
+    files(here / "d\udce9", *SST)
+    for settings in ({"data": here / "d\udce9"}, {"data": DEMO, "out": here / "\udce9"}):
+        assert "is not UTF-8" in refusal(minilm, **settings)
+
+
 def files(folder, *names):
     folder.mkdir(exist_ok=True)
     for name in names:

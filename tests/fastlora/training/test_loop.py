@@ -325,6 +325,15 @@ def test_merge_asks_which_adapter(tiny_config, tmp_path, adapters):
     merge_encoder(trained, "sts", tmp_path / "merged")
 
 
+def test_metrics_below_a_name_that_is_not_utf8(tmp_path):
+    folder, notes = tmp_path / "\udce9", []
+    folder.mkdir()
+    metrics = Metrics(folder, 0, notes.append)
+    metrics.write(1, {"loss": {"sst": 1.0}})
+    metrics.close()
+    assert logged(folder) == [{"step": 1, "loss": {"sst": 1.0}}] and "TensorBoard" in notes[0]
+
+
 def test_epochs_are_planned_as_they_come(tiny_config, monkeypatch):
     planned = []
     plan = train.plan_epoch
