@@ -31,8 +31,7 @@ class Log:
         """Write a line of text."""
         if not self.brief:
             # A path may have characters that the terminal's encoding lacks.
-            encoding = self.console.encoding
-            shown = text.encode(encoding, "backslashreplace").decode(encoding)
+            shown = text.encode(coding := self.console.encoding, "backslashreplace").decode(coding)
             self.console.print(shown, markup=False)
         self._keep(text)
 

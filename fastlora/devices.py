@@ -13,12 +13,6 @@ import torch
 from fastlora.errors import RunError, UserError
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error was raised because the memory of a GPU or of the machine ran out."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "allocate memory" in str(error)  # PyTorch's RuntimeError on a CPU
-
-
 def finished_time(device: torch.device) -> float:
     """The clock's time in seconds, once the device has finished all work queued so far."""
     if device.type == "cuda":
@@ -32,9 +26,10 @@ def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
         text = " ".join(str(error).split())
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "allocate memory" not in text:  # PyTorch's RuntimeError on a CPU
+            raise
         raise RunError(f"out of memory on {device} ({text}); {advice}") from error
 
 

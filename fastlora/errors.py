@@ -21,9 +21,9 @@ class Diverged(RunError):
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Raise UserError in place of ValueError, which the kernels raise for wrong arguments."""
+def in_place_of(old: type[Exception], new: type[Exception], where: str = "") -> Iterator[None]:
+    """Raise `new` in place of `old`, with the same text after `where`."""
     try:
         yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except old as error:
+        raise new(f"{where}{error}") from error

@@ -27,9 +27,8 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        # A report names its folder, and that name need not be UTF-8.
-        coding: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-        with naming(path), temporary.open("w", newline="", **coding) as file:
+        # A report names its folder, which need not be UTF-8.
+        with naming(path), temporary.open("w", -1, "utf-8", "backslashreplace", "") as file:
             yield file
         _sync(temporary)
         os.replace(temporary, path)
@@ -99,12 +98,10 @@ def _sync(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of files that can be computed again: $FASTLORA_CACHE or the user's cache.
-
-    Without either, as in a container without a home, nothing can be read or written there.
-    """
+    """The folder of files that can be computed again: $FASTLORA_CACHE or the user's cache."""
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = os.path.expanduser(os.environ.get("FASTLORA_CACHE") or f"{shared}/fastlora")
+    # Without a home, nothing can be read or written there.
     return Path(os.devnull if folder.startswith("~") else "", folder)
 
 

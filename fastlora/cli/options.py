@@ -38,10 +38,7 @@ OUTPUT = _GROUPS["out"]
 
 
 def number(kind: Any, tokens: Sequence[Any]) -> Any:
-    """The value of an option that is an int, a float or a timedelta.
-
-    Alone, cyclopts would round "1.5" to 2, and Python take "1_0", " 5 " and other scripts' digits.
-    """
+    """A number; "1.5" is not rounded, and "1_0", " 5 " or other scripts' digits are none."""
     text = tokens[0].value
     if not re.fullmatch("[0-9a-zA-Z.+-]+", text):
         raise ValueError(f"{text!r} is no number")

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -54,11 +55,8 @@ class Progress:
 
         A score that is not defined, such as a correlation with equal predictions, counts as 0.
         """
-        return max(
-            self.scores,
-            key=lambda entry: mean(score or 0.0 for score in entry["scores"].values()),
-            default=None,
-        )
+        means = [mean(score or 0.0 for score in entry["scores"].values()) for entry in self.scores]
+        return self.scores[means.index(max(means))] if means else None
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -150,12 +148,8 @@ def latest_checkpoint(folder: Path, note: Callable[[str], object] = lambda _: No
     """
     damaged: list[str] = []
     for path in reversed(_checkpoints(folder)):
-        try:
-            if read_json(path / MANIFEST) == _digests(path):
-                return path
-            reason = f"its files do not match {MANIFEST}"
-        except (OSError, UserError) as error:
-            reason = str(error)
+        if not (reason := _damage(path)):
+            return path
         if not path.name.startswith("."):  # what a killed process left may be incomplete
             damaged.append(f"{path}: {reason}")
             note(f"passed over a damaged checkpoint: {damaged[-1]}")
@@ -195,12 +189,8 @@ def load_checkpoint(
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load the trained weights of a checkpoint; RunError if it is missing or damaged."""
-    try:
-        intact = read_json(path / MANIFEST) == _digests(path)
-    except (OSError, UserError):
-        intact = False
-    if not intact:
-        what = "the best checkpoint is missing or damaged"
+    if reason := _damage(path):
+        what = f"the best checkpoint is missing or damaged ({reason})"
         raise RunError(f"{path}: {what}; restore it, or keep the last weights with --keep last")
     copy_tensors(path / WEIGHTS, read_tensors(path / WEIGHTS)[0], trainable(model))
 
@@ -212,9 +202,7 @@ def _progress_from(table: Mapping[str, Any]) -> Progress:
         value = getattr(progress, name)
         if type(value) is not type(default):
             raise TypeError(f"{name} is {value!r:.80} (expected {type(default).__name__})")
-    for pair in progress.sums:
-        loss, examples = pair
-        float(loss), float(examples)
+    np.array(progress.sums, float).reshape(-1, 2)
     for entry in progress.scores:
         if not (entry.keys() == {"epoch", "step", "scores"} and isinstance(entry["scores"], dict)):
             raise ValueError(f"scores has {entry!r:.80} (expected epoch, step and scores)")
@@ -225,6 +213,14 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first; other names, such as backups, are left out."""
     names = [match for path in folder.glob("*step-*") if (match := NAME.fullmatch(path.name))]
     return [folder / n[0] for n in sorted(names, key=lambda name: (int(name[2]), name[0]))]
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with the files of a checkpoint, or nothing."""
+    try:
+        return "" if read_json(path / MANIFEST) == _digests(path) else f"not as {MANIFEST} says"
+    except (OSError, UserError) as error:
+        return str(error)
 
 
 def _digests(folder: Path) -> dict[str, str]:

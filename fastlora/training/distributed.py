@@ -6,38 +6,27 @@ request to stop. So the model needs no wrapper, and a task without rows in a pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastlora.errors import RunError, user_errors
+from fastlora.errors import RunError, UserError, in_place_of
 from fastlora.training.inputs import rank_and_world
 
-
-@contextmanager
-def _reaching_peers() -> Iterator[None]:
-    """Raise RunError in place of PyTorch's error if a process of the run cannot be reached."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RunError(f"the run's other processes cannot be reached: {error}") from error
+_LOST = RuntimeError, RunError, "the run's other processes cannot be reached: "
 
 
 class Ranks:
-    """This process among its peers; without torchrun, the only one.
-
-    Raises UserError for a wrong environment, and RunError if another process cannot be reached.
-    """
+    """This process among its peers, or the only one; RunError where a peer cannot be reached."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.world = rank_and_world()
         self.device = device
         self.created_group = self.world > 1 and not dist.is_initialized()
         if self.created_group:
-            with user_errors(), _reaching_peers():
+            with in_place_of(ValueError, UserError), in_place_of(*_LOST):
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     @property
@@ -66,7 +55,7 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over the ranks, in place."""
         if self.world > 1:
-            with _reaching_peers():
+            with in_place_of(*_LOST):
                 dist.all_reduce(values)
         return values
 

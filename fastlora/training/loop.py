@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,19 +263,15 @@ class Trainer:
         The loss of the batch is the mean over its examples, of each group of tasks by itself.
         """
         features = self.train_features
-        with self.autocast():
+        # Mixed precision for full fine-tuning, whose weights stay fp32 masters.
+        mixed = self.config.mode == "full" and self.config.precision != "fp32"
+        with torch.autocast(self.device.type, self.setup.dtype, enabled=mixed):
             outputs = self.model(batch, features and features(batch))
         by_task = task_losses(self.model.tasks, outputs, batch, self.class_weights)
         zero = shares.new_zeros(())
         losses = torch.stack([by_task.get(name, zero) for name in self.setup.train])
         self.sums += torch.stack((losses.detach(), shares[:, 0]), 1)
         return losses @ shares[:, 1]
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Mixed precision for full fine-tuning, whose weights stay fp32 masters."""
-        if self.config.mode != "full" or self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, self.setup.dtype)
 
     def stop_clock(self) -> None:
         """Add the seconds of the steps since the clock was started, once they are computed."""

@@ -18,7 +18,7 @@ from fastlora.data.tasks import Task
 from fastlora.data.token_cache import load_tasks
 from fastlora.data.tokenizer import Tokenizer
 from fastlora.devices import local_device, memory_errors
-from fastlora.errors import UserError, user_errors
+from fastlora.errors import UserError, in_place_of
 from fastlora.kernels import Dropout, Linear, Route, route
 from fastlora.lora.model import pack
 from fastlora.multitask.files import adapter_names, fingerprint
@@ -182,5 +182,5 @@ def compute_of(device: str, precision: Precision) -> tuple[torch.device, Precisi
 
 def find_route(device: torch.device, precision: Precision) -> Route:
     """The kernels that run there, and why; UserError for a wrong FASTLORA_ROUTE."""
-    with user_errors():
+    with in_place_of(ValueError, UserError):
         return route(device, DTYPES[precision])
