@@ -118,9 +118,9 @@ def untouched_metrics(
         if model.settings and isinstance(model.heads[name], SimilarityHead)
     }
     found: dict[str, dict[str, float | None]] = {name: {} for name in datasets}
-    states = Features(model, pairs, adapted=False).states if pairs else {}  # [2, N, H]
-    for name, sentences in states.items():
-        task, cosines = pairs[name].task, torch.cosine_similarity(*sentences, dim=-1)
+    states = Features(model, pairs, adapted=False).states if pairs else {}
+    for name, (u, v) in states.items():
+        task, cosines = pairs[name].task, torch.cosine_similarity(u, v, dim=-1)
         outputs = task.low + (task.high - task.low) * cosines.double().unsqueeze(1)
         found[name] = metrics(task, outputs.numpy(), pairs[name].labels)
     return found

@@ -126,14 +126,25 @@ def is_finished(folder: Path) -> bool:
 
 def _report_finished(folder: Path, log: Log) -> Result:
     """Print the scores of a finished run and return its result; no file changes."""
+    record = read_result(folder)
+    log.line(f"{folder}: this run is finished; its scores are:")
+    log.table(*record["table"])
+    return Result(**{field.name: record[field.name] for field in fields(Result)})
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The content of result.json in the folder of a finished run; UserError if it is damaged."""
+    if not is_finished(folder):
+        raise UserError(f"{folder}: holds no finished run (expected the folder of one)")
     record = read_json(folder / "result.json")
-    try:
-        result = Result(**{field.name: record[field.name] for field in fields(Result)})
-        log.line(f"{folder}: this run is finished; its scores are:")
-        log.table(*record["table"])
-    except (KeyError, TypeError, ValueError) as error:
+    try:  # what readers of it compute
+        sum(record[field.name] for field in fields(Result)[1:])
+        sum(score or 0.0 for score in record["scores"].values())
+        trained_share(record["parameters"])
+        Log(quiet=True).table(*record["table"])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{folder / 'result.json'}: is not a run's result ({error!r})") from None
-    return result
+    return record
 
 
 def _build(setup: Setup) -> tuple[MultitaskBert, BaseInfo, list[str]]:

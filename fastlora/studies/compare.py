@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastlora.console import Log
-from fastlora.errors import UserError
 from fastlora.files import read_json, read_toml
 from fastlora.runs import pages
 from fastlora.runs.folder import INPUTS, SETTINGS
 from fastlora.runs.report import trained_share
-from fastlora.runs.session import is_finished
+from fastlora.runs.session import read_result
 from fastlora.studies.grid import Record, draw_lines, table_of
 
 
@@ -22,9 +21,8 @@ def compare(folders: Sequence[Path], out: Path | None) -> None:
     plots/compare.png and a report are written in `out`, or the plot alone in the working directory.
     Raises UserError for a folder without a finished run.
     """
-    if missing := [folder for folder in folders if not is_finished(folder)]:
-        raise UserError(f"{missing[0]}: holds no finished run (expected the folder of one)")
-    results, inputs = ([read_json(run / n) for run in folders] for n in ("result.json", INPUTS))
+    results = [read_result(run) for run in folders]
+    inputs = [read_json(run / INPUTS) for run in folders]
     tables = [pages.without_folders(read_toml(run / SETTINGS)) for run in folders]
     tasks = list(dict.fromkeys(task for result in results for task in result["scores"]))
     keys = dict.fromkeys(key for table in tables for key in table if key != "tasks")

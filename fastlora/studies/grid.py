@@ -13,11 +13,10 @@ from typing import Any
 
 from fastlora.console import Log, number
 from fastlora.errors import Interrupted, RunError
-from fastlora.files import read_json
 from fastlora.multitask.predictor import write_rows
 from fastlora.runs import pages
 from fastlora.runs.report import trained_share
-from fastlora.runs.session import run_description, run_prepared
+from fastlora.runs.session import read_result, run_description, run_prepared
 from fastlora.studies.paper_tables import COURSE, TABLES, Row
 from fastlora.training.config import TrainConfig
 from fastlora.training.distributed import Ranks
@@ -90,7 +89,7 @@ def run_row(row: Row, setup: Setup, seeds: int, folder: Path, log: Log) -> Recor
             continue
         # A finished run needs no checkpoints, which would fill the disk in a study of many runs.
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        results.append(result := read_json(out / "result.json"))
+        results.append(result := read_result(out))
         scores = "  ".join(f"{task} {number(value)}" for task, value in result["scores"].items())
         log.line(f"{label}  {scores}  {result['seconds']:.1f} s")
     record: Record = {"setting": row.setting, "variant": row.variant}

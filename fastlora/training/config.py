@@ -16,8 +16,10 @@ from fastlora.training.types import as_type, check_keys, check_types, types_of
 DEFAULT_TASKS = ("sst", "quora", "sts")
 DEFAULT_LR = {"lora": 2e-3, "full": 5e-5, "frozen": 2e-3}
 DEFAULT_HEAD_LR = 1e-3
-COUNTS = ("epochs", "max_steps", "tokens_per_batch", "accumulate", "limit", "save_every")
-COUNTS += ("patience", "eval_every")
+COUNTS = (
+    *("epochs", "max_steps", "tokens_per_batch", "accumulate", "limit"),
+    *("patience", "eval_every", "save_every"),
+)
 LORA_SETTINGS = ("r", "alpha", "dropout", "rslora", "targets")
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 

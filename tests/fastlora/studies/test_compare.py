@@ -1,5 +1,8 @@
 """`fastlora compare`: the table, the plot and the report of finished runs."""
 
+import json
+import shutil
+
 import pytest
 
 from fastlora.cli import main
@@ -62,3 +65,12 @@ def test_a_folder_without_a_finished_run_is_refused(runs, name, tmp_path, capsys
     (tmp_path / "unfinished").mkdir()
     code, printed = compare(capsys, runs / "a", tmp_path / name)
     assert code == 2 and f"{tmp_path / name}: holds no finished run" in printed
+
+
+@pytest.mark.parametrize("key", ["scores", "parameters", "seconds", "table"])
+def test_a_damaged_result_is_one_line(runs, tmp_path, capsys, key):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    file = tmp_path / "a" / "result.json"
+    file.write_text(json.dumps(read_json(file) | {key: ["?"]}))
+    code, printed = compare(capsys, tmp_path / "a", runs / "b")
+    assert code == 2 and "is not a run's result" in " ".join(printed.split())
