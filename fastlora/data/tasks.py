@@ -1,7 +1,8 @@
 """Tasks: the columns of a file, what its labels mean, and the four built-in ones."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePath
@@ -55,10 +56,12 @@ class Task:
             object.__setattr__(self, "metric", METRICS[self.kind][0])
         weighted = self.class_weights if isinstance(self.class_weights, Mapping) else {}
         named = [*weighted, *self.metric.split("f1:", 1)[1:]]
-        if unknown := [name for name in named if self.labels and self.class_of(name) is None]:
-            raise UserError(
-                f"task {self.name!r}: {unknown[0]!r} is no class (expected {_listed(self.labels)})"
-            )
+        for name in named if self.labels else ():
+            if (index := self.class_of(name)) is None:
+                expected = _listed(self.labels)
+                raise UserError(f"task {self.name!r}: {name!r} is no class (expected {expected})")
+            if self.metric == f"f1:{name}":
+                object.__setattr__(self, "metric", f"f1:{self.labels[index]}")
 
     @property
     def is_pair(self) -> bool:
@@ -129,24 +132,18 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
 
     The task is not complete if the table leaves out `labels`, or `low` and `high`.
     """
-
-    def check(key: str, ok: bool, expected: str) -> None:
+    check_name(name)
+    given = {key: value for key, value in table.items() if value is not None}
+    for key in table:
+        if key not in (known := _KEYS.get(str(table.get("kind")), table)):
+            expected = ", ".join(known)
+            raise UserError(f"task {name!r}: unknown key {key!r} (expected {expected})")
+    for key, ok, expected in _rules(given):
         if not ok:
             raise UserError(f"task {name!r}: {key} is {table.get(key)!r} (expected {expected})")
-
-    check_name(name)
-    get: Callable[[str], Any] = table.get
-    kind, columns, label = map(get, ("kind", "columns", "label"))
-    check("kind", kind in tuple(_KEYS), "classification, multilabel or regression")
-    for key in table:
-        if key not in _KEYS[kind]:
-            known = ", ".join(_KEYS[kind])
-            raise UserError(f"task {name!r}: unknown key {key!r} (expected {known})")
-    check("columns", _distinct(columns) and len(columns) in (1, 2), "one or two text columns")
-    check("label", isinstance(label, str) and label not in columns, "another column's name")
-    _check_files(table, check)
-    own = {**_labels_or_range(table, check), **_optional(table, check)}
-    return Task(name, kind, tuple(map(str, columns)), label, dict(table["files"]), **own)
+    types: dict[str, Callable[[Any], Any]] = {"low": float, "high": float, "files": dict}
+    types |= dict.fromkeys(("columns", "labels"), lambda names: tuple(map(label_text, names)))
+    return Task(name, **{k: types[k](v) if k in types else v for k, v in given.items()})
 
 
 def check_name(name: str) -> None:
@@ -157,63 +154,50 @@ def check_name(name: str) -> None:
         raise UserError(f"task {name!r:.99}: expected {expected}")
 
 
-_Check = Callable[[str, bool, str], None]
+def _rules(table: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
+    """Keys of a task's table, whether their values are right, and what is expected of them.
 
+    Each rule relies on those before it.
+    """
+    get: Callable[[str], Any] = table.get
+    kind, columns, label, files = map(get, _COMMON)
+    yield "kind", kind in tuple(_KEYS), "classification, multilabel or regression"
+    yield "columns", _distinct(columns) and len(columns) in (1, 2), "one or two text columns"
+    yield "label", isinstance(label, str) and label not in columns, "another column's name"
+    yield "dev_share", 0 < _number(table.get("dev_share", 0.5)) < 1, "a share between 0 and 1"
+    yield "weight", _number(table.get("weight", 1)) > 0, "a positive number"
 
-def _check_files(table: Mapping[str, Any], check: _Check) -> None:
-    files, share = table.get("files"), table.get("dev_share")
-    ok = share is None or (_is_positive(share) and share < 1)
-    check("dev_share", ok, "a share between 0 and 1")
     splits = set(files) if isinstance(files, Mapping) else set()
-    needed, how = {"train", "dev"}, "files for train, dev, maybe test; or dev_share without dev"
-    if share is not None:
-        needed, how = {"train"}, "files for train, maybe test, and none for dev beside dev_share"
-    check("files", needed <= splits <= needed | {"test"}, how)
-    assert isinstance(files, Mapping)
+    needed = {"train"} if "dev_share" in table else {"train", "dev"}
+    expected = "files for train, dev, maybe test; and none for dev where there is a dev_share"
+    yield "files", needed <= splits <= needed | {"test"}, expected
     paths = [PurePath(file) for file in files.values() if isinstance(file, str)]
     inside = len(paths) == len(files) and not any(p.anchor or ".." in p.parts for p in paths)
-    check("files", inside, "paths inside the data folder, not absolute and without '..'")
+    yield "files", inside, "paths inside the data folder, not absolute and without '..'"
+
+    if "labels" in table:
+        labels = table["labels"]
+        yield "labels", _distinct(labels) and len(labels) > 1, "two or more different classes"
+        apart = kind != "multilabel" or all([n] == split_names(n) for n in map(label_text, labels))
+        yield "labels", apart, "names without |, which separates them"
+    if "low" in table or "high" in table:
+        low, high = _number(get("low")), _number(get("high"))
+        yield "low", not math.isnan(low), "a number"
+        yield "high", low < high, "more than low"
+
+    weights, metric = table.get("class_weights", "auto"), table.get("metric", "")
+    values = list(weights.values()) if isinstance(weights, Mapping) else []
+    ok = weights == "auto" or (values != [] and all(_number(value) > 0 for value in values))
+    yield "class_weights", ok, '"auto", or a table of classes and positive numbers'
+    names = (*METRICS[kind], *(["f1:CLASS"] if kind != "regression" else []))
+    of_class = "f1:CLASS" in names and re.match("f1:.", str(metric)) is not None
+    yield "metric", metric in ("", *names) or of_class, ", ".join(names)
 
 
-def _labels_or_range(table: Mapping[str, Any], check: _Check) -> dict[str, Any]:
-    """Check a table's `labels`, or `low` and `high`; returns them in a Task's types."""
-    get: Callable[[str], Any] = table.get
-    labels, low, high = map(get, _INFERRED)
-    if labels is low is high is None:
-        return {}
-    if table["kind"] != "regression":
-        check("labels", _distinct(labels) and len(labels) > 1, "two or more different classes")
-        names = tuple(map(label_text, labels))
-        apart = table["kind"] == "classification" or all([n] == split_names(n) for n in names)
-        check("labels", apart, "names without |, which separates them")
-        return {"labels": names}
-    check("low", _is_number(low), "a number")
-    check("high", _is_number(high) and low < high, "more than low")
-    return {"low": float(low), "high": float(high)}
-
-
-def _optional(table: Mapping[str, Any], check: _Check) -> dict[str, Any]:
-    """Check a table's optional keys; returns them in a Task's types."""
-    metric, weights = table.get("metric", ""), table.get("class_weights")
-    known, of_class = METRICS[table["kind"]], table["kind"] != "regression"
-    fits = isinstance(metric, str) and (not metric or metric in known)
-    fits = fits or (of_class and re.match("f1:.", str(metric)) is not None)
-    check("metric", fits, ", ".join(known) + " or f1:CLASS" * of_class)
-    values = weights.values() if isinstance(weights, Mapping) else ()
-    ok = weights in (None, "auto") or (bool(values) and all(map(_is_positive, values)))
-    check("class_weights", ok, '"auto", or a table of classes and positive numbers')
-    check("weight", _is_positive(table.get("weight", 1)), "a positive number")
-    return {key: table[key] for key in (*_OPTIONAL, "class_weights") if table.get(key) is not None}
-
-
-def _is_number(value: Any) -> bool:
-    # JSON and TOML also hold integers that are too large for any float.
+def _number(value: Any) -> float:
+    """A number of a table, and NaN for what is none or too large for a float."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) < 1e38
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
+    return float(value) if number and abs(value) < 1e38 else math.nan
 
 
 def _distinct(names: Any) -> bool:

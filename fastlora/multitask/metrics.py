@@ -41,51 +41,39 @@ def label_texts(task: Task, values: np.ndarray) -> list[str]:
 
 
 def score(task: Task, outputs: np.ndarray, labels: np.ndarray | None) -> float | None:
-    """The task's metric of outputs [N, outputs]; None where `metrics` has None."""
-    return metrics(task, outputs, labels, [task.metric])[task.metric]
+    """The task's metric of outputs [N, outputs]; None where it is not defined."""
+    return metrics(task, outputs, labels).get(task.metric)
 
 
-def metrics(
-    task: Task,
-    outputs: np.ndarray,
-    labels: np.ndarray | None,
-    names: list[str] | None = None,
-) -> dict[str, float | None]:
-    """The metrics `names` of outputs [N, outputs], or all that fit the task, its own first.
+def metrics(task: Task, outputs: np.ndarray, labels: np.ndarray | None) -> dict[str, float | None]:
+    """All metrics that fit the task, of outputs [N, outputs], by name, the task's own first.
 
-    None ("n/a") without labels, where an output is not finite, and where a metric is not defined:
-    a correlation of fewer than two examples, or where all predictions or all labels are equal, the
-    F1 of a class that is neither in the labels nor predicted.
+    There are none without labels, and where an output is not finite. A metric that is not defined
+    is None ("n/a"): a correlation of fewer than two examples, or where all predictions or all
+    labels are equal, or the F1 of a class that is neither in the labels nor predicted.
     """
-    if names is None:
-        of_classes = (f"f1:{name}" for name in task.labels)
-        names = list(dict.fromkeys([task.metric, *METRICS[task.kind], *of_classes]))
     if labels is None or not np.isfinite(outputs).all():
-        return dict.fromkeys(names)
-    predictions = predicted_values(task, outputs)
-    return {name: _metric(name, task, predictions, labels) for name in names}
-
-
-def _metric(name: str, task: Task, predictions: np.ndarray, labels: np.ndarray) -> float | None:
-    """One metric; None where it is not defined."""
+        return {}
+    predictions, n = predicted_values(task, outputs), float(len(labels))
     if task.kind == "regression":
         # From `low`: the means of values that are large against their range would be rounded.
         sides = predictions - task.low, labels - task.low
-        return _correlation(*(map(_ranks, sides) if name == "spearman" else sides))
-    examples, predicted, hits = _counts(task, predictions, labels)
-    if name == "accuracy":
-        return _ratio(hits.sum(), len(labels))
-    if name == "micro_f1":
-        return _ratio(2 * hits.sum(), examples.sum() + predicted.sum())
-    if name == "matthews":  # Gorodkin 2004
-        n = float(len(labels))
+        found = {"pearson": _correlation(*sides), "spearman": _correlation(*map(_ranks, sides))}
+    else:
+        examples, predicted, hits = _counts(task, predictions, labels)
+        each = [_ratio(2 * h, e + p) for h, e, p in zip(hits, examples, predicted, strict=True)]
+        defined = [value for value in each if value is not None]
+        # Matthews as for several classes (Gorodkin 2004).
         width = (n**2 - predicted @ predicted) * (n**2 - examples @ examples)
-        return _ratio(hits.sum() * n - predicted @ examples, math.sqrt(width))
-    f1 = [_ratio(2 * h, e + p) for h, e, p in zip(hits, examples, predicted, strict=True)]
-    if name != "macro_f1":
-        return f1[task.class_of(name.removeprefix("f1:"))]  # type: ignore[index]
-    defined = [value for value in f1 if value is not None]
-    return _ratio(sum(defined), len(defined))
+        found = {
+            "accuracy": _ratio(hits.sum(), n),
+            "macro_f1": _ratio(sum(defined), len(defined)),
+            "micro_f1": _ratio(2 * hits.sum(), examples.sum() + predicted.sum()),
+            "matthews": _ratio(hits.sum() * n - predicted @ examples, max(width, 0) ** 0.5),
+            **{f"f1:{name}": value for name, value in zip(task.labels, each, strict=True)},
+        }
+    fitting = (task.metric, *METRICS[task.kind], *(n for n in found if n.startswith("f1:")))
+    return {name: found[name] for name in dict.fromkeys(fitting)}
 
 
 def _ratio(part: float, whole: float) -> float | None:

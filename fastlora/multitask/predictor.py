@@ -143,9 +143,10 @@ def score_table(
     untouched, rows = untouched_metrics(model, datasets), []
     for name, data in datasets.items():
         task, constant = data.task, majority(data.task, data.labels)
-        for metric, value in metrics(task, outputs[name], data.labels).items():
+        found = metrics(task, outputs[name], data.labels) or {task.metric: None}
+        for metric in found:
             if metric == task.metric or not metric.startswith("f1:"):
-                figures = value, constant.get(metric), untouched[name].get(metric)
+                figures = (values.get(metric) for values in (found, constant, untouched[name]))
                 rows.append([name, metric, *map(number, figures), f"{len(data):,}"])
     return ["task", "metric", split, "majority class", "untouched encoder", "examples"], rows
 

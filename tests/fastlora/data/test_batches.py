@@ -115,6 +115,29 @@ def test_sampling_shares(sampling, power):
         assert times.max() - times.min() <= 1
 
 
+def test_a_tasks_weight_multiplies_its_share():
+    datasets = three_tasks()
+    heavier = replace(datasets["sts"].task, weight=3.0)
+    datasets["sts"] = replace(datasets["sts"], task=heavier)
+    rows = np.concatenate(plan_epoch(datasets, 512, 0, 0))
+    assert np.bincount(rows[:, 0]).tolist() == [233, 700, 467]
+    datasets["sst"] = replace(datasets["sst"], task=replace(datasets["sst"].task, weight=1e-9))
+    assert 0 not in np.concatenate(plan_epoch(datasets, 512, 0, 0))[:, 0]
+
+
+@pytest.mark.parametrize("positions", [None, 64])
+def test_several_labels_are_rows_of_the_batch(positions):
+    data = task_data("sst", [5, 9, 3])
+    labels = np.array([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]])
+    many = replace(data.task, kind="multilabel", labels=("a", "b", "c"), metric="macro_f1")
+    batch = collate(
+        {"many": replace(data, task=many, labels=labels)}, np.array([[0, 1], [0, 0]]), positions
+    )
+    assert batch.labels["many"][:2].tolist() == labels[[1, 0]].tolist()
+    assert not batch.labels["many"][2:].any()
+    assert len(batch.labels["many"]) == batch.spans[0].count >= 2
+
+
 @given(
     sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=6),
     sampling=st.sampled_from(["proportional", "sqrt", "uniform"]),
