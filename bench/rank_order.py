@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fastlora.studies.search import train_share
-from fastlora.studies.truncation import RANKS, sweep
+from fastlora.studies.truncation import RANKS, scores_by_rank
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import find_inputs
 from fastlora.training.setup import prepare, read_encoder
@@ -51,7 +51,7 @@ def main() -> int:
             trainer = train_share(setup.narrow(changed), options.share)
             scores.append([s or 0.0 for s in trainer.progress.scores[-1]["scores"].values()])
         retrained.append(np.mean(scores, 1).tolist())
-        of_largest = sweep(trainer.model, setup.dev)
+        of_largest = scores_by_rank(trainer.model, setup.dev)
         cut.append([of_largest[rank][0] for rank in RANKS])
         print(f"seed {seed}: rho {_rho(cut[-1], retrained[-1]):.2f}", flush=True)
     means = np.mean(cut, 0), np.mean(retrained, 0)

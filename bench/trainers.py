@@ -157,7 +157,7 @@ def step_flops(
 
 def computed_flops(trainer: Trainer, rows: np.ndarray, config: BertConfig) -> float:
     """What one step takes with what it computes of padding."""
-    batch = collate(trainer.setup.train, rows, trainer.positions)
+    batch = collate(trainer.setup.train, rows, trainer.max_length)
     (count, longest), index = batch.input_ids.shape, batch.layout.index
     everything = index is None or isinstance(trainer.model, HuggingFace)
     lengths = batch.attention_mask.sum(1).numpy()

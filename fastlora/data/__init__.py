@@ -1,6 +1,6 @@
-"""Task files to batches: tasks, reading, tokens, the token cache, batches and the demo corpus."""
+"""From task files to batches: tasks, reading, tokens, their cache, batches, the demo corpus."""
 
 from pathlib import Path
 
-# Made-up reviews, questions and captions in the CS224N files' format; bench/make_demo.py wrote it.
+# It has made-up reviews, questions and captions in the CS224N files' format.
 DEMO = Path(__file__).parent / "demo"

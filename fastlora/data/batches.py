@@ -25,7 +25,7 @@ class Span:
     """The rows of one task in a batch: `start` to `start + count * width`.
 
     With width 2, the first `count` rows are the first sentences and the next `count` rows the
-    second sentences of the same examples. `tokens` is their range of the batch's real tokens.
+    second sentences of the same examples. `tokens` is (start, stop) among the real tokens.
     """
 
     task: str
@@ -46,10 +46,10 @@ class Batch:
 
     `input_ids` and `token_type_ids` are int64 [B, S], `attention_mask` is bool [B, S]. `labels`
     maps a task to int64 [n] (classes), float32 [n, classes] (multilabel: 0 or 1) or float32 [n]
-    (values, as positions in the task's range from 0 to 1); `indices` maps it to the positions
-    of its n examples in their TaskData. A batch of `collate(..., positions)` also has `rows`, an
-    int64 list of sequences to which the spans' rows then refer, and `real`, which maps a task to
-    float32 [n]: 1 for an example, 0 for one that was added to reach a common number of them.
+    (values, scaled from the task's range to 0 to 1); `indices` maps it to the indices of its n
+    examples in their TaskData. A batch of `collate(..., max_length)` also has `rows`, int64 [R]:
+    the spans then are ranges of `rows`, which holds rows of the tensors. Its `real` maps a task
+    to float32 [n]: 1 for an example, 0 for one added to reach a common number of examples.
     """
 
     input_ids: Tensor
@@ -119,13 +119,13 @@ def eval_batches(datasets: Mapping[str, TaskData], tokens_per_batch: int) -> Ite
 
 
 def collate(
-    datasets: Mapping[str, TaskData], plan_batch: np.ndarray, positions: int | None = None
+    datasets: Mapping[str, TaskData], plan_batch: np.ndarray, max_length: int | None = None
 ) -> Batch:
     """Gather the planned examples ([n, 2], as `plan_epoch` gives them) into one Batch.
 
-    `positions`, the longest sequence that the encoder takes, asks for batches of few different
-    shapes, as CUDA graphs need, which are captured for each shape: the batch gets sequences that
-    belong to no task, and examples that do not count (see `Batch`).
+    With `max_length`, the length of the longest sequence that the encoder takes, batches come in
+    few shapes, because a CUDA graph is captured for each: sequences that belong to no task and
+    examples that do not count are added (see `Batch`).
     """
     spans: list[Span] = []
     sequences: list[Encoded] = []
@@ -145,12 +145,12 @@ def collate(
         if data.labels is not None:
             labels[name] = _targets(data.task, data.labels[examples])
     longest = max(column.lengths.max() for column in sequences)
-    if positions:
-        longest = min(positions, 32 * math.ceil(longest / 32))
+    if max_length:
+        longest = min(max_length, 32 * math.ceil(longest / 32))
         added = _grid(rows + 1, 4) - rows
         while (rows + added) * longest < _grid(tokens + added, 16):
             added = _grid(rows + added + 1, 4) - rows
-        # The sequences that are added have one token each: there is no mean of none.
+        # The added sequences have one token each, because a mean of no tokens is not defined.
         zeros = np.zeros(added, np.int8)
         sequences.append(Encoded(zeros, np.arange(added + 1), zeros, 0))
     lengths = np.concatenate([column.lengths for column in sequences])
@@ -161,25 +161,25 @@ def collate(
     padded[1][mask] = np.concatenate([column.types for column in sequences])
     ids, types = torch.from_numpy(padded)
     real = torch.from_numpy(mask)
-    # oneDNN compiles a kernel for each number of tokens (3 ms, bf16), and is faster at round ones.
+    # oneDNN compiles a kernel for each number of tokens (3 ms, bf16); round ones are also faster.
     layout = Layout.of(real, real.shape, _grid(int(lengths.sum()), 16))
     batch = Batch(ids, real, types, layout, tuple(spans), labels, indices)
-    return _with_common_counts(batch) if positions else batch
+    return _with_common_counts(batch) if max_length else batch
 
 
 def _targets(task: Task, labels: np.ndarray) -> Tensor:
-    """Labels [n] as `Batch.labels` has them."""
+    """Labels [n] in the form of `Batch.labels`."""
     if task.kind == "classification":
         return torch.from_numpy(labels.astype(np.int64))
     if task.kind == "multilabel":
         return torch.from_numpy(labels.astype(np.float32))
-    # In fp64: fp32 cannot tell labels apart that are large against their range, as dates are.
+    # In fp64, because fp32 rounds labels that are large compared to their range, such as dates.
     positions = (labels.astype(np.float64) - task.low) / (task.high - task.low)
     return torch.from_numpy(positions.astype(np.float32))
 
 
 def _with_common_counts(batch: Batch) -> Batch:
-    """The batch with as many examples of each task as B sequences can hold, whatever it had."""
+    """Pad each task of a batch to as many examples as its B sequences can hold."""
     spans: list[Span] = []
     rows, labels, real = [], {}, {}
     for span in batch.spans:
@@ -195,13 +195,13 @@ def _with_common_counts(batch: Batch) -> Batch:
 
 
 def _grid(number: int, steps: int) -> int:
-    """`number` rounded up to one of `steps` evenly spaced numbers from a power of 2 to the next."""
+    """Round `number` up to one of `steps` evenly spaced numbers from a power of 2 to the next."""
     step = max(1, 2 ** (number.bit_length() - 1) // steps)
     return step * math.ceil(number / step)
 
 
 def subset(data: TaskData, examples: np.ndarray) -> TaskData:
-    """The examples with these indices [n]."""
+    """The examples of a dataset with these indices [n]."""
     columns = tuple(column.take(examples) for column in data.columns)
     labels = None if data.labels is None else data.labels[examples]
     return replace(data, columns=columns, labels=labels, ids=[data.ids[i] for i in examples])
@@ -211,12 +211,12 @@ def _shares(sizes: np.ndarray, sampling: str, factors: np.ndarray | float = 1.0)
     """Divide sizes.sum() examples among the tasks, their shares multiplied by factors [tasks]."""
     weights = factors * sizes ** sampling_exponent(sampling)
     ends = np.cumsum(weights)
-    # The ends are rounded, not the shares, so that the shares add up to the sum of the sizes.
+    # The cumulative sums are rounded, so that the shares add up to the sum of the sizes.
     return np.diff(np.round(sizes.sum() * ends / ends[-1]), prepend=0).astype(np.int64)
 
 
 def _pool(datasets: Mapping[str, TaskData], picks: Sequence[np.ndarray]) -> np.ndarray:
-    """[N, 4]: task index, example, its number of tokens, and that of its longest sequence."""
+    """Rows [N, 4]: task index, example, its tokens, and those of its longest sequence."""
     parts = []
     for index, (data, examples) in enumerate(zip(datasets.values(), picks, strict=True)):
         lengths = np.stack([column.lengths[examples] for column in data.columns])

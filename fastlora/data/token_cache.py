@@ -1,4 +1,4 @@
-"""Task files as tokens, kept on disk for the next run on the same files."""
+"""Caches the tokens of task files on disk, for the next run on the same files."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from fastlora.data.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
 from fastlora.files import atomic_folder, cache_folder
 
-# To be raised when the code comes to give other tokens, or to store them in another way.
-_FORMAT = 3
+# Raise it when the code gives other tokens or stores them differently.
+_FORMAT = 4
 _ARRAYS = ("ids", "offsets", "types")
-# What of a task decides how its files are read.
-_MEANING = ("kind", "columns", "label", "labels", "low", "high", "dev_share")
+# The fields of a task that decide how its files are read.
+_TASK_FIELDS = ("kind", "columns", "label", "labels", "low", "high", "dev_share")
 
 
 def load_tasks(
@@ -33,7 +33,7 @@ def load_tasks(
     bad_rows: str = "error",
     limit: int | None = None,
 ) -> dict[str, TaskData]:
-    """Read and tokenise one split ("train", "dev", "test") of each task; UserError as read_rows.
+    """Read and tokenise one split ("train", "dev", "test") of each task; errors as `read_rows`.
 
     The tokens are kept in `cache_folder()`, under a hash of all that they depend on.
     """
@@ -45,16 +45,16 @@ def load_tasks(
             raise UserError(f"task {task.name!r} names no {split} file")
         path = Path(folder) / task.files[source]
         content = read_content(path)
-        meaning = [*(getattr(task, key) for key in _MEANING), task.dev_share and split]
-        file = [hashlib.sha256(content).hexdigest(), path.suffix, *meaning]
-        words = [tokenizer.fingerprint, tokenizer.definition, pairs]
-        key = json.dumps([_FORMAT, file, reading, words])
+        fields = [*(getattr(task, key) for key in _TASK_FIELDS), task.dev_share and split]
+        file = [hashlib.sha256(content).hexdigest(), path.suffix, *fields]
+        encoding = [tokenizer.fingerprint, tokenizer.definition, pairs]
+        key = json.dumps([_FORMAT, file, reading, encoding])
         entry = cache_folder() / "tokens" / hashlib.sha256(key.encode()).hexdigest()
         encoded = _read(entry / "tokens.npz", task)
         if encoded is None:
             rows = read_rows(path, task, content=content, split=split, **reading)
             encoded = encode_rows(rows, task, tokenizer, pairs)
-            # No rights, no space, or another process was first: the next run tokenises again.
+            # It may fail: no permission, no space, or another process was first.
             with suppress(OSError), atomic_folder(entry) as building:
                 _write(building / "tokens.npz", encoded)
         data[task.name] = encoded
@@ -62,25 +62,25 @@ def load_tasks(
 
 
 def _read(file: Path, task: Task) -> TaskData | None:
-    """The tokens in a file, or None when it is not there or damaged: a zip file has checksums."""
+    """The tokens in a file; None if it is missing or damaged, as a zip file's checksums show."""
     try:
         with np.load(file) as stored:
             arrays = dict(stored)
-        facts = json.loads(arrays["facts"].tobytes())
+        metadata = json.loads(arrays["metadata"].tobytes())
         columns = tuple(
             Encoded(**{name: arrays[f"{name}{i}"] for name in _ARRAYS}, truncated=count)
-            for i, count in enumerate(facts.pop("columns"))
+            for i, count in enumerate(metadata.pop("columns"))
         )
-        return TaskData(task, columns, arrays["labels"], **facts)
-    except Exception:  # each damaged field of a zip file raises another one
+        return TaskData(task, columns, arrays["labels"], **metadata)
+    except Exception:  # numpy raises different ones for different kinds of damage
         return None
 
 
 def _write(file: Path, data: TaskData) -> None:
-    facts = {name: getattr(data, name) for name in ("ids", "dropped", "truncated", "empty")}
-    facts["columns"] = [column.truncated for column in data.columns]
+    metadata = {key: getattr(data, key) for key in ("ids", "dropped", "truncated", "empty")}
+    metadata["columns"] = [column.truncated for column in data.columns]
     arrays: dict[str, Any] = {"labels": data.labels}
     for i, column in enumerate(data.columns):
         arrays |= {f"{name}{i}": getattr(column, name) for name in _ARRAYS}
-    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    np.savez(file, facts=text, **arrays)
+    text = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
+    np.savez(file, metadata=text, **arrays)

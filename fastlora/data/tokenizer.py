@@ -1,4 +1,4 @@
-"""Texts to tokens, with the tokenizer that transformers reads, in flat arrays without padding."""
+"""Encodes texts with the tokenizer that transformers reads, into flat arrays without padding."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from fastlora.bert.config import BertConfig
 from fastlora.errors import UserError
 from fastlora.files import read_json
 
-# Case, accents, Chinese, controls, punctuation, digits: any difference in the rules shows here.
+# Tokenizers whose rules for case, accents, Chinese or digits differ give other ids for this text.
 _PROBE = "The Café's naïve ÅNGSTRÖM, 東京 2.5\u00a0%\t\u200b[MASK] don't--STOP ﬁn 😀"
 _CHUNK = 8192
-_QUIET = threading.Lock()
+_LOGGER_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Encoded:
 class Tokenizer:
     """A tokenizer as transformers builds it, whose special tokens also surround an empty text.
 
-    A sequence has at most `max_length` tokens; what is cut is on the `truncation_side`. The types
-    of tokens, as the tokenizer numbers them, must be below `types`.
+    A sequence has at most `max_length` tokens; longer ones are cut on the `truncation_side`. Token
+    types must be below `types`, the model's type_vocab_size.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read the tokenizer of a model's folder; its tokens are those of transformers.
 
-        Raises UserError when the folder has none with a Rust backend, or one that does not fit the
-        model's ``config.json``, which says how long a sequence may be.
+        Raises UserError if the folder has no fast tokenizer, or one that does not fit the model's
+        ``config.json``, which says how long a sequence may be.
         """
         config = BertConfig.from_json(Path(folder) / "config.json")
         try:
@@ -84,31 +84,31 @@ class Tokenizer:
         # For a malformed file the Rust side raises a bare Exception, or panics.
         except BaseException as error:
             for file in Path(folder).glob("*.json"):
-                read_json(file)  # names the one that is no JSON
+                read_json(file)  # raises an error that names a file that is not JSON
             cause = " ".join(str(error).split())
             raise UserError(f"{folder}: its tokenizer cannot be used: {cause}") from error
 
     @property
     def definition(self) -> str:
-        """All that decides tokens, as text; the fingerprint misses the rarest rules."""
+        """The tokenizer's complete definition as text; the fingerprint misses its rarest rules."""
         return f"{self._types} {self._backend.encode_special_tokens} {self._backend.to_str()}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what the tokenizer does (vocabulary, ids of a probe), however it is stored."""
+        """sha256 of the vocabulary and the ids of a text, whatever the format of the files."""
         content = [sorted(self._backend.get_vocab().items()), self._probe]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, a: Sequence[str], b: Sequence[str] | None = None) -> Encoded:
         """Encode each text, or each pair as one sequence, with special tokens between and around.
 
-        The longer text is cut first, to the maximum length in all. Raises UserError where the model
-        knows fewer types of tokens than the sequences have.
+        The longer text of a pair is cut first. Raises UserError if the model has fewer token types
+        than the sequences.
         """
         inputs: Sequence = a if b is None else list(zip(a, b, strict=True))
         ids, types = array("i"), array("i")
         lengths, truncated = [0], 0
-        # In chunks: one Encoding object is some kilobytes, and Quora has 140,000 pairs.
+        # In chunks, because an Encoding object takes kilobytes and Quora has 140,000 pairs.
         for start in range(0, len(inputs), _CHUNK):
             for encoding in self._backend.encode_batch_fast(inputs[start : start + _CHUNK]):
                 ids.extend(encoding.ids)
@@ -123,11 +123,11 @@ class Tokenizer:
 
 
 def _read(folder: Path) -> Any:
-    """The fast tokenizer that transformers reads from a folder; its advice is not logged."""
-    from transformers import AutoTokenizer  # here, because that takes a second
+    """The fast tokenizer that transformers reads from a folder, without its warnings."""
+    from transformers import AutoTokenizer  # imported here, because it takes a second
 
     logger = logging.getLogger("transformers")
-    with _QUIET:
+    with _LOGGER_LOCK:
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:

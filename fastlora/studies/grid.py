@@ -1,4 +1,4 @@
-"""The paper's tables: runs for each row of settings; their reports, and that of a search."""
+"""Runs the rows of the paper's tables, and reports on them and on a search."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ NOTES = """\
 Scores are those on the dev files, with the standard deviation over seeds. The paper's encoder is
 BERT-base. The paper does not give its learning rate: the rows use this library's default, except
 the last, which uses the course's and is left out of the comparison. Of an adapter for one task, it
-gives the best score with the dropout but not the rank: each rank shows it. Trainable parameters
-include the heads. Seconds are those of training steps, without loading and evaluation."""
+gives the best score and its dropout but not its rank: each rank shows the score. Trainable
+parameters include the heads. Seconds are of training steps, without loading and evaluation."""
 SEARCH_NOTES = """\
 The trials are scored on one half of the dev examples, full runs on the other, which no choice was
 based on. The error of a rank is the standard error of the difference from the best rank's score."""
@@ -37,7 +37,7 @@ Record = dict[str, Any]  # the value of each column of a row, or None
 
 
 def begin(config: TrainConfig, inputs: Inputs, quiet: bool, stop: Stop) -> tuple[Setup, Log]:
-    """The setup that a study's runs share, with the encoder, and the log, to which it says both."""
+    """Prepare and describe the setup that a study's runs share; returns it and their log."""
     log, setup = Log(quiet), prepare(config, inputs)
     setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop)
     log.fields(run_description(setup, Ranks(setup.device)))
@@ -132,7 +132,7 @@ def cell(value: object) -> str:
 
 
 def _comparison(task: str, records: Sequence[Record]) -> str:
-    """The best score and how many rows exceed the paper's, without the course's learning rate."""
+    """A sentence on the best score and the rows above the paper's, without those of `COURSE`."""
     ours = [record for record in records if record["variant"] != COURSE]
     best = max(ours, key=lambda record: record[task] or 0.0)
     pairs = [(record[task], record[f"{task} paper"]) for record in ours]
@@ -168,7 +168,7 @@ def draw_lines(panel: pages.Axes, rows: Sequence[Record], x: str, y: str, by: st
 
 
 def report_search(folder: Path, findings: Mapping[str, dict[str, Any]], log: Log) -> None:
-    """Write and print what was found for all tasks, or for each."""
+    """Write and print the findings of a search, by task or for all tasks jointly."""
     blocks: list[pages.Block | None] = [SEARCH_NOTES]
     for name, finding in findings.items():
         best = ", ".join(f"{key} {cell(value)}" for key, value in finding["best"].items())

@@ -57,7 +57,7 @@ SHARED_ROWS = [
 
 
 def _task_table(task: str, paper: float = 0.0, paper_dropout: float = 0.0) -> Table:
-    """Settings of an adapter for one task; the paper's best score is for query and value."""
+    """The rows of one task's adapter; `paper` is the best score, which is for query and value."""
     rows, alone = [], {"adapters": "per-task"}
     for targets, dropout, r in product((("value",), ("query", "value")), DROPOUTS, RANKS):
         known = paper > 0 and len(targets) == 2 and dropout == paper_dropout

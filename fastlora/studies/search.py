@@ -3,7 +3,7 @@
 After a full run with the settings given come three stages, each an Optuna study:
     rates    learning rate and warmup, by short runs; trial 0 has the settings given
     ranks    half a run at the largest rank, with the rate found and with that given; its adapters
-             are cut to every smaller rank, and the smallest is kept that scores as the best does
+             are truncated to every smaller rank; the smallest within the best one's error is kept
     shapes   dropout and targets, by short runs
 In the end, full runs over three seeds compare the settings found with those given. A short run
 trains on a sixteenth of the examples, and if its score is in the best third of its stage, on an
@@ -41,7 +41,7 @@ from fastlora.multitask.files import config_fingerprint
 from fastlora.runs import folder as folders
 from fastlora.studies.grid import Record, begin, report_search, run_row
 from fastlora.studies.paper_tables import Row
-from fastlora.studies.truncation import RANKS, smallest_within_error, sweep
+from fastlora.studies.truncation import RANKS, scores_by_rank, smallest_within_error
 from fastlora.training.config import SearchConfig, TrainConfig
 from fastlora.training.distributed import Ranks
 from fastlora.training.inputs import Inputs
@@ -56,7 +56,7 @@ DROPOUTS, SEEDS = (0.0, 0.05, 0.1, 0.2), 3
 # The shares of the training examples that a trial of a stage trains on, one after the other.
 SHARES = {"rates": (1 / 16, 1 / 8), "ranks": (1 / 2,), "shapes": (1 / 16, 1 / 8)}
 SHORT_DEV = 400  # the most dev examples of a task that score a short run
-# The time of the last full runs, in that of the first; with more targets, one takes 1.5 times it.
+# The time of the last full runs, in that of the first; one with more targets takes 1.5 of these.
 LAST_RUNS = SEEDS * 1.5 + SEEDS - 1
 DIVERGED = -1.0  # a score below all others
 
@@ -66,10 +66,10 @@ def run_search(
 ) -> None:
     """Search in `config.out`, for all tasks jointly or for each task's adapter in turn.
 
-    Raises UserError before training if the configuration or the data are wrong; as `Search.run`.
+    Raises UserError before training if the configuration or the data are wrong, and as `run`.
     """
     if config.mode != "lora" or config.adapters == "shared+per-task" or config.add_to:
-        raise UserError("search finds LoRA settings of shared or of per-task adapters of a new run")
+        raise UserError("search needs --mode lora, --adapters shared or per-task, and no --add-to")
     setup, log = begin(config, inputs, quiet, stop)
     if few := [name for name, data in setup.dev.items() if len(data) < 2]:
         raise UserError(f"{few[0]}: has one dev example (a search expects two or more)")
@@ -147,9 +147,9 @@ class Search:
     def stage(
         self, name: str, base: Record, changes: Record, until: float = inf, most: int | None = None
     ) -> FrozenTrial:
-        """Train `most` combinations of some settings' values; returns the best trial.
+        """Train at most `most` combinations of the values in `changes`; returns the best trial.
 
-        Others are as in `base`. After `until` seconds of all trials, only a stage's first begins.
+        Other settings are those of `base`. After `until` seconds, only the first trial begins.
         """
         study = optuna.create_study(
             storage=self.storage,
@@ -192,7 +192,7 @@ class Search:
                 of_tasks = trainer.progress.scores[-1]["scores"].values()
                 scores.append(mean(score or 0.0 for score in of_tasks))
                 if stage == "ranks":
-                    ranks = sweep(trainer.model, setup.dev, self.tried["r"])
+                    ranks = scores_by_rank(trainer.model, setup.dev, self.tried["r"])
                     trial.set_user_attr("ranks", list(ranks.items()))
             except Diverged:
                 scores.append(DIVERGED)
@@ -209,7 +209,7 @@ class Search:
 
     def full_runs(self, name: str, settings: Record, seeds: int) -> Record:
         """Train in full with some seeds, in run folders; finished ones are read."""
-        # The best weights would be chosen by the examples that score them.
+        # --keep best would choose weights by the examples that score them.
         config = replace(self.configure(self.setup.config, settings), keep="last")
         setup = replace(self.setup.narrow(config), dev=self.dev(1))
         return run_row(Row(name, name, ""), setup, seeds, self.folder / "runs" / name, self.log)

@@ -18,13 +18,13 @@ RANKS = (1, 2, 4, 8, 16, 32)
 RESAMPLES = 200
 
 
-def sweep(
+def scores_by_rank(
     model: MultitaskBert, dev: Mapping[str, TaskData], ranks: Collection[int] = RANKS
 ) -> dict[int, tuple[float, float]]:
     """The mean score of the tasks, and its error, with all adapters truncated to each rank.
 
     The error is the standard error of the difference from the best rank's score (paired bootstrap
-    over the examples, Efron & Tibshirani 1993). The adapters are left at the lowest rank.
+    over the examples, Efron & Tibshirani 1993). The adapters keep the lowest rank.
     """
     ordered, rng, outputs = sorted(ranks, reverse=True), np.random.default_rng(0), []
     for rank in ordered:

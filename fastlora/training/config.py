@@ -26,7 +26,7 @@ Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 @dataclass(frozen=True)
 class TaskLoraConfig:
-    """What one task's adapter sets differently from the common settings; None is not set."""
+    """The settings of one task's adapter; None stands for the common setting."""
 
     r: int | None = None
     alpha: float | None = None
@@ -44,22 +44,22 @@ class TaskLoraConfig:
 
     @classmethod
     def of(cls, lora: LoraConfig) -> TaskLoraConfig:
-        """What says the same as an adapter's settings; UserError where those have patterns."""
+        """An adapter's settings as those of a task; UserError if they have patterns."""
         check(not (lora.rank_pattern or lora.alpha_pattern), "lora", lora, "no patterns")
         return cls(**{name: getattr(lora, name) for name in LORA_SETTINGS})
 
     def changes(self) -> dict[str, Any]:
-        """What is set, by name."""
+        """The settings that are not None, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def over(self, base: LoraConfig) -> LoraConfig:
-        """The settings of the task's adapter: `base` with this task's differences in place."""
+        """The settings of the task's adapter: those that are set here, and else those of `base`."""
         return replace(base, **{k: v for k, v in self.changes().items() if k in LORA_SETTINGS})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run.
+    """The settings of a training run.
 
     A path may be given as text, the model's folder as a path, and a list in place of a tuple; no
     value is rounded or converted otherwise. Raises UserError for a value of another type, out of
@@ -67,44 +67,44 @@ class TrainConfig:
 
     Args:
         r: Rank of the update, 1 or more.
-        alpha: Strength: the update is scaled by alpha / r.
+        alpha: Scale of the update, which is multiplied by alpha / r.
         dropout: Dropout on the update's input, 0 <= p < 1.
-        rslora: Scale by alpha / sqrt(r) instead.
-        targets: Matrices, comma-separated: query, key, value, output, intermediate, ffn_output; or
-            all.
-        adapters: One adapter for all tasks, one each, or both together.
+        rslora: Multiply the update by alpha / sqrt(r) instead (rsLoRA).
+        targets: Linear layers with an adapter, comma-separated: query, key, value, output,
+            intermediate, ffn_output; or all.
+        adapters: One adapter for all tasks, one for each, or both together.
         add_to: Finished run with adapters per task, to which other tasks are added.
-        mode: Train adapters, heads on a frozen encoder, or every weight.
-        sst, cfimdb, quora, sts: What the task's adapter sets differently.
+        mode: What trains: adapters and heads, heads alone, or all weights.
+        sst, cfimdb, quora, sts: Settings of the task's adapter that differ.
         tasks: Tasks, comma-separated; by default sst, quora and sts, as in the paper.
         data: Folder of the task files; by default ./data, else the demo corpus.
-        model: Folder, hub id, or minilm; by default bert-base-uncased, demo: minilm.
+        model: Folder, hub id, or minilm; by default bert-base-uncased (demo: minilm).
         pairs: Encode a pair as two sentences, or as one [CLS] a [SEP] b [SEP].
-        sampling: How often a task with n examples is drawn: proportional to n, sqrt(n), uniform, or
-            a temperature T: n^(1/T).
+        sampling: How often a task with n examples is drawn: in proportion to n (proportional),
+            sqrt(n) (sqrt), 1 (uniform), or n^(1/T) (a temperature T).
         bad_rows: Whether a malformed row is an error, or skipped and counted.
-        quoting: Quotes in CSV and TSV files: around a field, or none: plain characters.
-        limit: Use at most this many examples of each task's files.
+        quoting: minimal: quotes in CSV and TSV files enclose fields; none: they are characters.
+        limit: Use at most this many examples of each file.
         epochs: Passes over the training examples.
         max_steps: Stop after this many steps.
-        tokens_per_batch: Real tokens of a step over all processes, 1 or more.
-        accumulate: Split each step in this many parts, to save memory.
+        tokens_per_batch: Most tokens of a step, without padding, in all processes together.
+        accumulate: Parts of a step (gradient accumulation), to save memory.
         lr: Peak learning rate; by default lora 2e-3, full 5e-5, frozen 2e-3.
         head_lr: Peak learning rate of the heads; by default 1e-3, or --lr when frozen.
         lora_plus: The learning rate of each B is that of A times this (LoRA+).
-        weight_decay: AdamW's decay of matrices.
-        warmup: Share of the steps that warm up, 0 to 1.
-        schedule: Decay after the warmup.
-        clip: Largest gradient norm.
+        weight_decay: AdamW's weight decay, of matrices alone.
+        warmup: Share of the steps in which the learning rate rises, 0 to 1.
+        schedule: Decay of the learning rate after the warmup.
+        clip: Norm to which gradients are clipped.
         seed: Seed of weights, order and dropout.
-        precision: Compute type; auto: bf16 or fp16 on a GPU, fp32 on a CPU.
+        precision: Compute dtype; auto is bf16 or fp16 on a GPU, fp32 on a CPU.
         device: auto, cpu, cuda or cuda:N.
         compile: Compile the encoder with torch.compile.
         cuda_graphs: Replay each step as a CUDA graph, for small batches.
-        grad_checkpoint: Less memory, 1.6x the time: backward computes layers again.
+        grad_checkpoint: Recompute layers in backward: less memory, 1.6x the time.
         task: Tables of the tasks that are not built in, by name.
         out: Run folder; an unfinished run in it is continued.
-        keep: Which weights to keep: of the best mean dev score, or the last ones.
+        keep: Weights to keep: those with the best mean dev score, or the last ones.
         patience: Stop after this many evaluations without a better mean dev score.
         eval_every: Steps between evaluations; the end of an epoch always evaluates.
         save_every: Steps between checkpoints; an evaluation always saves.
@@ -185,7 +185,7 @@ class TrainConfig:
         names = (*BUILTIN, *self.task)
         special = [name for name in names if self.task_settings(name) != TaskLoraConfig()]
         if special and self.adapters == "shared":
-            raise UserError(f"{special[0]} has settings of its own, which need --adapters per-task")
+            raise UserError(f"settings of {special[0]} need --adapters per-task or shared+per-task")
         if self.add_to and (self.mode, self.adapters) != ("lora", "per-task"):
             raise UserError("add_to is given, which needs --adapters per-task")
         fixed = (self.mode, self.adapters, self.accumulate) == ("lora", "shared", 1)
@@ -196,7 +196,7 @@ class TrainConfig:
             )
 
     def task_settings(self, task: str) -> TaskLoraConfig:
-        """What a task's adapter sets differently; nothing for the adapter of all tasks."""
+        """The settings of a task's adapter that differ; none for the shared adapter."""
         if task in self.task:
             return as_type(f"task.{task}.lora", self.task[task].get("lora", {}), TaskLoraConfig)
         return getattr(self, task) if task in BUILTIN else TaskLoraConfig()
@@ -209,7 +209,7 @@ class TrainConfig:
 
     @property
     def lora(self) -> LoraConfig:
-        """The settings of the adapters, before what single tasks set differently."""
+        """The common settings of the adapters."""
         return LoraConfig(**{name: getattr(self, name) for name in LORA_SETTINGS})
 
     @property
@@ -220,7 +220,7 @@ class TrainConfig:
         return lr, self.head_lr or (lr if self.mode == "frozen" else DEFAULT_HEAD_LR)
 
     def to_table(self) -> dict[str, Any]:
-        """What is set, without `out`, in TOML's types."""
+        """The settings that are not None, without `out`, in TOML's types."""
         table = asdict(self)
         del table["out"]
         return _without_none(table)
@@ -233,11 +233,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How long a search of settings may take, and how its trials run.
+    """How long a search of settings may take, and how many trials it has.
 
     Args:
-        budget: Time, as 90s, 30m or 2h, after which no short run begins.
-        trials: Short runs of learning rate and warmup, 1 to 18.
+        budget: Time for the search, as 90s, 30m or 2h; short runs leave enough for the full ones.
+        trials: Short runs that choose learning rate and warmup, 1 to 18.
     """
 
     budget: timedelta | None = None
@@ -251,7 +251,7 @@ class SearchConfig:
 
 
 def _without_none(value: Any) -> Any:
-    """Without None and empty tables, and only of types that TOML has."""
+    """A value without None and empty tables, in types that TOML has."""
     if isinstance(value, dict):
         plain = {key: _without_none(item) for key, item in value.items() if item is not None}
         return {key: item for key, item in plain.items() if item != {}}

@@ -1,6 +1,6 @@
 """A training step as a CUDA graph for each shape of batch: forward, backward, optimizer.
 
-On a GPU, a small batch takes as long as the launches of its kernels; a graph needs only one.
+On a GPU, a small batch takes as long as the launches of its kernels; a graph needs one launch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fastlora.data.batches import Batch
 
-WARM_UPS = 3  # steps before a capture, which may neither compile nor wait
+WARM_UPS = 3  # steps before a capture, in which nothing may compile or synchronise
 
 
 class GraphedStep:
-    """`step(batch, shares)` for batches of `collate`'s common shapes, each captured when it is new.
+    """Runs `step(batch, shares)` as a CUDA graph, captured at the first batch of each shape.
 
     `step` changes the optimizer's parameters and state, and `others`, in place, and leaves no
     gradient. Seeds are drawn in the graph, from PyTorch's generator, so masks change with each
@@ -35,7 +35,7 @@ class GraphedStep:
         self.step, self.optimizer, self.scaler, self.others = step, optimizer, scaler, others
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
-        self.pool: Any = None  # of memory, for all graphs
+        self.pool: Any = None  # the memory pool of all graphs
         for group in optimizer.param_groups:
             group["lr"] = self.parameters[0].new_tensor(group["lr"])
             group["capturable"] = True
@@ -52,7 +52,7 @@ class GraphedStep:
         graph.replay()
 
     def _capture(self, batch: Batch, shares: Tensor) -> torch.cuda.CUDAGraph:
-        """Capture the graph of a step; what the steps before that changed is restored."""
+        """Capture a step as a graph, and restore what the warm-up steps changed."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         scale = self.scaler.state_dict()
         old = {id(t): t.detach().clone() for t in self._state()}

@@ -1,4 +1,4 @@
-"""The training loop: a planned batch -> loss -> step -> checkpoint, once for all modes."""
+"""The training loop, the same for all modes: planned batch, loss, step, checkpoint."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from fastlora.training.optimizer import make_optimizer, owner, set_rates
 from fastlora.training.setup import Setup, seed_random
 
 LOG_EVERY = 10  # steps
-COUNTED = 100  # epochs that are planned before the first step, to count the run's steps
-_STEP_SEED = 0x9E3779B97F4A7C15
+COUNTED_EPOCHS = 100  # planned before the first step, to count the steps of the run
+_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Result:
 class Trainer:
     """One run: its model, optimizer and progress through the planned batches.
 
-    Nothing is written without a `folder`.
+    If `folder` is None, nothing is written.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Trainer:
         self.group_of = np.array([list(self.groups).index(group[task]) for task in setup.train])
         fp16 = self.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        # A scaler begins with its first loss, and a process may have none in the first step.
+        # A scaler is initialised by its first loss, and a process may have none in the first step.
         self.scaler.scale(torch.zeros((), device=self.device))
         self.progress = Progress()
-        self.started: float | None = None  # the time from which steps are not yet in `progress`
+        self.started: float | None = None  # when the steps began whose time `progress` lacks
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
         weights = {n: class_weights(data.task, data.labels) for n, data in setup.train.items()}
@@ -87,20 +87,20 @@ class Trainer:
             n: torch.from_numpy(w).to(self.device) for n, w in weights.items() if w is not None
         }
         self.graphed: GraphedStep | None = None
-        self.positions: int | None = None  # the encoder's, where batches come in few shapes
+        self.max_length: int | None = None  # given to `collate`, for batches of few shapes
         if self.config.cuda_graphs:
             step = self.forward_backward_update
             self.graphed = GraphedStep(step, self.optimizer, self.scaler, [self.sums])
-            self.positions = model.encoder.config.longest
+            self.max_length = model.encoder.config.longest
         self.train_features: Features | None = None  # of a frozen encoder
         self.dev_features: Features | None = None
-        self.outputs: dict[str, np.ndarray] = {}  # of the dev data, by the weights as they are
+        self.outputs: dict[str, np.ndarray] = {}  # on the dev data, with the current weights
         self.total = self.count_steps()
 
     def resume(self) -> bool:
         """Continue from the newest valid checkpoint; returns whether there was one.
 
-        Raises RunError if the run has lost its checkpoints, and as `load_checkpoint`.
+        Raises RunError if the run has lost its checkpoints, and as `load_checkpoint` does.
         """
         if self.folder is None:
             return False
@@ -112,7 +112,7 @@ class Trainer:
             return False
         state = (self.model, self.optimizer, self.scaler)
         self.progress = load_checkpoint(path, *state, self.setup.fingerprints)
-        if self.progress.sums and self.ranks.first:  # they are those of all ranks
+        if self.progress.sums and self.ranks.first:  # the sums of all ranks
             self.sums.copy_(torch.tensor(self.progress.sums))
         return True
 
@@ -134,13 +134,13 @@ class Trainer:
             self.bar = stack.enter_context(closing(Bar(self.log, self.total, progress.step)))
             stack.enter_context(self.stop)
             while progress.epoch < config.epochs:
-                self.epoch()
-        kept = self.keep()
+                self.train_epoch()
+        kept = self.load_kept()
         throughput = progress.step, progress.examples, progress.seconds
         return Result(kept["scores"], kept["step"], *throughput)
 
-    def keep(self) -> dict[str, Any]:
-        """Put the weights that --keep asks for in place; returns their evaluation."""
+    def load_kept(self) -> dict[str, Any]:
+        """Load the weights that --keep asks for; returns their evaluation."""
         last, best = self.progress.scores[-1], self.progress.best
         if self.config.keep == "last" or self.folder is None or not best or best is last:
             return last
@@ -160,16 +160,16 @@ class Trainer:
         return plan_epoch(self.setup.train, tokens, config.seed, epoch, config.sampling)
 
     def count_steps(self) -> int:
-        """The steps of the run: exact up to `COUNTED` epochs, beyond them by the mean of those."""
-        counted, steps, most = min(self.config.epochs, COUNTED), 0, self.config.max_steps
+        """The steps of the run: exact up to `COUNTED_EPOCHS`, and extrapolated beyond."""
+        counted, steps, most = min(self.config.epochs, COUNTED_EPOCHS), 0, self.config.max_steps
         for epoch in range(counted):
             steps += len(self.plan(epoch))
             if most and steps >= most:
                 return most
         return steps * self.config.epochs // counted
 
-    def epoch(self) -> None:
-        """The rest of the current epoch, its scores on the dev data, and a checkpoint."""
+    def train_epoch(self) -> None:
+        """Train the rest of the current epoch, score the dev data, and save a checkpoint."""
         progress = self.progress
         for batch_plan in self.plan(progress.epoch)[progress.position :]:
             if self.is_done():
@@ -196,7 +196,7 @@ class Trainer:
         self.save()
 
     def is_done(self) -> bool:
-        """Whether all steps are done, or --patience is at its end."""
+        """Whether all steps are done, or --patience evaluations brought no better mean score."""
         scores, patience = self.progress.scores, self.config.patience
         best = self.progress.best
         worse = len(scores) - 1 - scores.index(best) if best else 0
@@ -221,12 +221,12 @@ class Trainer:
         return stop
 
     def forward_backward_update(self, batch: Batch, shares: Tensor) -> None:
-        """All that a step computes on the device; `shares` are those of `inputs`."""
+        """Compute a step as one CUDA graph; `batch` and `shares` are those of `inputs`."""
         self.scaler.scale(self.loss(batch, shares)).backward()
         self.update()
 
     def update(self) -> None:
-        """Clip the gradients, take the optimizer's step, and drop them."""
+        """Clip the gradients, take the optimizer's step, and set the gradients to None."""
         self.scaler.unscale_(self.optimizer)
         for parameters in self.groups.values():
             nn.utils.clip_grad_norm_(parameters, self.config.clip)
@@ -237,50 +237,50 @@ class Trainer:
     def seed_part(self, part: int, parts: int) -> None:
         """Seed the random numbers of a part of a step with (seed, step, part) alone.
 
-        So a resumed run draws the numbers of an uninterrupted one, with no state to save, and two
-        processes draw those of one process with --accumulate 2.
+        So a resumed run draws the same numbers as an uninterrupted one, with no state to save, and
+        two processes the same as one process with --accumulate 2.
         """
         index = self.progress.step * parts + part + 1
-        seed_random((self.config.seed + index * _STEP_SEED) % 2**63, self.device)
+        seed_random((self.config.seed + index * _SEED_STRIDE) % 2**63, self.device)
 
     def inputs(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> tuple[Batch, Tensor]:
         """A part of a planned batch, and its tasks' shares in the loss, fp32 [tasks, 2].
 
-        Of each task: its examples in this part, and 1 / the examples in the whole batch of all
-        tasks that are averaged with it.
+        A task's row has its examples in this part, and 1 / the examples of its group of tasks in
+        the whole batch.
         """
         planned = batch_plan[part::parts]
         groups = self.group_of[batch_plan[:, 0]]
         averaged = [np.sum(groups == group) for group in self.group_of]
         examples = np.bincount(planned[:, 0], minlength=len(averaged))
         shares = np.stack([examples, 1 / np.maximum(averaged, 1)], 1).astype(np.float32)
-        batch = collate(self.setup.train, planned, self.positions).to(self.device)
+        batch = collate(self.setup.train, planned, self.max_length).to(self.device)
         return batch, torch.from_numpy(shares).to(self.device, non_blocking=True)
 
     def loss(self, batch: Batch, shares: Tensor) -> Tensor:
-        """A part's share of the batch's loss []; each task's summed loss goes to the running sums.
+        """A part's share of the batch's loss []; each task's summed loss is added to `sums`.
 
-        The loss of the batch is the mean over its examples, of each group of tasks by itself.
+        The loss of a batch is the sum, over groups of tasks, of the mean over a group's examples.
         """
         features = self.train_features
-        # Mixed precision for full fine-tuning, whose weights stay fp32 masters.
+        # Mixed precision for full fine-tuning, whose weights stay in fp32.
         mixed = self.config.mode == "full" and self.config.precision != "fp32"
         with torch.autocast(self.device.type, self.setup.dtype, enabled=mixed):
             outputs = self.model(batch, features and features(batch))
-        by_task = task_losses(self.model.tasks, outputs, batch, self.class_weights)
+        summed = task_losses(self.model.tasks, outputs, batch, self.class_weights)
         zero = shares.new_zeros(())
-        losses = torch.stack([by_task.get(name, zero) for name in self.setup.train])
+        losses = torch.stack([summed.get(name, zero) for name in self.setup.train])
         self.sums += torch.stack((losses.detach(), shares[:, 0]), 1)
         return losses @ shares[:, 1]
 
     def stop_clock(self) -> None:
-        """Add the seconds of the steps since the clock was started, once they are computed."""
+        """Wait until the device has done its steps, and add their time to `progress`."""
         if self.started is not None:
             self.progress.seconds += finished_time(self.device) - self.started
             self.started = None
 
     def log_losses(self) -> None:
-        """Report the mean losses since the last report; RunError when one is not finite."""
+        """Log the mean losses since the last call; raises Diverged if one is not finite."""
         self.stop_clock()
         sums = self.ranks.sum(self.sums).tolist()
         self.sums.zero_()
@@ -300,7 +300,7 @@ class Trainer:
         self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {by_task(losses)}")
 
     def evaluate(self) -> None:
-        """Score the dev data. Each process computes all of it, as waiting would take as long."""
+        """Score the dev data, in each process, as waiting for one would take as long."""
         self.stop_clock()
         self.outputs = predict(self.model, self.setup.dev, self.dev_features)
         scores = scores_of(self.setup.dev, self.outputs)

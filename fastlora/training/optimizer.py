@@ -14,15 +14,15 @@ from fastlora.training.config import TrainConfig
 
 
 def owner(parameter: str) -> str:
-    """The task or adapter that a parameter's name ends or begins with; else another word."""
+    """The task of a head's parameter, the adapter of a LoRA one, else the end of the name."""
     parts = parameter.split(".")
     return parts[1] if parts[0] == "heads" else parts[-1]
 
 
 def make_optimizer(model: MultitaskBert, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what trains: heads at their own rate, weight decay of matrices only.
+    """AdamW for the trainable parameters: heads have their own rate, and only matrices decay.
 
-    B of each adapter learns `config.lora_plus` times as fast as A (LoRA+, Hayou et al. 2024).
+    The learning rate of B is `config.lora_plus` times that of A (LoRA+, Hayou et al. 2024).
     """
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(model).items():
@@ -38,12 +38,12 @@ def make_optimizer(model: MultitaskBert, config: TrainConfig) -> torch.optim.Ada
         | {"config": replace(config, warmup=warmup)}
         for (warmup, lr, decay), params in groups.items()
     ]
-    # BERT's own eps; a smaller one turns rounding of tiny gradients into steps.
+    # This eps is that of BERT; a smaller one turns rounding errors of tiny gradients into steps.
     return torch.optim.AdamW(settings, eps=1e-6, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int) -> None:
-    """Put the learning rates of `step` (from 0) of `total` in place; in a tensor that is one."""
+    """Set the learning rates of `step` (from 0) of `total`; those that are tensors, in place."""
     for group in optimizer.param_groups:
         lr = group["peak"] * schedule(group["config"], step, total)
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr

@@ -1,4 +1,4 @@
-"""A request to a run to stop after the step at hand."""
+"""A request to a run to stop after its current step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from types import FrameType
 
 
 class Stop:
-    """A request to a run to end after the step at hand: `asked`, which any thread may set.
+    """A request to a run to stop after its current step: `asked`, which any thread may set.
 
-    While a run is in its steps, `signals` ask, too, if it is in the main thread: Python lets no
-    other set handlers. A second signal does what it did before, Ctrl-C that is KeyboardInterrupt.
-    One that comes within `echo` seconds of the first is still the first: torchrun passes on what
-    the terminal has sent to each process already, and `timeout` sends twice.
+    While a run trains in the main thread, `signals` set it, too; other threads may not have signal
+    handlers. A second signal has its previous effect, KeyboardInterrupt for Ctrl-C. Signals within
+    `echo` seconds of the first count as one, because torchrun passes on what the terminal has sent
+    to each process already, and `timeout` sends twice.
     """
 
     def __init__(self, *signals: int) -> None:

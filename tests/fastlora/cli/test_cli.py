@@ -200,7 +200,7 @@ def test_config_file_and_flags(tiny_model, tiny_data, tmp_path, capsys):
         ("[task.x]\nlora = {{rank = 2}}\n", "task.x.lora.rank is no setting"),
         ("[task.x]\nlora = {{r = '2'}}\n", "task.x.lora.r is '2' (expected a whole number)"),
         ("[task.x]\nlora = {{targets = 'query'}}\n", "task.x.lora.targets is 'query'"),
-        ("[task.x]\nlora = {{r = 2}}\n", "x has settings of its own, which need"),
+        ("[task.x]\nlora = {{r = 2}}\n", "settings of x need --adapters per-task"),
     ],
 )
 def test_wrong_config_file(text, message, tmp_path, capsys):

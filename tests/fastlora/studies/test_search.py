@@ -19,7 +19,7 @@ from fastlora.runs.folder import locked
 from fastlora.runs.session import run_training
 from fastlora.studies import search as module
 from fastlora.studies.search import Search, open_journal, run_search, train_share
-from fastlora.studies.truncation import low_rank, smallest_within_error, sweep
+from fastlora.studies.truncation import low_rank, scores_by_rank, smallest_within_error
 from fastlora.training.config import SearchConfig, TaskLoraConfig, TrainConfig
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
@@ -80,7 +80,7 @@ def test_sweep_at_the_trained_rank_is_the_trained_model(tiny_config):
     setup = prepare(config := tiny_config(r=32, epochs=6, lr=1e-2), find_inputs(config))
     trainer = train_share(setup, 1.0)
     trained = np.mean(list(trainer.progress.scores[-1]["scores"].values()))
-    scores = sweep(trainer.model, setup.dev)
+    scores = scores_by_rank(trainer.model, setup.dev)
     assert sorted(scores) == [1, 2, 4, 8, 16, 32]
     assert scores[32][0] == pytest.approx(trained, abs=1e-4)
     assert len({score for score, _ in scores.values()}) > 1
@@ -180,9 +180,9 @@ def test_a_search_and_a_run_do_not_share_a_folder(searched, tiny_config):
         (["--budget", "0s"], "budget is '0:00:00' (expected more than no time)"),
         (["--trials", "0"], "trials is 0 (expected 1 to 18)"),
         (["--trials", "19"], "trials is 19 (expected 1 to 18)"),
-        (["--mode", "full"], "search finds LoRA settings"),
+        (["--mode", "full"], "search needs --mode lora"),
         (["--join"], "--join"),
-        (["--adapters", "per-task", "--add-to", "runs/old"], "adapters of a new run"),
+        (["--adapters", "per-task", "--add-to", "runs/old"], "and no --add-to"),
     ],
 )
 def test_misuse(tiny_data, tiny_model, tmp_path, capsys, flags, message):
@@ -199,7 +199,7 @@ class Pretended:
         self.setup, self.folder = setup, folder
         self.trained = []  # the configuration and the share of each short or longer run
         monkeypatch.setattr(module, "train_share", self.train_share)
-        monkeypatch.setattr(module, "sweep", lambda *_: {8: (0.5, 0.0), 2: (0.5, 0.0)})
+        monkeypatch.setattr(module, "scores_by_rank", lambda *_: {8: (0.5, 0.0), 2: (0.5, 0.0)})
         monkeypatch.setattr(module, "run_row", self.run_row)
 
     def score(self, config):

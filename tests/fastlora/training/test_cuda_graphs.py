@@ -176,7 +176,7 @@ def test_graphs_train_on_a_gpu(tiny_config, route):
 
 def check_graphs(config, route):
     plain, graphed = (make_trainer(config, graphs) for graphs in (False, True))
-    plain.positions = POSITIONS  # the same filled batches, whose masks are the same
+    plain.max_length = POSITIONS  # the same filled batches, whose masks are the same
     first, *others = plain.plan(0)
     alike = next(p for p in others if shape_of(plain, p) == shape_of(plain, first))
     one_task = first[first[:, 0] == 0]
@@ -210,10 +210,10 @@ def test_evaluating_between_replays_changes_nothing(tiny_config, recorder):
 def test_what_fills_a_batch_changes_no_gradient(tiny_config, monkeypatch):
     """Sentences of no task, and padding that makes up for a round number of tokens."""
     found = []
-    for positions, grid in ((None, None), (None, batches._grid), (POSITIONS, batches._grid)):
+    for max_length, grid in ((None, None), (None, batches._grid), (POSITIONS, batches._grid)):
         monkeypatch.setattr(batches, "_grid", grid or (lambda number, _: number))
         trainer = make_trainer(tiny_config(tokens_per_batch=256), graphs=False)
-        trainer.positions = positions
+        trainer.max_length = max_length
         trainer.model.eval()  # no masks: their shapes differ
         loss = trainer.loss(*trainer.inputs(trainer.plan(0)[0]))
         loss.backward()
@@ -223,19 +223,19 @@ def test_what_fills_a_batch_changes_no_gradient(tiny_config, monkeypatch):
             torch.testing.assert_close(other, bare)
 
 
-@pytest.mark.parametrize("positions", [20, POSITIONS])
-def test_filled_batches_have_few_shapes(tiny_config, positions):
+@pytest.mark.parametrize("max_length", [20, POSITIONS])
+def test_filled_batches_have_few_shapes(tiny_config, max_length):
     config = tiny_config(tokens_per_batch=256, epochs=3)
     trainer = make_trainer(config, graphs=False)
     shapes, bare_shapes, real, computed = set(), set(), 0, 0
     for plan in (plan for epoch in range(3) for plan in trainer.plan(epoch)):
-        batch = collate(trainer.setup.train, plan, positions)
+        batch = collate(trainer.setup.train, plan, max_length)
         bare = collate(trainer.setup.train, plan)
         rows, length = bare.input_ids.shape
         assert torch.equal(batch.input_ids[:rows, :length], bare.input_ids)
         assert torch.equal(batch.attention_mask[:rows, :length], bare.attention_mask)
         assert batch.attention_mask.sum(1).min() >= 1
-        assert batch.layout.index is not None and batch.input_ids.shape[1] <= positions
+        assert batch.layout.index is not None and batch.input_ids.shape[1] <= max_length
         tokens = int(bare.attention_mask.sum())
         shapes.add((*batch.input_ids.shape, len(batch.layout.index)))
         bare_shapes.add((rows, length, tokens))

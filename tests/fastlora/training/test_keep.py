@@ -104,14 +104,14 @@ def test_evaluations_between_epochs_and_patience(tiny_config):
 @pytest.mark.usefixtures("falling_scores")
 def test_the_best_checkpoint_must_be_there(tiny_config, monkeypatch):
     config = tiny_config(epochs=3)
-    keep = loop.Trainer.keep
+    load_kept = loop.Trainer.load_kept
 
     def lose(trainer):
         best = trainer.progress.best["step"]
         shutil.rmtree(config.out / "checkpoints" / f"step-{best:06d}")
-        return keep(trainer)
+        return load_kept(trainer)
 
-    monkeypatch.setattr(loop.Trainer, "keep", lose)
+    monkeypatch.setattr(loop.Trainer, "load_kept", lose)
     with pytest.raises(RunError, match=r"step-.*best checkpoint is missing .*--keep last"):
         run(config)
 

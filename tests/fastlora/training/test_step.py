@@ -78,7 +78,7 @@ def test_a_tasks_own_learning_rate(still):
 
 
 def test_a_tasks_own_settings_need_its_own_adapter(tiny_config):
-    with pytest.raises(UserError, match="sts has settings of its own"):
+    with pytest.raises(UserError, match="settings of sts need --adapters per-task"):
         tiny_config(sts=TaskLoraConfig(r=2))
 
 
