@@ -81,7 +81,8 @@ def train(
     fastlora-train tickets.csv --text subject,body --label queue
     """
     if len(files) > 1 or not all(file.is_file() for file in files):
-        what = f"{files[-1]}: no such file" if len(files) == 1 else "expected one FILE"
+        folder = files[0].is_dir() and f"{files[0]}: is a folder, which is given as --data"
+        what = folder or f"{files[0]}: no such file" if len(files) == 1 else "expected one FILE"
         raise UserError(f"{what}; a list has commas, as in --tasks sst,quora,sts")
     if given(own) and not files:
         raise UserError(f"--{next(iter(given(own)))} needs a file: fastlora-train FILE.csv ...")

@@ -90,7 +90,8 @@ class Task:
     @property
     def description(self) -> str:
         """The task in words, for a run's banner."""
-        dev = self.files.get("dev", f"{self.dev_share or 0:.0%} of {self.files.get('train')}")
+        part = f"{self.dev_share or 0:.0%} of {self.files['train']}"
+        dev = self.files.get("dev", part + ", stratified" * bool(self.labels))
         what = f"{self.label} ({self.expected}) from {' and '.join(self.columns)}"
         return f"{self.name}: {self.kind}, {what}; metric {self.metric}; dev split: {dev}"
 

@@ -152,13 +152,17 @@ def score_table(
 
 
 def class_tables(
-    datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray]
+    datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray], every: bool = False
 ) -> list[tuple[list[str], list[list[str]]]]:
-    """Header and rows of a table of classes for each task with three classes or class weights."""
+    """Header and rows of a table of classes for each task with three classes or class weights.
+
+    With `every`, for each task that has classes.
+    """
+    least = 1 if every else 3
     return [
         class_table(data.task, outputs[name], data.labels)
         for name, data in datasets.items()
-        if data.labels is not None and (len(data.task.labels) > 2 or data.task.class_weights)
+        if data.labels is not None and (len(data.task.labels) >= least or data.task.class_weights)
     ]
 
 

@@ -121,7 +121,7 @@ def train(
         config = replace(config, data=None if data is None else Path(data))
     result = run_training(config, find_inputs(config, why), quiet=quiet)
     assert result is not None and config.out is not None
-    return Run(config.out, result.scores, config.device)
+    return Run(config.out.absolute(), result.scores, config.device)
 
 
 def _with_datasets(config: TrainConfig, datasets: Mapping[str, Dataset]) -> TrainConfig:

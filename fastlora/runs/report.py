@@ -59,7 +59,7 @@ def write_report(
         _training_plot(folder, list(setup.train), result["history"]),
         pages.heading("Dev predictions"),
         _scatter_plot(folder, setup.dev, outputs),
-        *starmap(pages.table, class_tables(setup.dev, outputs)),
+        *starmap(pages.table, class_tables(setup.dev, outputs, every=True)),
         *(_confusion_table(data, outputs[name]) for name, data in setup.dev.items()),
         pages.heading("Configuration"),
         settings,

@@ -44,7 +44,7 @@ def test_a_file_becomes_a_run_that_its_settings_repeat(tmp_path, tiny_model, cap
     words = {",": "commas", ";": "semicolons", "\t": "tabs"}[separator]
     assert f"{tmp_path} (the folder of tickets.csv, separated by {words})" in out
     assert "tickets: classification, queue (a bill or bug) from the text; metric accuracy; " in out
-    assert "dev split: 10% of tickets.csv" in out
+    assert "dev split: 10% of tickets.csv, stratified" in out
     assert "tickets 36 train, 4 dev" in out
     if not dry:
         settings = read_toml(tmp_path / "run" / "run.toml")
@@ -128,6 +128,7 @@ def test_mistakes_are_answered_in_one_line(tmp_path, how, message):
     [
         (["nowhere.csv"], "nowhere.csv: no such file"),
         (["--tasks", "sst", "quora", "sts"], "a list has commas, as in --tasks sst,quora,sts"),
+        (["."], ".: is a folder, which is given as --data"),
         (["--text", "a"], "--text needs a file: fastlora-train FILE.csv"),
         (["tickets.csv", "--tasks", "sst"], "leave out --tasks and --data"),
         (["tickets.csv", "--resume", "run"], "leave out FILE, --config and --out"),
