@@ -21,10 +21,7 @@ _SUPPORTED = {
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes and rates of one encoder; the defaults are those of Hugging Face's BERT.
-
-    Raises ValueError when heads do not divide hidden_size, or for a wrong number of positions.
-    """
+    """Sizes and rates of one encoder, by default BERT's; ValueError for what no encoder has."""
 
     vocab_size: int
     hidden_size: int
@@ -41,11 +38,14 @@ class BertConfig:
     model_type: str = "bert"
 
     def __post_init__(self) -> None:
-        H, heads = self.hidden_size, self.num_attention_heads
-        if H % heads:
+        for name, kind in self.__annotations__.items():
+            value, end = getattr(self, name), self.vocab_size if name == "pad_token_id" else 2**31
+            if type(value) not in (kind, int) or (kind is not str and not 0 <= value < end):
+                raise ValueError(f"{name} is {value!r} (expected {kind.__name__}, 0 to {end} - 1)")
+        if (H := self.hidden_size) % (heads := self.num_attention_heads):
             raise ValueError(f"hidden_size {H} is no multiple of num_attention_heads {heads}")
-        if type(P := self.max_position_embeddings) is not int or not 3 <= self.longest < 2**31:
-            raise ValueError(f"max_position_embeddings is {P!r} (expected room for 3 tokens)")
+        if (P := self.max_position_embeddings) < 3 + self.first_position:
+            raise ValueError(f"max_position_embeddings is {P} (expected room for 3 tokens)")
 
     @property
     def first_position(self) -> int:
@@ -59,11 +59,8 @@ class BertConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "BertConfig":
-        """Read a Hugging Face ``config.json``, ignoring the keys that minBERT does not use.
-
-        Raises UserError naming the file and the key for what minBERT cannot do.
-        """
-        values = read_json(Path(path))
+        """Read a ``config.json``; UserError naming the file and key for what minBERT cannot do."""
+        values = {key: v for key, v in read_json(Path(path)).items() if v is not None}
         for key, supported in _SUPPORTED.items():
             if values.get(key, supported[0]) not in supported:
                 expected = " or ".join(map(repr, supported)) + "; fastlora.accelerate takes others"

@@ -22,8 +22,11 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
     note on ignored heads and on a missing pooler. Raises UserError as ``copy_tensors`` does.
     """
     path = Path(folder) / "model.safetensors"
-    model = BertModel(BertConfig.from_json(path.with_name("config.json")), parts or Parts())
-    raw, _ = read_tensors(path)
+    config, (raw, _) = BertConfig.from_json(path.with_name("config.json")), read_tensors(path)
+    layers = len({name.partition("encoder.layer.")[2].partition(".")[0] for name in raw} - {""})
+    if layers != (expected := config.num_hidden_layers):
+        raise UserError(f"{path}: has {layers} layers (config.json says {expected})")
+    model = BertModel(config, parts or Parts())
     tensors: dict[str, Tensor] = {}
     for raw_name, tensor in raw.items():
         name = raw_name.removeprefix("bert.").removeprefix("roberta.")

@@ -184,7 +184,7 @@ def _rules(table: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
     if "low" in table or "high" in table:
         low, high = _number(get("low")), _number(get("high"))
         yield "low", not math.isnan(low), "a number"
-        yield "high", low < high, "more than low"
+        yield "high", low + 1e-300 < high, "more than low, by 1e-300 or more"
 
     weights, metric = table.get("class_weights", "auto"), table.get("metric", "")
     values = list(weights.values()) if isinstance(weights, Mapping) else []

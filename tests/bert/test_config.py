@@ -78,6 +78,11 @@ def test_every_activation_of_the_model_is_read(tmp_path, act):
     [
         ("model_type", "xlm-roberta-xl"),
         ("max_position_embeddings", 2),
+        ("hidden_size", -64),
+        ("vocab_size", 30522.0),
+        ("pad_token_id", 99999),
+        ("layer_norm_eps", "x"),
+        ("hidden_dropout_prob", float("nan")),
         ("position_embedding_type", "relative_key"),
         ("is_decoder", True),
         ("add_cross_attention", True),

@@ -80,6 +80,14 @@ def test_robertas_are_loaded_and_saved_under_their_names(tmp_path, kind):
         torch.testing.assert_close(found[ids != 1], expected[ids != 1], rtol=0, atol=1e-5)
 
 
+def test_layers_are_counted_before_they_are_built(folder):
+    text = (folder / "config.json").read_text()
+    text = text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1000000')
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"has 2 layers \(config.json says 1000000"):
+        load_encoder(folder)
+
+
 def test_half_precision_is_loaded_as_fp32(folder, tensors):
     model, _ = load(folder, {name: tensor.half() for name, tensor in tensors.items()})
     assert model.get_parameter(QUERY).dtype == torch.float32

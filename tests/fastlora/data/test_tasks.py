@@ -132,7 +132,8 @@ def test_wrong_tables_are_refused_by_name(change, message):
     [
         (None, 1, "low is None (expected a number)"),
         (float("-inf"), 1, "low is -inf"),
-        (1, 1, "high is 1 (expected more than low)"),
+        (1, 1, "high is 1 (expected more than low, by 1e-300 or more)"),
+        (0, 1e-310, "high is 1e-310 (expected more than low, by 1e-300 or more)"),
         (1, "2", "high is '2'"),
         (1, float("nan"), "high is nan"),
     ],
