@@ -24,7 +24,7 @@ from fastlora.data.batches import Batch, collate
 from fastlora.data.reading import TaskData
 from fastlora.multitask.model import MultitaskBert
 from fastlora.training.config import TrainConfig
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
 from fastlora.training.setup import Setup, build_model, prepare, to_compute
@@ -131,7 +131,7 @@ def make_trainer(name: str, job: Job) -> Trainer:
         torch.manual_seed(setup.config.seed)
         attention = "eager" if name.endswith("eager") else "sdpa"
         model = HuggingFace(setup, attention, name.endswith("compiled")).to(setup.device)
-    return Trainer(setup, model, Path(), Ranks(setup.device), Log(quiet=True))
+    return Trainer(setup, model, Path(), World(setup.device), Log(quiet=True))
 
 
 def step_flops(

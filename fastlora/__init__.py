@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastlora.runs.trained import load_trained
     from fastlora.training.config import TrainConfig
 
-_HOMES = {
+_NAMES_OF = {
     "training.config": ["TrainConfig"],
     "interop.accelerate": ["accelerate", "restore"],
     "errors": ["Interrupted", "RunError", "UserError"],
@@ -47,7 +47,7 @@ _HOMES = {
     "data.tasks": ["Task"],
     "runs.trained": ["load_trained"],
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 _PACKAGES = ("bert", "kernels")
 __all__ = [
     "Dataset", "Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "Run", "RunError",
@@ -59,12 +59,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that --help need not import torch.
+    # Names are imported on first use, so that --help need not import torch.
     if name in _PACKAGES:
         return importlib.import_module(f"fastlora.{name}")
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fastlora.{_HOME_OF[name]}"), name)
+    return getattr(importlib.import_module(f"fastlora.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

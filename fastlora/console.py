@@ -33,7 +33,7 @@ class Log:
             # A path may have characters that the terminal's encoding lacks.
             shown = text.encode(coding := self.console.encoding, "backslashreplace").decode(coding)
             self.console.print(shown, markup=False)
-        self._keep(text)
+        self._write_file(text)
 
     def fields(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Write a line for each name and its text, with the texts aligned."""
@@ -48,11 +48,11 @@ class Log:
         for row in rows:
             table.add_row(*map(Text, row))  # texts may look like rich's markup
         for row in (header, *rows):
-            self._keep("  ".join(f"{cell:<12}" for cell in row))
+            self._write_file("  ".join(f"{cell:<12}" for cell in row))
         if not self.brief:
             self.console.print(table)
 
-    def _keep(self, text: str) -> None:
+    def _write_file(self, text: str) -> None:
         if self.file is not None:
             with self.file.open("a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(text + "\n")

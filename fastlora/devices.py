@@ -35,15 +35,15 @@ def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
 
 @contextmanager
 def usual_modes() -> Iterator[None]:
-    """A block with PyTorch's modes as in a new process, whatever the caller's, which come back.
+    """Run a block with PyTorch's modes of a new process, and restore the caller's at its end.
 
-    They are the default type and device, autocast, `no_grad` and `inference_mode`.
+    The modes are the default dtype and device, autocast, `no_grad` and `inference_mode`.
     """
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        stack.enter_context(torch.inference_mode(False))  # which ends `no_grad`, too
-        if torch.empty(0).device.type != "cpu":  # for this mode slows each call of PyTorch down
+        stack.enter_context(torch.inference_mode(False))  # this also ends `no_grad`
+        if torch.empty(0).device.type != "cpu":  # else not: it slows down each call
             stack.enter_context(torch.device("cpu"))
         for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             stack.enter_context(torch.autocast(kind, enabled=False))

@@ -9,20 +9,20 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop has saved its state: exit code 130."""
+    """A run was asked to stop, and has saved its state: exit code 130."""
 
 
 class RunError(Exception):
-    """A run that had started cannot continue (divergence, memory, input or output): exit code 1."""
+    """A run has started but cannot go on (divergence, memory, input or output): exit code 1."""
 
 
 class Diverged(RunError):
-    """A loss is not finite any more."""
+    """A training loss is not finite."""
 
 
 @contextmanager
 def in_place_of(old: type[Exception], new: type[Exception], where: str = "") -> Iterator[None]:
-    """Raise `new` in place of `old`, with the same text after `where`."""
+    """Raise `new` in place of `old`, with `where` before its text."""
     try:
         yield
     except old as error:

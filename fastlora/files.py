@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes of files and folders, the cache folder, and JSON and TOML files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fastlora.errors import UserError
 def atomic_open(path: Path) -> Iterator[TextIO]:
     """Open a text file for writing; it replaces `path` only if the block ends without an error.
 
-    A link is followed to the file it names. Raises UserError for what `check_replaceable` refuses.
+    A symbolic link is followed. Raises UserError for what `check_replaceable` refuses.
     """
     check_replaceable(path)
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        # A report names its folder, which need not be UTF-8.
+        # A report contains the name of its folder, which may not be UTF-8.
         with naming(path), temporary.open("w", -1, "utf-8", "backslashreplace", "") as file:
             yield file
         _sync(temporary)
@@ -39,7 +39,7 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an error of the system that names no file, as that of a full disk, name `path`."""
+    """Add `path` to an OSError of the block that names no file, as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -50,7 +50,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def check_replaceable(path: Path) -> None:
     """Raise UserError if a path, or what it links to, is a folder, a device or a pipe."""
-    exists = path.exists() or os.path.islink(os.path.realpath(path))  # a link to itself
+    exists = path.exists() or os.path.islink(os.path.realpath(path))  # true for a link to itself
     if exists and not path.is_file():
         raise UserError(f"{path}: is not a regular file (expected the name of a file to write)")
 
@@ -75,7 +75,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(building, path)
         _sync(path.parent)
     finally:
-        with suppress(OSError):  # it fails unless the new folder could not be renamed
+        with suppress(OSError):  # there is an old folder only if the new one was not renamed
             os.rename(old, path)
         for folder in (building, old):
             shutil.rmtree(folder, ignore_errors=True)
@@ -98,10 +98,10 @@ def _sync(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of files that can be computed again: $FASTLORA_CACHE or the user's cache."""
+    """The cache folder: $FASTLORA_CACHE, or fastlora in $XDG_CACHE_HOME or ~/.cache."""
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = os.path.expanduser(os.environ.get("FASTLORA_CACHE") or f"{shared}/fastlora")
-    # Without a home, nothing can be read or written there.
+    # Without a home directory, this is a path at which nothing can be read or written.
     return Path(os.devnull if folder.startswith("~") else "", folder)
 
 
@@ -111,7 +111,7 @@ def require(path: Path) -> None:
         return
     hint = "expected the folder of a saved model or adapter"
     if path.suffix == ".safetensors" and (pickles := sorted(path.parent.glob("*.bin"))):
-        hint = f"{pickles[0].name} is a pickle, never read; save_pretrained writes safetensors"
+        hint = f"{pickles[0].name} is a pickle and is not read; save_pretrained writes safetensors"
     raise UserError(f"{path}: cannot be read: no such file ({hint})")
 
 

@@ -18,9 +18,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
     The file is not written atomically: use a folder of `atomic_folder`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Copies: safetensors refuses parameters that share storage, as query, key and value do.
+    # Copied, because safetensors refuses parameters that share storage, as query, key and value do.
     copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    # The files of safetensors' save_file could be read by their owner only.
+    # safetensors' save_file would write files that only their owner can read.
     path.write_bytes(save(copies, metadata={"format": "pt", **metadata}))
 
 
@@ -38,7 +38,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def copy_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     """Copy `tensors`, read from `path`, into those of `into` with the same names.
 
-    Raises UserError as `check_tensors`, before anything is copied.
+    Raises UserError as `check_tensors` does, before anything is copied.
     """
     check_tensors(path, tensors, into)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def copy_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, T
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     """Raise UserError unless `tensors`, read from `path`, can be copied into those of `into`.
 
-    It names a tensor that is missing, unexpected, of another shape, of integers or not finite.
+    The message names a tensor that is missing, unexpected, not finite, or of another shape or type.
     """
     for problem, names in (
         ("is missing", into.keys() - tensors.keys()),

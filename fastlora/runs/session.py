@@ -34,7 +34,7 @@ from fastlora.runs.folder import (
 from fastlora.runs.report import throughput, trained_share, write_report
 from fastlora.training.checkpoint import check_finite, trainable
 from fastlora.training.config import TaskLoraConfig, TrainConfig
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import Inputs, adapter_folder, find_inputs
 from fastlora.training.loop import Result, Trainer, owner
 from fastlora.training.setup import Setup, build_model, find_route, prepare, to_compute, training
@@ -71,15 +71,15 @@ def run_prepared(
     setup: Setup, *, quiet: bool = False, brief: bool = False, dry_run: bool = False
 ) -> Result | None:
     """`run_training` for a prepared setup; with `brief`, only the progress bar is shown."""
-    ranks = Ranks(setup.device)
-    log = Log(quiet or not ranks.first, brief)
+    world = World(setup.device)
+    log = Log(quiet or not world.first, brief)
     folder = Path(setup.config.out or default_folder(setup.config))
-    with closing(ranks), training(setup):
+    with closing(world), training(setup):
         model, base, notes = _build(setup)
         counts = parameter_report(model)
         parts = f"LoRA {counts['lora']:,}, heads and others {counts['other trainable']:,}"
         share = f"{trained_share(counts)[1]:.2f}%: {parts}; frozen {counts['frozen']:,}"
-        device, *others = run_description(setup, ranks)
+        device, *others = run_description(setup, world)
         banner = [device, ("trainable", share), *others, ("run", str(folder))]
         banner += [("note", note) for note in notes]
         if dry_run:
@@ -87,17 +87,17 @@ def run_prepared(
             return None
         hashes = fingerprints(setup, base.encoder_sha256, base.encoder_config_sha256)
         setup = replace(setup, fingerprints=hashes)
-        with open_run(folder, setup.config, hashes) if ranks.first else nullcontext():
-            ranks.barrier()
+        with open_run(folder, setup.config, hashes) if world.first else nullcontext():
+            world.barrier()
             if is_finished(folder):
                 return _report_finished(folder, log)
-            if ranks.first:
+            if world.first:
                 log.file = folder / "train.log"
                 write_config(folder / SETTINGS, setup.config)  # some may change in a continued run
             log.fields(banner)
             to_compute(model, setup.config, setup.device)
-            result = _train(Trainer(setup, model, folder, ranks, log), folder, base)
-            ranks.barrier()
+            result = _train(Trainer(setup, model, folder, world, log), folder, base)
+            world.barrier()
     if brief and setup.stop.asked:
         raise Interrupted  # this run is complete, but the study's next runs must not start
     return result
@@ -114,7 +114,7 @@ def _train(trainer: Trainer, folder: Path, base: BaseInfo) -> Result:
         log.line(f"stopped after step {trainer.progress.step}, saved; continue with:")
         log.line(f"  fastlora-train --resume {quote(str(folder))}")
         raise
-    if trainer.ranks.first:
+    if trainer.world.first:
         _finish(trainer, result, folder, base)
     return result
 
@@ -177,15 +177,15 @@ def _build(setup: Setup) -> tuple[MultitaskBert, BaseInfo, list[str]]:
     return model, base, notes
 
 
-def run_description(setup: Setup, ranks: Ranks) -> list[tuple[str, str]]:
+def run_description(setup: Setup, world: World) -> list[tuple[str, str]]:
     """A run's device, model, data and numbers of examples, as the banner's (name, text)."""
     inputs, device = setup.inputs, setup.device
     kernels, reason = find_route(device, setup.config.precision)
     hardware = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = describe_gpu(device.index or 0)
-    if ranks.world > 1:
-        hardware += f", {ranks.world} processes"
+    if world.size > 1:
+        hardware += f", {world.size} processes"
     examples = []
     for task, train in setup.train.items():
         dev = setup.dev[task]

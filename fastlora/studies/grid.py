@@ -19,7 +19,7 @@ from fastlora.runs.report import trained_share
 from fastlora.runs.session import read_result, run_description, run_prepared
 from fastlora.studies.paper_tables import COURSE, TABLES, Row
 from fastlora.training.config import TrainConfig
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import Inputs
 from fastlora.training.setup import Setup, prepare, read_encoder
 from fastlora.training.stopping import Stop
@@ -40,7 +40,7 @@ def begin(config: TrainConfig, inputs: Inputs, quiet: bool, stop: Stop) -> tuple
     """Prepare and describe the setup that a study's runs share; returns it and their log."""
     log, setup = Log(quiet), prepare(config, inputs)
     setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop)
-    log.fields(run_description(setup, Ranks(setup.device)))
+    log.fields(run_description(setup, World(setup.device)))
     return setup, log
 
 
@@ -96,7 +96,7 @@ def run_row(row: Row, setup: Setup, seeds: int, folder: Path, log: Log) -> Recor
     for task in setup.train:
         values = [value for result in results if (value := result["scores"][task]) is not None]
         record[task] = mean(values) if values else None
-        record[f"{task} spread"] = stdev(values) if len(values) > 1 else None
+        record[f"{task} std"] = stdev(values) if len(values) > 1 else None
         record[f"{task} paper"] = row.paper.get(task)
     record["trainable"] = trained_share(results[0]["parameters"])[0] if results else None
     record["seconds"] = mean(result["seconds"] for result in results) if results else None
@@ -159,12 +159,12 @@ def _draw(
 
 
 def draw_lines(panel: pages.Axes, rows: Sequence[Record], x: str, y: str, by: str) -> None:
-    """Plot the values `y` over `x`, with their spread, as a line for each value of `by`."""
+    """Plot `y` over `x` with its standard deviation, as a line for each value of `by`."""
     for i, value in enumerate(dict.fromkeys(row[by] for row in rows)):
         line = [row for row in rows if row[by] == value and row[y] is not None]
         xs, ys = ([row[key] for row in line] for key in (x, y))
-        spread = [row.get(f"{y} spread") or 0 for row in line]
-        panel.errorbar(xs, ys, spread, fmt="o-" if i < 4 else "o--", color=f"C{i % 4}", label=value)
+        stds = [row.get(f"{y} std") or 0 for row in line]
+        panel.errorbar(xs, ys, stds, fmt="o-" if i < 4 else "o--", color=f"C{i % 4}", label=value)
 
 
 def report_search(folder: Path, findings: Mapping[str, dict[str, Any]], log: Log) -> None:

@@ -43,7 +43,7 @@ from fastlora.studies.grid import Record, begin, report_search, run_row
 from fastlora.studies.paper_tables import Row
 from fastlora.studies.truncation import RANKS, scores_by_rank, smallest_within_error
 from fastlora.training.config import SearchConfig, TrainConfig
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import Inputs
 from fastlora.training.loop import Trainer
 from fastlora.training.setup import Setup, build_model, to_compute, training
@@ -252,7 +252,7 @@ def train_share(setup: Setup, share: float) -> Trainer:
     """Train on a share of the examples, with a complete schedule, and write nothing."""
     model, *_ = build_model(setup, setup.inputs.tasks, setup.config)
     to_compute(model, setup.config, setup.device)
-    trainer = Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+    trainer = Trainer(setup, model, None, World(setup.device), Log(quiet=True))
     trainer.total = max(1, round(share * trainer.total))
     trainer.run()
     if trainer.stop.asked:  # during the last evaluation

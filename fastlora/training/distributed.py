@@ -1,7 +1,7 @@
-"""Data-parallel training under torchrun: one process a GPU (nccl) or a CPU share (gloo).
+"""Data-parallel training under torchrun: a process for each GPU (nccl) or share of a CPU (gloo).
 
-The processes exchange the gradients of what trains, which are few, in one flat buffer with the
-request to stop. So the model needs no wrapper, and a task without rows in a process costs nothing.
+The processes add up the gradients of the trainable parameters and the requests to stop in one flat
+tensor at each step. So the model needs no wrapper, and a process may have no rows of a task.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fastlora.training.inputs import rank_and_world
 _LOST = RuntimeError, RunError, "the run's other processes cannot be reached: "
 
 
-class Ranks:
-    """This process among its peers, or the only one; RunError where a peer cannot be reached."""
+class World:
+    """The processes of a run, as one of them sees them; RunError if one cannot be reached."""
 
     def __init__(self, device: torch.device) -> None:
-        self.rank, self.world = rank_and_world()
+        self.rank, self.size = rank_and_world()
         self.device = device
-        self.created_group = self.world > 1 and not dist.is_initialized()
+        self.created_group = self.size > 1 and not dist.is_initialized()
         if self.created_group:
             with in_place_of(ValueError, UserError), in_place_of(*_LOST):
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -35,12 +35,12 @@ class Ranks:
         return self.rank == 0
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], stop: bool) -> bool:
-        """Add up all ranks' gradients in place; returns whether any rank wants to stop."""
-        if self.world == 1:
+        """Add up the gradients of all processes in place; returns whether one wants to stop."""
+        if self.size == 1:
             return stop
         parameters = list(parameters)
-        # Parameters of a task that no process has rows of must get no gradient: AdamW would go on
-        # moving them with one of zero.
+        # Parameters of a task that no process has rows of must get no gradient, because AdamW
+        # would move them even with a gradient of zero.
         flags = torch.tensor([*(float(p.grad is not None) for p in parameters), float(stop)])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([*(g.flatten() for g in gradients), flags.to(self.device)])
@@ -53,17 +53,17 @@ class Ranks:
         return stop_votes > 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor over the ranks, in place."""
-        if self.world > 1:
+        """Add up a tensor over the processes, in place."""
+        if self.size > 1:
             with in_place_of(*_LOST):
                 dist.all_reduce(values)
         return values
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all processes."""
         self.sum(torch.zeros(1, device=self.device)).item()
 
     def close(self) -> None:
-        """Leave the group, unless it was there before."""
+        """Destroy the process group if this object created it."""
         if self.created_group and dist.is_initialized():
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Which data, tasks and model a command means. No torch here: mistakes are answered at once."""
+"""Finds the data, tasks and model of a command, without torch, so that mistakes show at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEEDED = ("train", "dev")  # the splits that a run reads
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files a run reads, and why these."""
+    """The files that a run reads, and why these."""
 
     folder: Path
     why_data: str
@@ -34,7 +34,7 @@ class Inputs:
 
 
 def with_file(config: TrainConfig, file: Path, how: FileTask) -> tuple[TrainConfig, str]:
-    """The configuration with the task of one file, as `task_of_file` finds it; and why the data."""
+    """Add the task that `task_of_file` infers; returns the configuration and `why` of its data."""
     if config.tasks or config.data:
         raise UserError(f"{file} says what to train on; leave out --tasks and --data")
     folder, task, separated = task_of_file(file, how, config.quoting, config.bad_rows)
@@ -49,7 +49,7 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
     `why` is the reason for the data folder that the configuration names; where it names none, the
     tasks' files may also lie `beside` the file of the configuration.
     """
-    rank_and_world()  # a mistake is answered at once
+    rank_and_world()  # raises for a wrong environment
     for settings in (config, *vars(config).values()):
         for target in getattr(settings, "targets", None) or ():
             _check_name("target", target, TARGETS)
@@ -63,13 +63,13 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
     folder, why_data = find_data(config.data, known.values(), why, beside)
     tasks = {}
     for name in names:
-        # The course's test files are not needed; a user's own task names files that are there.
+        # The course's test files are not needed; all files that a user's own task names are.
         splits = NEEDED if name in BUILTIN else known[name].files
         missing = [p for split in splits if not (p := folder / known[name].files[split]).is_file()]
         if not missing:
             tasks[name] = complete(known[name], folder, config.quoting, config.bad_rows)
-        # Without --tasks, the paper's three are trained where their files are there; CFIMDB's long
-        # reviews join when asked for.
+        # Without --tasks, those of the paper's three tasks are trained whose files exist. CFIMDB,
+        # whose reviews are long, is trained only if it is named.
         elif config.tasks or name not in DEFAULT_TASKS:
             raise UserError(f"{missing[0]}: no such file (task {name!r} needs it)")
     if not tasks:
@@ -82,7 +82,7 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
     source = resolve(model)
     if (local := Path(model).expanduser()).is_dir():
-        model = str(local.resolve())  # so that the run can go on from another folder
+        model = str(local.resolve())  # so that the run can go on from another directory
     out = os.fsencode(config.out or "").decode(errors="surrogateescape")
     for path in map(str, (folder, model, config.add_to, out)):
         if path != path.encode(errors="replace").decode():
@@ -91,7 +91,7 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many torchrun started, or (0, 1); UserError for wrong ones."""
+    """This process's rank and the world size of torchrun, or (0, 1); UserError for wrong ones."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not re.fullmatch("[0-9]{1,6},[0-9]{1,6}", f"{rank},{world}") or int(rank) >= int(world):
         given = f"RANK is {rank!r} and WORLD_SIZE {world!r} in the environment"
@@ -100,7 +100,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter folder of a run folder, or the folder itself; UserError without heads in it."""
+    """The adapter folder of a run folder, or `path` itself; UserError if it has no heads."""
     for folder in (Path(path) / "adapter", Path(path)):
         if (folder / "heads.json").is_file():
             return folder
@@ -113,7 +113,7 @@ def find_data(
     why: str = "as given",
     beside: Path | None = None,
 ) -> tuple[Path, str]:
-    """The folder of the tasks' files and why it is the one; see `find_inputs`."""
+    """The folder of the tasks' files, and why it was chosen; see `find_inputs`."""
     if given is not None:
         if not Path(given).is_dir():
             raise UserError(f"{given}: no such folder (--data names the task files' folder)")
@@ -123,7 +123,7 @@ def find_data(
     local = Path("data").resolve()
     if any(has_files(local, task) for task in tasks):
         return local, "./data holds the task files"
-    if any(task.name not in BUILTIN for task in tasks):  # which the demo corpus lacks
+    if any(task.name not in BUILTIN for task in tasks):  # whose files the demo corpus lacks
         return local, "the default"
     return DEMO, "demo corpus: no --data and no task files in ./data"
 

@@ -32,7 +32,7 @@ from fastlora.training.checkpoint import (
     trainable,
 )
 from fastlora.training.cuda_graphs import GraphedStep
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.metrics_log import METRICS, Metrics
 from fastlora.training.optimizer import make_optimizer, owner, set_rates
 from fastlora.training.setup import Setup, seed_random
@@ -60,10 +60,10 @@ class Trainer:
     """
 
     def __init__(
-        self, setup: Setup, model: MultitaskBert, folder: Path | None, ranks: Ranks, log: Log
+        self, setup: Setup, model: MultitaskBert, folder: Path | None, world: World, log: Log
     ) -> None:
         self.setup, self.config, self.model = setup, setup.config, model.train()
-        self.folder, self.ranks, self.log = folder, ranks, log
+        self.folder, self.world, self.log = folder, world, log
         self.device, self.stop = setup.device, setup.stop
         self.optimizer = make_optimizer(model, self.config)
         self.parameters = list(trainable(model).values())
@@ -106,13 +106,13 @@ class Trainer:
             return False
         folder = self.folder / "checkpoints"
         if (path := latest_checkpoint(folder, self.log.line)) is None:
-            if self.ranks.first:
+            if self.world.first:
                 logged = self.folder / METRICS
                 start_checkpoints(folder, began=logged.exists() and logged.stat().st_size > 0)
             return False
         state = (self.model, self.optimizer, self.scaler)
         self.progress = load_checkpoint(path, *state, self.setup.fingerprints)
-        if self.progress.sums and self.ranks.first:  # the sums of all ranks
+        if self.progress.sums and self.world.first:  # the sums of all processes
             self.sums.copy_(torch.tensor(self.progress.sums))
         return True
 
@@ -128,7 +128,7 @@ class Trainer:
             self.dev_features = Features(self.model, self.setup.dev)
         with ExitStack() as stack:
             self.metrics = None
-            if self.folder is not None and self.ranks.first:
+            if self.folder is not None and self.world.first:
                 metrics = Metrics(self.folder, progress.step, self.log.line)
                 self.metrics = stack.enter_context(closing(metrics))
             self.bar = stack.enter_context(closing(Bar(self.log, self.total, progress.step)))
@@ -144,7 +144,7 @@ class Trainer:
         last, best = self.progress.scores[-1], self.progress.best
         if self.config.keep == "last" or self.folder is None or not best or best is last:
             return last
-        if self.ranks.first:
+        if self.world.first:
             load_weights(checkpoint_at(self.folder / "checkpoints", best["step"]), self.model)
             self.outputs = {}
         self.log.line(
@@ -211,12 +211,12 @@ class Trainer:
             self.seed_part(0, 1)
             self.graphed(*self.inputs(batch_plan))
             return self.stop.asked
-        parts = self.ranks.world * self.config.accumulate
-        first = self.ranks.rank * self.config.accumulate
+        parts = self.world.size * self.config.accumulate
+        first = self.world.rank * self.config.accumulate
         for part in range(first, min(first + self.config.accumulate, len(batch_plan))):
             self.seed_part(part, parts)
             self.scaler.scale(self.loss(*self.inputs(batch_plan, part, parts))).backward()
-        stop = self.ranks.sum_gradients(self.parameters, self.stop.asked)
+        stop = self.world.sum_gradients(self.parameters, self.stop.asked)
         self.update()
         return stop
 
@@ -282,7 +282,7 @@ class Trainer:
     def log_losses(self) -> None:
         """Log the mean losses since the last call; raises Diverged if one is not finite."""
         self.stop_clock()
-        sums = self.ranks.sum(self.sums).tolist()
+        sums = self.world.sum(self.sums).tolist()
         self.sums.zero_()
         pairs = zip(self.setup.train, sums, strict=True)
         losses = {name: total / count for name, (total, count) in pairs if count}
@@ -317,12 +317,12 @@ class Trainer:
             return
         self.stop_clock()
         check_finite(trainable(self.model), self.progress.step)
-        self.progress.sums = self.ranks.sum(self.sums.clone()).tolist()
-        if self.ranks.first:
+        self.progress.sums = self.world.sum(self.sums.clone()).tolist()
+        if self.world.first:
             folder = self.folder / "checkpoints"
             state = (self.model, self.optimizer, self.scaler, self.progress)
             try:
                 save_checkpoint(folder, *state, self.setup.fingerprints)
             except (OSError, SafetensorError) as error:
                 raise RunError(f"{folder}: cannot be written to: {error}") from error
-        self.ranks.barrier()
+        self.world.barrier()

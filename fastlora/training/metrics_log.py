@@ -1,4 +1,4 @@
-"""What a run logs at its steps: metrics.jsonl, and the same for TensorBoard."""
+"""Logs the metrics of a run's steps to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ METRICS = "metrics.jsonl"
 class Metrics:
     """metrics.jsonl and TensorBoard scalars of one run (the curves of the paper's Figure 1).
 
-    On resuming at `step`, what an interrupted run logged beyond it is cut away. `note` is called
+    On resuming at `step`, lines of an interrupted run after it are removed. `note` is called
     with a line if damaged lines are left out.
     """
 
     def __init__(
         self, folder: Path, step: int, note: Callable[[str], object] = lambda _: None
     ) -> None:
-        # Imported here: TensorBoard takes a second that only training should pay.
+        # Imported here, because TensorBoard takes a second and only training needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / METRICS
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-        # A killed process can leave half a line, only ever the last one.
+        # The last line may be incomplete, if the process was killed.
         lines = text.split("\n")[:-1]
         steps = [_step(line) for line in lines]
         if damaged := steps.count(None):
@@ -41,7 +41,7 @@ class Metrics:
         try:
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
         except UnicodeEncodeError:
-            note("TensorBoard cannot write below a name that is not UTF-8; there are no curves")
+            note("TensorBoard cannot write to a folder whose name is not UTF-8, and has no curves")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log values at a step; nested tables become TensorBoard groups."""

@@ -1,4 +1,4 @@
-"""From a configuration and its inputs to what a run computes with: tokens, device, model."""
+"""Prepares what a run computes with from its configuration: tokens, device and model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastlora.training.stopping import Stop
 from fastlora.training.tuner import use_measured_blocks
 
 PARTS = Parts(Linear, Dropout)
-# Runs take turns: each seeds PyTorch's generators, and a process has one of them a device.
+# Runs take turns, because each seeds PyTorch's generators, which all threads share.
 _TURNS = RLock()
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,7 +45,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Setup:
-    """A run before its first step: the configuration with every default resolved, and its parts."""
+    """A run before its first step: its configuration with all defaults resolved, and its data."""
 
     config: TrainConfig
     inputs: Inputs
@@ -53,13 +53,13 @@ class Setup:
     train: dict[str, TaskData]
     dev: dict[str, TaskData]
     device: torch.device
-    loaded: Loaded | None = None  # an encoder for several runs to copy; else each loads it
-    stop: Stop = field(default_factory=Stop)  # what may end it early
+    loaded: Loaded | None = None  # an encoder that runs copy; else each run loads it
+    stop: Stop = field(default_factory=Stop)  # a request to stop
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # of what the run reads
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute type."""
+        """The compute dtype."""
         return DTYPES[self.config.precision]
 
     def narrow(self, config: TrainConfig) -> Setup:
@@ -67,7 +67,7 @@ class Setup:
         tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}
         inputs, (lr, head_lr) = replace(self.inputs, tasks=tasks), config.peak_rates
         train, dev = ({n: data[n] for n in tasks} for data in (self.train, self.dev))
-        # What the tables left out has been read from the data, and is recorded.
+        # Record what the tables left out and the data has told.
         known = {n: table | tasks[n].to_table() for n, table in config.task.items() if n in tasks}
         config = replace(config, task={**config.task, **known})
         config = replace(config, data=inputs.folder, model=inputs.model, tasks=tuple(tasks))
@@ -89,7 +89,7 @@ def prepare(config: TrainConfig, inputs: Inputs) -> Setup:
         load_tasks(inputs.folder, inputs.tasks.values(), split, tokenizer, **rules)
         for split in ("train", "dev")
     )
-    find_route(device, precision)  # what is wrong there is said before it starts
+    find_route(device, precision)  # raises for a wrong FASTLORA_ROUTE before the run starts
     config = replace(config, precision=precision)
     return Setup(config, inputs, tokenizer, train, dev, device).narrow(config)
 
@@ -105,7 +105,7 @@ def seed_random(seed: int, device: torch.device) -> None:
 
 @torch.random.fork_rng([])  # new layers draw random weights before theirs are read
 def read_encoder(source: Source) -> Loaded:
-    """The encoder of a model's folder; UserError when it has none that fits."""
+    """Load the encoder of a model's folder; UserError if it has none that fits."""
     encoder, notes = load_encoder(source.folder, PARTS)
     return Loaded(encoder, fingerprint(encoder), notes)
 
@@ -121,7 +121,7 @@ def build_model(
     """
     base = deepcopy(setup.loaded) if setup.loaded else read_encoder(setup.inputs.source)
     encoder = base.encoder
-    # After loading, so that a run draws the same heads and adapters with a copied encoder.
+    # Seeded after loading, so that heads and adapters are the same if the encoder is a copy.
     seed_random(config.seed, setup.device)
     encoder.encoder.recompute = config.grad_checkpoint
     model = MultitaskBert(encoder, tasks, config.pairs)
@@ -137,24 +137,24 @@ def build_model(
 
 
 def to_compute(model: MultitaskBert, config: TrainConfig, device: torch.device) -> None:
-    """Move a model to the device, its frozen weights in the compute type; compile it if asked."""
+    """Move a model to the device, its frozen weights in the compute dtype; compile it if asked."""
     dtype = DTYPES[config.precision]
     model.to(device)
     if config.mode != "full":
         for name, parameter in model.encoder.named_parameters():
             if not parameter.requires_grad and ".lora_" not in name:
                 parameter.data = parameter.data.to(dtype)
-    pack(model.encoder)  # which is right as long as nobody changes its frozen weights
+    pack(model.encoder)  # allowed, because nobody changes its frozen weights
     if config.compile:
         model.encoder.encoder.compile(dynamic=True)
 
 
 @contextmanager
 def training(setup: Setup) -> Iterator[None]:
-    """A block in which one run of the process computes, while those of other threads wait.
+    """Run a block that trains while the runs of other threads wait.
 
-    Leaves PyTorch's generators as they were. Raises RunError, with what to lower, where memory
-    runs out.
+    Restores the state of PyTorch's generators. Raises RunError, which says what to lower, if the
+    memory runs out.
     """
     config, device = setup.config, setup.device
     ask = "" if config.grad_checkpoint else "pass --grad-checkpoint, "
@@ -166,7 +166,7 @@ def training(setup: Setup) -> Iterator[None]:
 
 
 def compute_of(device: str, precision: Precision) -> tuple[torch.device, Precision]:
-    """The device and compute type that --device and --precision mean here.
+    """The device and compute dtype that --device and --precision mean on this machine.
 
     Raises UserError for a device that is not here, and for bf16 on a GPU before sm_80.
     """
@@ -181,6 +181,6 @@ def compute_of(device: str, precision: Precision) -> tuple[torch.device, Precisi
 
 
 def find_route(device: torch.device, precision: Precision) -> Route:
-    """The kernels that run there, and why; UserError for a wrong FASTLORA_ROUTE."""
+    """The route of the kernels on a device, and why; UserError for a wrong FASTLORA_ROUTE."""
     with in_place_of(ValueError, UserError):
         return route(device, DTYPES[precision])

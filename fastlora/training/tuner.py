@@ -1,4 +1,4 @@
-"""`fastlora tune`: measures block sizes and routes on the GPU that is here, for later runs."""
+"""`fastlora tune`: measures block sizes and routes on this machine's GPU, for later runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastlora.kernels.ops import lora_qkv
 from fastlora.kernels.routes import forced_route
 from fastlora.kernels.triton import tuning
 
-ROWS = (512, 8192)  # one in each bucket
+ROWS = (512, 8192)  # one in each of the ranges of rows that have block sizes of their own
 WIDTH, RANK = 768, 32
 TILES = ((32, 64), (64, 64), (64, 128), (128, 64), (128, 128))
 
@@ -27,7 +27,7 @@ def tuned_file() -> Path:
 
 
 def use_measured_blocks() -> None:
-    """Take what `fastlora tune` measured here, if it ran; UserError for a broken file."""
+    """Load what `fastlora tune` measured, if it ran here; UserError for a damaged file."""
     if os.path.isfile(tuned_file()):  # which is False for a cache without rights, too
         load(tuned_file())
 
@@ -35,8 +35,8 @@ def use_measured_blocks() -> None:
 def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Path:
     """Measure the fastest blocks of each kernel and the fastest route on a CUDA device.
 
-    What is measured is forward and backward of BERT's query, key and value; `report` gets a line
-    for each choice. Returns the file that the choices are kept in, beside those of before.
+    It times forward and backward of BERT's query, key and value, and calls `report` with a line on
+    each choice. Returns the file of the choices, which also has those of earlier measurements.
     """
     use_measured_blocks()
     capability = tuning.capability(device)
@@ -63,7 +63,7 @@ def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
 
 
 def load(file: Path) -> None:
-    """Put a file of `dumps` before the shipped rows; UserError where it is something else."""
+    """Load a file of `dumps`, which goes before the built-in choices; UserError if it is none."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
         for key, row in rows.items():
@@ -75,7 +75,7 @@ def load(file: Path) -> None:
 
 
 def dumps(rows: dict[str, tuning.Config]) -> str:
-    """Measurements as the text that `load` reads."""
+    """The measured choices as the text that `load` reads."""
     return json.dumps({key: asdict(row) for key, row in rows.items()}, indent=1)
 
 
@@ -94,7 +94,7 @@ def _problem(rows: int, device: torch.device, dtype: torch.dtype) -> Callable[[]
 
 
 def _time(run: Callable[[], object], key: str, row: tuning.Config, route: str) -> float:
-    """Median milliseconds, or infinity for blocks that the chip has no room for."""
+    """Median milliseconds, or infinity for blocks that need more shared memory than there is."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 

@@ -1,4 +1,4 @@
-"""Values of settings in the types that their dataclass gives; nothing is rounded or guessed."""
+"""Checks that settings have the types of their dataclass; nothing is rounded or guessed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fastlora.errors import UserError
 from fastlora.lora.config import check
 
-# By a setting's type: what is taken for it, and what a message calls that.
+# By a setting's type: the types of values that are accepted, and their name in messages.
 _ACCEPTED: dict[Any, tuple[Any, str]] = {
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
@@ -34,15 +34,15 @@ def types_of(settings: Any) -> dict[str, Any]:
 
 
 def check_types(settings: Any) -> None:
-    """Put each field of a frozen dataclass in its type, or raise UserError for another type."""
+    """Convert each field of a frozen dataclass as `as_type` does; UserError for another type."""
     for name, kind in types_of(settings.__class__).items():
         object.__setattr__(settings, name, as_type(name, getattr(settings, name), kind))
 
 
 def check_keys(table: Mapping[str, Any], known: Mapping[str, Any], where: str = "") -> dict:
-    """The values of a table, each in the type that `known` has for its key.
+    """Return the values of a table, each in the type that `known` gives for its key.
 
-    Raises UserError, which begins with `where`, for another key or type.
+    Raises UserError, whose text begins with `where`, for an unknown key or another type.
     """
     for key in table:
         if key not in known:
@@ -53,7 +53,7 @@ def check_keys(table: Mapping[str, Any], known: Mapping[str, Any], where: str = 
 
 
 def as_type(name: str, value: Any, kind: Any) -> Any:
-    """The value of the setting `name` in its type `kind`; UserError for a value of another.
+    """Return the value of the setting `name` as `kind`; UserError for a value of another type.
 
     Text becomes a path, a list a tuple, a table the dataclass that it describes.
     """
@@ -74,6 +74,6 @@ def as_type(name: str, value: Any, kind: Any) -> Any:
         ok = ok and math.isfinite(value)
     if origin is tuple:
         ok = ok and all(isinstance(item, str) for item in value)
-    ok = ok and not (origin in (str, Path) and "\0" in str(value))  # no file has such a name
+    ok = ok and not (origin in (str, Path) and "\0" in str(value))  # never in a path
     check(ok, name, value, expected)
     return origin(value) if origin in (int, float, tuple, Path) else value

@@ -345,7 +345,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(saved, adapt, change, cause
 
 def test_pickles_are_refused(saved):
     (saved / WEIGHTS).rename(saved / "adapter_model.bin")
-    refused(saved, classifier(), r"adapter_model\.bin is a pickle, never read")
+    refused(saved, classifier(), r"adapter_model\.bin is a pickle and is not read")
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -10,7 +10,9 @@ import pytest
 
 import fastlora
 
-LIBRARY = [name for name in fastlora.__all__ if fastlora._HOME_OF.get(name, "").startswith("lora")]
+LIBRARY = [
+    name for name in fastlora.__all__ if fastlora._MODULE_OF.get(name, "").startswith("lora")
+]
 
 
 def test_public_names_are_listed_and_there():

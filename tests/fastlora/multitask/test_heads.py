@@ -11,7 +11,7 @@ from fastlora.console import Log
 from fastlora.data.tasks import BUILTIN
 from fastlora.multitask.heads import SimilarityHead, pair_features
 from fastlora.training.checkpoint import trainable
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
 from fastlora.training.setup import build_model, prepare
@@ -46,7 +46,7 @@ def train(config, scale, offset):
     }
     setup = replace(setup, inputs=replace(inputs, tasks={name: task}), **moved)
     model, *_ = build_model(setup, {name: task}, setup.config)
-    trainer = Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+    trainer = Trainer(setup, model, None, World(setup.device), Log(quiet=True))
     losses, loss = [], trainer.loss
     trainer.loss = lambda *arguments: losses.append(loss(*arguments)) or losses[-1]
     scores = trainer.run().scores

@@ -124,7 +124,7 @@ def test_a_study_is_run_folders_and_its_table(finished):
             assert not (place / "checkpoints").exists()
     frozen, lora, slow = records(out)
     scores = [result["scores"]["sst"] for result in results(out, "lora")]
-    assert float(lora["sst"]) == mean(scores) and float(lora["sst spread"]) == stdev(scores)
+    assert float(lora["sst"]) == mean(scores) and float(lora["sst std"]) == stdev(scores)
     assert (lora["sst paper"], lora["sts paper"], slow["sst paper"]) == ("0.999", "", "")
     heads = 5 * 33 + 2 * 32 + 2
     assert int(frozen["trainable"]) == heads

@@ -18,7 +18,7 @@ from fastlora.kernels import dropout, forced_route, ops
 from fastlora.kernels.cpu import route as cpu_route
 from fastlora.kernels.triton import route as triton_route
 from fastlora.multitask.predictor import predict
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
 from fastlora.training.setup import build_model, prepare, to_compute
@@ -134,7 +134,7 @@ def make_trainer(config, graphs):
     setup = replace(setup, config=replace(setup.config, cuda_graphs=graphs))
     model, _, _ = build_model(setup, setup.inputs.tasks, setup.config)
     to_compute(model, setup.config, setup.device)
-    return Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+    return Trainer(setup, model, None, World(setup.device), Log(quiet=True))
 
 
 def trained(trainer, plan):

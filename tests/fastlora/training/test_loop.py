@@ -23,7 +23,7 @@ from fastlora.runs.trained import load_trained, merge_encoder
 from fastlora.training import loop as train
 from fastlora.training.checkpoint import Progress, latest_checkpoint, save_checkpoint
 from fastlora.training.config import TrainConfig
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import find_inputs
 from fastlora.training.metrics_log import Metrics
 from fastlora.training.optimizer import schedule
@@ -349,7 +349,7 @@ def test_epochs_are_planned_as_they_come(tiny_config, monkeypatch):
     planned.clear()
     setup = prepare(tiny_config(epochs=10**9), find_inputs(tiny_config()))
     model, *_ = build_model(setup, setup.inputs.tasks, setup.config)
-    trainer = train.Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+    trainer = train.Trainer(setup, model, None, World(setup.device), Log(quiet=True))
     mean = np.mean([len(trainer.plan(epoch)) for epoch in range(100)])
     assert trainer.total == round(mean * 10**9)
 

@@ -15,7 +15,7 @@ from fastlora.console import Log
 from fastlora.multitask.model import MultitaskBert
 from fastlora.runs import session
 from fastlora.training import loop as train
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import find_inputs
 from fastlora.training.setup import build_model, prepare, to_compute
 
@@ -34,7 +34,7 @@ def forward_and_backward(config):
     setup = prepare(config, find_inputs(config))
     model, _, _ = build_model(setup, setup.inputs.tasks, setup.config)
     to_compute(model, setup.config, setup.device)
-    trainer = train.Trainer(setup, model, config.out, Ranks(setup.device), Log(quiet=True))
+    trainer = train.Trainer(setup, model, config.out, World(setup.device), Log(quiet=True))
     trainer.seed_part(0, 1)
     model.train()
     kept = {}

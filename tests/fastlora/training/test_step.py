@@ -14,7 +14,7 @@ from fastlora.errors import UserError
 from fastlora.training import loop as train
 from fastlora.training.checkpoint import trainable
 from fastlora.training.config import TaskLoraConfig
-from fastlora.training.distributed import Ranks
+from fastlora.training.distributed import World
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
 from fastlora.training.setup import build_model, prepare
@@ -37,7 +37,7 @@ def still(tiny_config, tiny_model, tmp_path):
 
 def make_trainer(setup):
     model, *_ = build_model(setup, setup.inputs.tasks, setup.config)
-    return Trainer(setup, model, None, Ranks(setup.device), Log(quiet=True))
+    return Trainer(setup, model, None, World(setup.device), Log(quiet=True))
 
 
 @pytest.mark.parametrize("others", [("quora", "sts"), ("sts",)])
