@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         use_adapter,
     )
     from fastlora.lora.routing import Segment
+    from fastlora.multitask.metrics import Prediction
     from fastlora.multitask.model import MultitaskBert
     from fastlora.runs.api import Dataset, Run, train
     from fastlora.runs.session import run_training
-    from fastlora.runs.trained import load_trained
+    from fastlora.runs.trained import Trained, load
     from fastlora.training.config import TrainConfig
 
 _NAMES_OF = {
@@ -45,16 +46,17 @@ _NAMES_OF = {
     "runs.api": ["Dataset", "Run", "train"],
     "runs.session": ["run_training"],
     "data.tasks": ["Task"],
-    "runs.trained": ["load_trained"],
+    "runs.trained": ["Trained", "load"],
+    "multitask.metrics": ["Prediction"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 _PACKAGES = ("bert", "kernels")
 __all__ = [
-    "Dataset", "Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "Run", "RunError",
-    "Segment", "Task", "TrainConfig", "UserError", "accelerate", "bert", "eject", "inject",
-    "kernels", "load_adapter",
-    "load_trained", "lora_layers", "merge", "merge_and_unload", "pack", "parameter_report",
-    "restore", "run_training", "save_adapter", "set_adapter", "train", "unmerge", "use_adapter",
+    "Dataset", "Interrupted", "LoRALinear", "LoraConfig", "MultitaskBert", "Prediction", "Run",
+    "RunError", "Segment", "Task", "TrainConfig", "Trained", "UserError", "accelerate", "bert",
+    "eject", "inject", "kernels", "load", "load_adapter", "lora_layers", "merge",
+    "merge_and_unload", "pack", "parameter_report", "restore", "run_training", "save_adapter",
+    "set_adapter", "train", "unmerge", "use_adapter",
 ]  # fmt: skip
 
 

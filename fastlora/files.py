@@ -48,11 +48,13 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise UserError if a path, or what it links to, is a folder, a device or a pipe."""
+def check_replaceable(path: Path, source: Path | None = None) -> None:
+    """Raise UserError if a path, or what it links to, is a folder, a device, a pipe or `source`."""
     exists = path.exists() or os.path.islink(os.path.realpath(path))  # true for a link to itself
     if exists and not path.is_file():
         raise UserError(f"{path}: is not a regular file (expected the name of a file to write)")
+    if exists and source and source.exists() and path.samefile(source):
+        raise UserError(f"{path}: is the input itself (expected the name of a file to write)")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from fastlora.errors import Interrupted, RunError, UserError
@@ -10,8 +11,8 @@ from fastlora.errors import Interrupted, RunError, UserError
 def exit_code(arguments: list[str]) -> int:
     """Run a command; an error is one line on standard error.
 
-    Returns 0 for success, 1 for a run that failed, 2 for wrong usage, configuration or data, and
-    130 for an interrupted command.
+    Returns 0 for success, 1 for a run that failed, 2 for wrong usage, configuration or data, 130
+    for an interrupted command, and 141 where the reader of standard output has closed it.
     """
     try:
         # Imported here, so that Ctrl-C during the import is an interruption like any other.
@@ -22,6 +23,11 @@ def exit_code(arguments: list[str]) -> int:
 
         try:
             app(arguments, exit_on_error=False, print_error=False)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # As where SIGPIPE ends a process. What is still buffered goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except (UserError, CycloptsError, RunError, OSError) as error:
             hint = "a list has commas, as in --tasks sst,quora,sts"
             text = f"{error} {hint * isinstance(error, UnusedCliTokensError)}"
@@ -38,9 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     # A path may have characters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # torchrun needs "--" before our flags, and some Pythons pass it on.
-    code = exit_code(given[1:] if given[:1] == ["--"] else given)
-    sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(exit_code(given[1:] if given[:1] == ["--"] else given))
 
 
 def train_main() -> None:

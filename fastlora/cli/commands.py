@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -145,58 +145,72 @@ def evaluate(
         find_data(how.data, ())  # a mistake is answered at once
     from fastlora.console import Log
     from fastlora.data.token_cache import load_tasks
-    from fastlora.multitask.predictor import class_tables, predict, score_table
-    from fastlora.runs.trained import load_trained
+    from fastlora.multitask import predictor
+    from fastlora.runs.trained import load
 
-    trained = load_trained(run, how.device, model)
+    trained = load(run, how.device, model)
     tasks = trained.tasks.values()
     folder, _ = find_data(how.data, tasks)
     rules = {"pairs": trained.settings["pairs"], "quoting": how.quoting, "bad_rows": how.bad_rows}
     datasets = load_tasks(folder, tasks, split, trained.tokenizer, **rules)
     log = Log(quiet=False)
     log.line(f"{run} on {folder}")
-    outputs = predict(trained.model, datasets)
-    tables = score_table(trained.model, datasets, outputs, split), *class_tables(datasets, outputs)
-    for table in tables:
+    outputs = predictor.predict(trained.model, datasets)
+    log.table(*predictor.score_table(trained.model, datasets, outputs, split))
+    for table in predictor.class_tables(datasets, outputs):
         log.table(*table)
 
 
-@app.command(name="predict")
-def predict_file(
+@app.command
+def predict(
     run: RunFolder,
-    input: Annotated[Path, Parameter(help="CSV, TSV or JSONL with the task's text columns.")],
+    input: Annotated[
+        Path,
+        Parameter(
+            help="CSV, TSV or JSONL with the task's text columns; -: lines of text.",
+            allow_leading_hyphen=True,
+        ),
+    ],
     *,
     task: Annotated[
         str | None, Parameter(help="The rows' task; else the only one, or their column `task`.")
     ] = None,
     out: Annotated[
-        Path | None, Parameter(help="File to write; by default INPUT.predictions.csv.")
+        Path | None,
+        Parameter(
+            help="File to write, or -; by default INPUT.predictions.csv.",
+            allow_leading_hyphen=True,
+        ),
     ] = None,
+    top: Annotated[
+        int, Parameter(help="How many of the most probable classes.", converter=number)
+    ] = 1,
+    format: Annotated[
+        Literal["csv", "cs224n"], Parameter(help="cs224n: the course's submission file.")
+    ] = "csv",
     settings: Annotated[PredictFlags, _FLAT] = PredictFlags(),  # noqa: B008
     model: Encoder = None,
 ) -> None:
-    """Predict the labels of a file's rows; labels in the file are not needed."""
-    if not (input.is_file() or input.is_fifo()):
+    """Add predictions and probabilities to the rows of a file, which needs no labels.
+
+    fastlora predict runs/mine new.csv --top 3
+    fastlora predict runs/mine - --task sst < lines.txt | head
+    fastlora predict runs/mine ids-sst-dev.csv --task sst --format cs224n
+    """
+    if str(input) != "-" and not input.exists():
         raise UserError(f"{input}: no such file")
-    if input.is_fifo() and out is None:
-        raise UserError(f"{input} is a pipe: --out has to name the file to write")
-    out = out or input.with_name(f"{input.name}.predictions.csv")
-    check_replaceable(out)
-    if out.exists() and out.samefile(input):
-        raise UserError(f"--out is {out}, the input itself (expected the name of a file to write)")
+    if out and str(out) != "-":
+        check_replaceable(out, input)
     adapter_folder(run)
-    from fastlora.multitask.predictor import write_rows
-    from fastlora.runs.trained import load_trained, predict_rows
+    from fastlora.runs.prediction import predict_file
+    from fastlora.runs.trained import load
 
     how = settings_from(settings, None)
-    trained = load_trained(run, how.device, model)
-    if task is None and len(trained.tasks) == 1:
-        task = next(iter(trained.tasks))
-    if task is not None and task not in trained.tasks:
-        raise UserError(f"--task is {task!r} (expected one of {', '.join(trained.tasks)})")
-    rows, truncated = predict_rows(trained, input, task, how.quoting)
-    write_rows(out, ["id", "task", "prediction"], rows)
-    print(f"{len(rows):,} predictions in {out} ({truncated} texts truncated)")
+    trained = load(run, how.device, model)
+    rules: dict[str, Any] = {"quoting": how.quoting, "top": top, "course": format == "cs224n"}
+    out, count, truncated = predict_file(trained, input, out, task, **rules)
+    if str(out) != "-":
+        print(f"{count:,} predictions in {out} ({truncated} texts truncated)")
 
 
 @app.command
@@ -211,10 +225,34 @@ def merge(
 ) -> None:
     """Fold a run's adapter into its encoder and write a Hugging Face folder."""
     adapter_folder(run)
-    from fastlora.runs.trained import load_trained, merge_encoder
+    from fastlora.runs.trained import load, merge_encoder
 
-    merge_encoder(load_trained(run, "cpu", model), task, out)
+    merge_encoder(load(run, "cpu", model), task, out)
     print(f"merged encoder in {out}")
+
+
+@app.command
+def export(
+    run: RunFolder,
+    out: Annotated[Path, Parameter(help="Folder to write; must not exist, or be empty.")],
+    *,
+    task: Annotated[str | None, Parameter(help="Which task, for a run of several.")] = None,
+    merged: Annotated[
+        bool, Parameter(negative="", help="Write all weights, not an adapter of PEFT.")
+    ] = False,
+    model: Encoder = None,
+) -> None:
+    """Write a task's model for transformers' AutoModelForSequenceClassification.
+
+    fastlora export runs/mine exported --merged   # for pipeline("text-classification", "exported")
+    fastlora export runs/mine adapter             # for PeftModel.from_pretrained(base, "adapter")
+    """
+    adapter_folder(run)
+    from fastlora.runs.export import export as write_model
+    from fastlora.runs.trained import load
+
+    write_model(load(run, "cpu", model), run, task, out, merged)
+    print(f"{'model' if merged else 'adapter'} of a sequence classifier in {out}")
 
 
 @app.command

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,7 +26,6 @@ class Rows:
     labels: np.ndarray | None  # float64 [N], class index or value; multilabel: [N, C], 0 or 1
     dropped: int  # bad rows left out
     empty: int  # rows with an empty text
-    positions: tuple[int, ...] = ()  # of the rows in the file, from 0
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,13 @@ def read_rows(
     quoting: str = "minimal",
     bad_rows: str = "error",
     limit: int | None = None,
-    mixed: Collection[str] = (),
     split: str | None = None,
 ) -> Rows:
     """Read a CSV (comma or tab), TSV or JSONL file whose columns are named as the task's.
 
     `content` is what the file holds, where the caller has read it. With `quoting="none"` quotes are
-    characters like others. `limit` keeps that many rows, spread over the file. With `mixed`, a
-    column "task" says which of these tasks a row is of, and rows of other tasks are left out. Where
-    a task's training file is split by `dev_share`, `split` names the part: "train" or "dev".
+    characters like others. `limit` keeps that many rows, spread over the file. Where a task's
+    training file is split by `dev_share`, `split` names the part: "train" or "dev".
 
     Bad rows (wrong number of fields, unbalanced quotes, bad label) are a UserError that counts
     them, or are left out and counted with `bad_rows="skip"`. A file that is not UTF-8, has no rows
@@ -80,26 +79,21 @@ def read_rows(
     """
     path = Path(path)
     wanted = [*task.columns, *([task.label] if labelled else [])]
-    required = ["task"] if mixed else wanted  # columns of other tasks may be missing
-    records = read_records(path, task, quoting, required, content)
+    stream = None if content is None else io.BytesIO(content)
+    records = read_records(path, task, quoting, wanted, stream)
     found, problems = [], []
     for position, (line, record) in enumerate(records):
         try:
-            if mixed and (name := _cells(record, ["task"], task)[0]) != task.name:
-                if name not in mixed:
-                    raise ValueError(f"column 'task' is {name!r} (expected {' or '.join(mixed)})")
-                continue
-            cells = _cells(record, wanted, task)
+            cells = cells_of(record, wanted, task)
             label = task.parse_label(cells.pop()) if labelled else None
             identity = record.get("id")
             name = identity if isinstance(identity, str) else str(position)
-            found.append((name, [cell.strip() for cell in cells], label, position))
+            found.append((name, [cell.strip() for cell in cells], label))
         except ValueError as error:
             problems.append((line, str(error)))
     if problems and bad_rows != "skip":
-        # `fastlora predict` has no such option.
-        raise UserError(_complaint(path, problems) + " or pass --bad-rows skip" * labelled)
-    if not found and not mixed:
+        raise UserError(f"{_complaint(path, problems)} or pass --bad-rows skip")
+    if not found:
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
     in_dev = bool(task.dev_share and split == "dev")
     if task.dev_share and split in ("train", "dev"):
@@ -110,7 +104,7 @@ def read_rows(
     if limit is not None and limit < len(found):
         # Evenly spaced: the SST files are sorted by label.
         found = [found[i * len(found) // limit] for i in range(limit)]
-    ids, texts, labels, positions = zip(*found, strict=True) if found else ((),) * 4
+    ids, texts, labels = zip(*found, strict=True)
     if labelled and not any(map(any, texts)):
         raise UserError(f"{path}: every text in {' and '.join(task.columns)} is empty")
     return Rows(
@@ -119,7 +113,6 @@ def read_rows(
         labels=np.array(labels, np.float64) if labelled else None,
         dropped=0 if in_dev else len(problems),  # counted for the training part alone
         empty=sum(not all(row) for row in texts),
-        positions=positions,
     )
 
 
@@ -128,21 +121,30 @@ def read_records(
     task: Task,
     quoting: str = "minimal",
     required: Collection[str] = (),
-    content: bytes | None = None,
+    stream: BinaryIO | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Each row's line and cells by column, or a ValueError that says what is wrong with the row.
 
-    Raises UserError where a CSV file has not one column of each `required` name, and for a file
-    that is not UTF-8.
+    Rows are read as they are asked for, from the stream or from the whole file. Raises UserError
+    where a CSV file has not one column of each `required` name, and for a file that is not UTF-8.
     """
-    try:
-        text = (read_content(path) if content is None else content).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+    lines = read_lines(path, io.BytesIO(read_content(path)) if stream is None else stream)
     if path.suffix.lower() == ".jsonl":
-        return _json_records(text)
-    return _csv_records(path, text, required, quoting, task)
+        return _json_records(lines)
+    return _csv_records(path, lines, required, quoting, task)
+
+
+def read_lines(path: Path, stream: BinaryIO) -> Iterator[str]:
+    """Give the lines of a UTF-8 stream with their ends; UserError where it is not UTF-8."""
+    count = 0
+    try:
+        # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
+        for line in io.TextIOWrapper(stream, "utf-8-sig", newline=""):
+            yield line
+            count += 1
+    except UnicodeDecodeError as error:
+        number = count + error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
 
 
 def _dev_part(labels: np.ndarray, task: Task) -> np.ndarray:
@@ -177,24 +179,36 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "sepa
 
 
 def _csv_records(
-    path: Path, text: str, required: Collection[str], quoting: str, task: Task
+    path: Path, source: Iterator[str], required: Collection[str], quoting: str, task: Task
 ) -> Iterator[tuple[int, Any]]:
     """What `read_records` gives for a CSV file.
 
     After a row whose quotes are wrong, reading goes on with the next line.
     """
-    # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
-    lines = io.StringIO(text, newline="").readlines()
-    delimiter = separator_of(path, "".join(lines[:1]))
+    held = deque(islice(source, 1))  # the lines read that do not belong to an earlier row
+    delimiter = separator_of(path, "".join(held))
     quotes: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+    usual_limit = csv.field_size_limit()
 
-    def reader_from(line: int) -> Any:
-        rest = map(lines.__getitem__, range(line, len(lines)))
+    def lines() -> Iterator[str]:
+        yield from tuple(held)
+        for line in source:
+            held.append(line)
+            # A field of one line may be as long as that; else the limit stops stray quotes.
+            if len(line) > csv.field_size_limit():
+                csv.field_size_limit(len(line))
+            yield line
+
+    def drop(count: int) -> None:
+        for _ in range(count):
+            held.popleft()
+
+    def new_reader() -> Any:
         # strict: an unbalanced quote is an error; otherwise it would swallow the rows that follow.
-        return csv.reader(rest, delimiter=delimiter, quoting=quotes, strict=True)
+        return csv.reader(lines(), delimiter=delimiter, quoting=quotes, strict=True)
 
     try:
-        reader = reader_from(0)
+        reader = new_reader()
         header: list[str] = next(reader, [])
     except csv.Error as error:
         raise UserError(f"{path}:1: the header's quotes do not balance: {error}") from None
@@ -203,31 +217,36 @@ def _csv_records(
             columns = f"{header.count(name)} columns named {name!r} in {header}"
             hint = "; or name the rows' task with --task" if name == "task" else ""
             raise UserError(f"{path}:1: {columns} (expected 1){hint}")
+    # A name that is there again gets its column's number, so that no cell is lost.
+    keys = [f"{name}.{i}" if name in header[:i] else name for i, name in enumerate(header)]
     line = reader.line_num
-    # A field of one line may be as long as the line; beyond that, the limit stops stray quotes.
-    limit = csv.field_size_limit(max(csv.field_size_limit(), *map(len, lines), 0))
+    drop(line)
+    complete = False
     try:
-        while line < len(lines):
-            start, reader = line, reader_from(line)
+        while not complete:
+            start, reader = line, new_reader()
             try:
                 for row in reader:
-                    end = start + reader.line_num
-                    if end > line + 1:
-                        _check_span(row, lines[line:end], header, delimiter, task)
+                    count = start + reader.line_num - line
+                    if count > 1:
+                        _check_span(row, list(islice(held, count)), header, delimiter, task)
                     # In a file of one column, a blank line is an empty text.
                     row = row or [""] * (len(header) == 1)
                     if len(row) == len(header):
-                        yield line + 1, dict(zip(header, row, strict=True))
+                        yield line + 1, dict(zip(keys, row, strict=True))
                     elif row:
                         counts = f"{len(row)} fields (the header has {len(header)})"
                         yield line + 1, ValueError(counts)
-                    line = end
+                    line += count
+                    drop(count)
+                complete = True
             except csv.Error as error:
                 remedy = "double the quotes in a quoted field, or pass --quoting none"
                 yield line + 1, ValueError(f"the quotes do not balance: {error}; {remedy}")
                 line += 1
+                drop(1)
     finally:
-        csv.field_size_limit(limit)
+        csv.field_size_limit(usual_limit)
 
 
 def separator_of(path: Path, header: str) -> str:
@@ -266,8 +285,8 @@ def _has_label(cells: list[str], header: list[str], task: Task) -> bool:
     return True
 
 
-def _json_records(text: str) -> Iterator[tuple[int, Any]]:
-    for line, content in enumerate(io.StringIO(text, newline=""), 1):
+def _json_records(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
+    for line, content in enumerate(lines, 1):
         if content.strip():
             try:
                 # Numbers stay as the file spells them; NaN and Infinity, which are not JSON, are
@@ -280,7 +299,7 @@ def _json_records(text: str) -> Iterator[tuple[int, Any]]:
                 yield line, ValueError(f"not JSON: {error}")
 
 
-def _cells(record: Any, wanted: list[str], task: Task) -> list[str]:
+def cells_of(record: Any, wanted: Iterable[str], task: Task) -> list[str]:
     """Give the texts of the wanted columns; ValueError says what is wrong with the row.
 
     The labels of a multilabel task may be a list: it is given as in a CSV file.

@@ -7,12 +7,47 @@ Labels and predictions are [N], class indices or values; those of a multilabel t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fastlora.console import number
 from fastlora.data.tasks import METRICS, Task
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts for one text or pair.
+
+    For a classification, `label` is the most probable class, `score` is its probability, and
+    `probabilities` has the probability of each class, the highest first. For a task of several
+    labels, `label` has all that are predicted, as "a|b", and `score` is the highest probability.
+    For a regression, `label` is None, `score` is the value in the labels' unit, and `probabilities`
+    is empty.
+    """
+
+    label: str | None
+    score: float
+    probabilities: dict[str, float]
+
+
+def predictions_from(task: Task, outputs: np.ndarray) -> list[Prediction]:
+    """The predictions of N examples, from outputs [N, outputs] as `predicted_values` takes them."""
+    values = predicted_values(task, outputs)
+    if task.kind == "regression":
+        return [Prediction(None, value, {}) for value in values.tolist()]
+    logits = outputs.astype(np.float64)
+    shares = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+    if task.kind == "multilabel":
+        shares = np.exp(-np.logaddexp(0, -logits))
+    order = np.argsort(-logits, axis=-1, kind="stable").tolist()
+    found = []
+    for label, share, ranks in zip(label_texts(task, values), shares.tolist(), order, strict=True):
+        ranked = {task.labels[index]: share[index] for index in ranks}
+        found.append(Prediction(label, share[ranks[0]], ranked))
+    return found
 
 
 def predicted_values(task: Task, outputs: np.ndarray) -> np.ndarray:
@@ -27,7 +62,7 @@ def predicted_values(task: Task, outputs: np.ndarray) -> np.ndarray:
     return outputs.argmax(-1)
 
 
-def label_texts(task: Task, values: np.ndarray) -> list[str]:
+def label_texts(task: Task, values: Iterable[Any]) -> list[str]:
     """Labels or predictions as text: a class's name, names as "a|b", or a number.
 
     A number has four decimals, or more where the task's range is shorter than 1.

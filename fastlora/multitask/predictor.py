@@ -18,11 +18,13 @@ from fastlora.errors import RunError
 from fastlora.files import atomic_open
 from fastlora.multitask.heads import SimilarityHead
 from fastlora.multitask.metrics import (
+    Prediction,
     class_table,
     label_texts,
     majority,
     metrics,
     predicted_values,
+    predictions_from,
     score,
 )
 from fastlora.multitask.model import MultitaskBert
@@ -90,6 +92,16 @@ def check_finite(data: TaskData, outputs: np.ndarray) -> None:
             f"task {data.task.name!r}, example {example!r}: there is no prediction, because the "
             f"outputs of {count} examples are not finite; train again with a lower --lr"
         )
+
+
+def predictions(
+    model: MultitaskBert, datasets: Mapping[str, TaskData]
+) -> dict[str, list[Prediction]]:
+    """Each task's predictions, in its examples' order; RunError where an output is not finite."""
+    outputs = predict(model, datasets)
+    for name, data in datasets.items():
+        check_finite(data, outputs[name])
+    return {name: predictions_from(data.task, outputs[name]) for name, data in datasets.items()}
 
 
 def predicted_labels(data: TaskData, outputs: np.ndarray) -> list[str]:

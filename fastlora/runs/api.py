@@ -16,8 +16,7 @@ from fastlora.errors import UserError
 from fastlora.files import atomic_folder, read_json
 from fastlora.runs.folder import DATA, default_folder
 from fastlora.runs.session import run_training
-from fastlora.runs.trained import Trained
-from fastlora.runs.trained import load_trained as load
+from fastlora.runs.trained import Trained, load
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import find_inputs, with_file
 

@@ -1,16 +1,17 @@
-"""A finished run, loaded for evaluation, prediction and merging."""
+"""A finished run, loaded for prediction, evaluation and merging."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastlora.bert.weights import load_encoder, save_encoder
-from fastlora.data.reading import encode_rows, read_content, read_rows
+from fastlora.data.reading import Rows, TaskData, encode_rows
 from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import Task
 from fastlora.data.tokenizer import Tokenizer
@@ -20,8 +21,9 @@ from fastlora.files import atomic_folder
 from fastlora.lora.files import read_config
 from fastlora.lora.model import merge, pack, unmerge
 from fastlora.multitask import files as adapters
+from fastlora.multitask.metrics import Prediction
 from fastlora.multitask.model import MultitaskBert
-from fastlora.multitask.predictor import predict, predicted_labels
+from fastlora.multitask.predictor import predictions
 from fastlora.runs.session import ENCODER
 from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import PARTS
@@ -38,10 +40,44 @@ class Trained:
     tasks: dict[str, Task]
     settings: dict[str, Any]  # the run's "mode", "adapters", "pairs" and "model"
 
+    def task(self, name: str | None) -> Task:
+        """The task of this name, or the run's only one; UserError if there is no such task."""
+        if name is None and len(self.tasks) == 1:
+            return next(iter(self.tasks.values()))
+        if name not in self.tasks:
+            raise UserError(f"task is {name!r} (expected one of {', '.join(self.tasks)})")
+        return self.tasks[name]
+
+    def predict(
+        self, texts: Iterable[str | Sequence[str]], task: str | None = None
+    ) -> list[Prediction]:
+        """The prediction for each text, or for each pair of texts (a, b) if the task is on pairs.
+
+        `task` may be left out if the run has only one. Raises UserError for an unknown task and for
+        what is no such text or pair; RunError if an output is not finite or memory does not
+        suffice.
+        """
+        name = self.task(task).name
+        return predictions(self.model, {name: self.encode(texts, name)})[name]
+
+    def encode(self, texts: Iterable[str | Sequence[str]], task: str) -> TaskData:
+        """The tokens of texts or pairs of a task; UserError as `predict`."""
+        chosen = self.task(task)
+        width = len(chosen.columns)
+        rows = [[row] if isinstance(row, str) else row for row in texts]
+        for i, row in enumerate(rows):
+            whole = isinstance(row, (list, tuple)) and len(row) == width
+            if isinstance(texts, str) or not (whole and all(isinstance(x, str) for x in row)):
+                expected = "a list of strings" if width == 1 else "a list of pairs of strings"
+                raise UserError(f"element {i} of texts is {row!r:.60} (texts has to be {expected})")
+        columns = tuple([row[i].strip() for row in rows] for i in range(width))
+        read = Rows([str(i) for i in range(len(rows))], columns, None, dropped=0, empty=0)
+        return encode_rows(read, chosen, self.tokenizer, self.settings["pairs"])
+
 
 @usual_modes()
 @torch.random.fork_rng([])  # new layers draw random weights before theirs are read
-def load_trained(
+def load(
     path: str | Path, device: str | torch.device = "auto", model: str | Path | None = None
 ) -> Trained:
     """Load a finished run from its folder, or from its adapter folder.
@@ -69,52 +105,36 @@ def load_trained(
     return Trained(net, tokenizer, source, tasks, settings)
 
 
-def predict_rows(
-    trained: Trained, path: str | Path, task: str | None, quoting: str = "minimal"
-) -> tuple[list[tuple[str, str, str]], int]:
-    """The id, task and prediction of each row of a file or a pipe, in its order.
-
-    Also returns how many texts were truncated. If `task` is None, the column "task" of the file
-    names the task of each row. Raises UserError if the file has no rows.
-    """
-    names, pairs = [task] if task else list(trained.tasks), trained.settings["pairs"]
-    data, positions = {}, {}
-    content = Path(path).read_bytes() if Path(path).is_fifo() else read_content(path)
-    rules: dict[str, Any] = {"content": content, "labelled": False, "quoting": quoting}
-    for name in names:
-        mixed = () if task else names
-        rows = read_rows(path, trained.tasks[name], mixed=mixed, **rules)
-        if rows.ids:
-            positions[name] = rows.positions
-            data[name] = encode_rows(rows, trained.tasks[name], trained.tokenizer, pairs)
-    if not data:
-        raise UserError(f"{path}: no rows")
-    predictions: list[tuple[int, str, str, str]] = []
-    for name, outputs in predict(trained.model, data).items():
-        labels = predicted_labels(data[name], outputs)
-        predictions += zip(positions[name], data[name].ids, repeat(name), labels)
-    truncated = sum(examples.truncated for examples in data.values())
-    return [row[1:] for row in sorted(predictions)], truncated
+@contextmanager
+def merged_weights(trained: Trained, task: str) -> Iterator[None]:
+    """A block in which a task's adapters, if it has any, are merged into the encoder, in fp32."""
+    names = trained.model.adapters(task)
+    if names:
+        merge(trained.model.encoder, *names)
+    try:
+        yield
+    finally:
+        unmerge(trained.model.encoder)
 
 
 @usual_modes()
 def merge_encoder(trained: Trained, task: str | None, out: Path) -> None:
-    """Merge a task's adapters into the encoder, in fp32, and write it as a Hugging Face folder.
+    """Write the encoder with a task's adapters merged, in fp32, as a Hugging Face folder.
 
     `task` may be None if all tasks share one adapter. Raises UserError if the run has no such
     adapter, or if `out` is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; name a new folder or remove it")
-    settings, net = trained.settings, trained.model
-    if settings["mode"] != "lora":
-        raise UserError(f"the run was trained with --mode {settings['mode']}: no adapter")
-    if task is None and settings["adapters"] == "shared":
+    check_empty(out)
+    if trained.settings["mode"] != "lora":
+        raise UserError(f"the run was trained with --mode {trained.settings['mode']}: no adapter")
+    if task is None and trained.settings["adapters"] == "shared":
         task = next(iter(trained.tasks))
-    if task not in trained.tasks:
-        raise UserError(f"--task is {task!r} (the run's tasks are {', '.join(trained.tasks)})")
-    merge(net.encoder, *net.adapters(task))
-    with atomic_folder(out) as building:
-        save_encoder(net.encoder, building)
+    with merged_weights(trained, trained.task(task).name), atomic_folder(out) as building:
+        save_encoder(trained.model.encoder, building)
         trained.source.copy_tokenizer(building)
-    unmerge(net.encoder)
+
+
+def check_empty(folder: Path) -> None:
+    """Raise UserError if a path is a file, or a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not empty; name a new folder or remove it")

@@ -17,7 +17,7 @@ from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.files import read_toml
 from fastlora.runs import folder as folders
 from fastlora.runs.session import run_training
-from fastlora.runs.trained import load_trained
+from fastlora.runs.trained import load
 from fastlora.training.checkpoint import _digests, check_finite
 from fastlora.training.config import TrainConfig
 from fastlora.training.loop import Trainer
@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_inputs_that_moved(own_inputs, tmp_path):
     assert run(config).steps == 6
     recorded = read_toml(config.out / "run.toml")
     assert {key: recorded[key] for key in moved} == {k: str(p) for k, p in moved.items()}
-    assert load_trained(config.out).source.folder == moved["model"]
+    assert load(config.out).source.folder == moved["model"]
 
 
 @pytest.mark.parametrize("name", ["env.json", "inputs.json"])
@@ -156,7 +156,7 @@ def test_a_trained_model_is_bound_to_its_encoders_configuration(own_inputs):
     run(own_inputs)
     change_heads(own_inputs)
     with pytest.raises(UserError, match=r"another encoder configuration \(config.json\)"):
-        load_trained(own_inputs.out)
+        load(own_inputs.out)
 
 
 def test_the_run_that_is_added_to_is_an_input(own_inputs, tmp_path):

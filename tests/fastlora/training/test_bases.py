@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -9,8 +10,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors, trainers
 
 from fastlora.data.tokenizer import Tokenizer
+from fastlora.multitask.predictor import predict
+from fastlora.runs.export import export
 from fastlora.runs.session import run_training
-from fastlora.runs.trained import load_trained, merge_encoder, predict_rows
+from fastlora.runs.trained import load, merge_encoder
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 CORPUS = ["the good film is not good .", "a bad dog sings , a café sleeps ?", "two cats see 東京"]
@@ -84,18 +87,32 @@ def test_a_run_from_the_first_token_to_the_merged_folder(base, tiny_config, tiny
 
     config = tiny_config(model=str(base), pairs="joint", max_steps=2, lr=5e-3, targets=("all",))
     run_training(config, quiet=True)
-    trained = load_trained(config.out, "cpu")
-    rows, _ = predict_rows(trained, tiny_data / "quora-dev.csv", "quora")
-    assert len(rows) == 24
+    trained = load(config.out, "cpu")
     merge_encoder(trained, None, tmp_path / "merged")
 
     model = transformers.AutoModel.from_pretrained(tmp_path / "merged").eval()
     assert type(model).__name__.startswith(type(theirs).__name__.removesuffix("Tokenizer"))
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
-    batch = again(TEXTS, truncation=True, max_length=40, padding=True, return_tensors="pt")
+    tensors = {"return_tensors": "pt"}
+    batch = again(TEXTS, truncation=True, max_length=40, padding=True, **tensors)
     found = trained.model.encoder(batch["input_ids"], batch["attention_mask"]).hidden_states
     with torch.no_grad():
         expected = model(**batch, output_hidden_states=True).hidden_states
     real = batch["attention_mask"].bool()
     for layer, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert (a[real] - b[real]).abs().max() <= 1e-5, f"hidden state {layer}"
+
+    pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
+    logits = predict(trained.model, {"quora": trained.encode(pairs, "quora")})["quora"]
+    batch = again(TEXTS, TEXTS[::-1], max_length=40, padding=True, truncation=True, **tensors)
+    for merged in (True, False):
+        export(trained, config.out, "quora", out := tmp_path / f"merged {merged}", merged)
+        classes = transformers.AutoConfig.from_pretrained(out)
+        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+            out if merged else base, config=classes
+        )
+        if not merged:
+            classifier = peft.PeftModel.from_pretrained(classifier, out)
+        with torch.no_grad():
+            found = classifier.eval()(**batch).logits
+        assert (found - torch.from_numpy(logits)).abs().max() <= 1e-5

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.multitask.predictor import predict, scores_of
 from fastlora.runs import session
-from fastlora.runs.trained import load_trained
+from fastlora.runs.trained import load
 from fastlora.training import loop
 from fastlora.training.stopping import Stop
 
@@ -67,7 +67,7 @@ def test_predictions_and_scores_are_those_of_the_kept_weights(tiny_config):
         result.kept
         == max(history(config.out), key=lambda entry: sum(entry["scores"].values()))["step"]
     )
-    trained = load_trained(config.out, "cpu")
+    trained = load(config.out, "cpu")
     assert scores_of(setup.dev, predict(trained.model, setup.dev)) == result.scores
 
 

@@ -19,7 +19,7 @@ from fastlora.devices import local_device
 from fastlora.errors import RunError, UserError
 from fastlora.multitask.predictor import predict, scores_of
 from fastlora.runs import session
-from fastlora.runs.trained import load_trained, merge_encoder
+from fastlora.runs.trained import load, merge_encoder
 from fastlora.training import loop as train
 from fastlora.training.checkpoint import Progress, latest_checkpoint, save_checkpoint
 from fastlora.training.config import TrainConfig
@@ -90,7 +90,7 @@ def test_run_folder(tiny_config):
 def test_lora_leaves_the_encoder_bit_identical(tiny_config):
     config = tiny_config()
     run(config)
-    trained = load_trained(config.out, "cpu")
+    trained = load(config.out, "cpu")
     before = load_file(Path(config.model) / "model.safetensors")
     after = dict(trained.model.encoder.named_parameters())
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -103,7 +103,7 @@ def test_reloading_gives_the_same_predictions(tiny_config, mode, adapters, monke
     finish = session._finish
     monkeypatch.setattr(session, "_finish", lambda *a: ends.append(a[0].outputs) or finish(*a))
     result = run(config)
-    trained = load_trained(config.out, "cpu")
+    trained = load(config.out, "cpu")
     data = load_tasks(config.data, trained.tasks.values(), "dev", trained.tokenizer)
     outputs = predict(trained.model, data)
     for name, own in data.items():
@@ -305,7 +305,7 @@ def test_merged_encoder_loads_in_transformers(tiny_config, tmp_path):
 
     config = tiny_config(lr=5e-3)
     run(config)
-    trained = load_trained(config.out, torch.device("cpu"))
+    trained = load(config.out, torch.device("cpu"))
     merge_encoder(trained, None, tmp_path / "merged")
     theirs = transformers.BertModel.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(5, 15)[None]
@@ -319,8 +319,8 @@ def test_merged_encoder_loads_in_transformers(tiny_config, tmp_path):
 def test_merge_asks_which_adapter(tiny_config, tmp_path, adapters):
     config = tiny_config(adapters=adapters, lr=2e-2)
     run(config)
-    trained = load_trained(config.out, "cpu")
-    with pytest.raises(UserError, match="tasks are sst, quora, sts"):
+    trained = load(config.out, "cpu")
+    with pytest.raises(UserError, match="expected one of sst, quora, sts"):
         merge_encoder(trained, None, tmp_path / "merged")
     merge_encoder(trained, "sts", tmp_path / "merged")
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from fastlora.cli import main
 from fastlora.errors import Interrupted, RunError, UserError
+from fastlora.runs.export import export
 from fastlora.runs.session import run_training
-from fastlora.runs.trained import load_trained, merge_encoder, predict_rows
+from fastlora.runs.trained import load, merge_encoder
 from fastlora.training.checkpoint import latest_checkpoint
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
@@ -75,7 +76,7 @@ def test_a_run_leaves_handlers_and_random_states_alone(tiny_config, monkeypatch,
     run_training(tiny_config(**changes), quiet=True)
     assert states() == before
     assert within[-1] == before[0]
-    load_trained(tiny_config().out, "cpu")
+    load(tiny_config().out, "cpu")
     assert states() == before
 
 
@@ -96,15 +97,13 @@ def modes():
 
 
 def test_the_callers_modes_change_nothing_and_are_left_alone(tiny_config, tmp_path):
-    (tmp_path / "new.csv").write_text("sentence\na good film\n")
-
     def outcome(name):
         config = tiny_config(out=tmp_path / name, max_steps=2, tasks=("sst",))
         run_training(config, quiet=True)
-        trained = load_trained(config.out, "cpu")
-        predictions = predict_rows(trained, tmp_path / "new.csv", "sst")
-        difference = merge_encoder(trained, "sst", tmp_path / f"{name} merged")
-        return trained.model.state_dict(), predictions, difference
+        trained = load(config.out, "cpu")
+        merge_encoder(trained, "sst", tmp_path / f"{name} merged")
+        export(trained, config.out, "sst", tmp_path / f"{name} exported", merged=True)
+        return trained.model.state_dict(), trained.predict(["a good film"])
 
     state, *others = outcome("usual")
     with unusual_modes():
