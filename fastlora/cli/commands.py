@@ -21,8 +21,8 @@ from fastlora.cli.options import (
     TableFlags,
     TrainFlags,
     given,
-    number,
     settings_from,
+    to_number,
 )
 from fastlora.cli.process import command_stop
 from fastlora.data.infer import FileTask
@@ -264,7 +264,7 @@ def reproduce(
     /,
     *,
     settings: Annotated[TableFlags, _FLAT] = TableFlags(),  # noqa: B008
-    seeds: Annotated[int, Parameter(help="Runs a row, with seeds 0, 1, ...", converter=number)] = 1,
+    seeds: Annotated[int, Parameter(help="Number of seeds, from 0.", converter=to_number)] = 1,
     out: Annotated[Path, Parameter(help="Folder of the runs and the tables.")] = Path("studies"),
     quiet: Quiet = False,
 ) -> None:

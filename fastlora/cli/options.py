@@ -1,7 +1,7 @@
 """The settings of a run and of a search as the command line's options.
 
-Their help texts are in the settings' docstrings. An option that is not given is None, so that a
-file of settings can be read below the flags.
+Their help texts are in the settings' docstrings. An option that is not given is None, so that
+the value in a file of settings applies.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _GROUPS = {name: Group(_TITLES[name], sort_key=i) for i, name in enumerate(_TITL
 OUTPUT = _GROUPS["out"]
 
 
-def number(kind: Any, tokens: Sequence[Any]) -> Any:
-    """A number; "1.5" is not rounded, and "1_0", " 5 " or other scripts' digits are none."""
+def to_number(kind: Any, tokens: Sequence[Any]) -> Any:
+    """Parse an option's number; "1.5" is no int, and "1_0", " 5 " and non-ASCII digits are none."""
     text = tokens[0].value
     if not re.fullmatch("[0-9a-zA-Z.+-]+", text):
         raise ValueError(f"{text!r} is no number")
@@ -49,21 +49,21 @@ def number(kind: Any, tokens: Sequence[Any]) -> Any:
 
 
 def _split(_type: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
-    """A list option's value, as "a,b"."""
+    """Split the value of a list option, such as "a,b"."""
     return tuple(part for token in tokens for part in token.value.split(",") if part)
 
 
 def _option(kind: Any, default: Any, **how: Any) -> Any:
-    """The annotation of an option, which is None where it is not given; --help names `default`."""
+    """The annotation of an option that is None if it is not given; --help shows `default`."""
     kind = next((part for part in get_args(kind) if get_origin(kind) in _UNIONS), kind)
     if kind is TaskLoraConfig:
         return Optional[_TaskFlags]  # noqa: UP045
     if kind in (int, float, timedelta):
-        how["converter"] = number
+        how["converter"] = to_number
     if get_origin(kind) is tuple:
         how |= {"converter": _split, "n_tokens": 1}
         default = default and ",".join(default)
-    # "--sst.no-rslora" undoes a common --rslora; nothing else is true unless it is given.
+    # "--sst.no-rslora" undoes a common --rslora; other flags have no negation.
     how["negative"] = None if kind is bool and default is None else ""
     shown = default is not None and default is not False
     how["show_default"] = (lambda _: str(default)) if shown else False
@@ -71,13 +71,13 @@ def _option(kind: Any, default: Any, **how: Any) -> Any:
 
 
 def _flags(settings: type, *names: str, **how: Any) -> Any:
-    """A dataclass with an option for each setting, or for those named, and the same docstring."""
+    """A dataclass with an option for each setting, or for `names`, and the settings' docstring."""
     defaults, options, group = vars(settings()), [], None
     for name, kind in types_of(settings).items():
         group = _GROUPS.get(name, group)
-        if name in names or (not names and name != "task"):  # its tables are for files alone
+        if name in names or (not names and name != "task"):  # tables of tasks are in files alone
             options.append((name, _option(kind, defaults[name], **{"group": group, **how}), None))
-    # cyclopts passes over classes of the standard library, of which this would be one.
+    # cyclopts ignores classes of the standard library, of which this would be one.
     here = {"__module__": __name__, "__doc__": settings.__doc__}
     return make_dataclass("Flags", options, namespace=here)
 
@@ -104,7 +104,7 @@ def given(flags: Any) -> dict[str, Any]:
 
 
 def settings_from(flags: Any, file: Path | None) -> TrainConfig:
-    """The settings of a TOML file, where there is one, with flags before those of the file."""
+    """The settings of a TOML file, if one is given; the options given replace those of the file."""
     table = read_toml(file) if file else {}
     check_keys(table, types_of(TrainConfig), f"{file}: ")
     for key, value in given(flags).items():

@@ -58,7 +58,7 @@ def task_of_file(
     missing or the labels fit no kind, and as `read_rows` does.
     """
     if file.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".txt"):
-        raise UserError(f"{file}: is no folder, and no CSV, TSV or JSONL file")
+        raise UserError(f"{file}: is neither a folder nor a CSV, TSV or JSONL file")
     draft = Task("file", "multilabel", (), "", {})  # whose labels may also be lists
     records = [record for _, record in islice(read_records(file, draft, quoting), 100)]
     records = [record for record in records if isinstance(record, dict)]

@@ -148,7 +148,7 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
 
 
 def check_name(name: str) -> None:
-    """Raise UserError for what is no name of a user's own task."""
+    """Raise UserError unless a user's own task may have this name."""
     # Files are named after tasks, and the shared adapter is called "default".
     if not re.fullmatch("[a-z][a-z0-9_]{0,99}", name) or name == "default":
         expected = "another name of at most 100 lower-case letters, digits and _, a letter first"
@@ -156,7 +156,7 @@ def check_name(name: str) -> None:
 
 
 def _rules(table: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
-    """Keys of a task's table, whether their values are right, and what is expected of them.
+    """Yield keys of a task's table, whether their values are right, and what is expected.
 
     Each rule relies on those before it.
     """
@@ -196,7 +196,7 @@ def _rules(table: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
 
 
 def _number(value: Any) -> float:
-    """A number of a table, and NaN for what is none or too large for a float."""
+    """A table's number, or NaN for a value that is no number or too large for a float."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and abs(value) < 1e38 else math.nan
 

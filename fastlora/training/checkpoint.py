@@ -24,10 +24,10 @@ from fastlora.errors import RunError, UserError
 from fastlora.files import atomic_folder, read_json, write_json
 from fastlora.tensors import copy_tensors, read_tensors
 
-KEEP = 2
+KEEP = 2  # checkpoints, besides the best
 WEIGHTS, MOMENTS, STATE = FILES = "model.safetensors", "optim.safetensors", "state.json"
 MANIFEST = "MANIFEST.json"  # the sha256 of each of those files
-NONE_YET = "none-yet"  # lies in the folder until the first checkpoint does
+NONE_YET = "none-yet"  # a file in the folder until there is a checkpoint
 # A process that is killed while it replaces a checkpoint may leave a complete one whose name begins
 # with a dot.
 NAME = re.compile(r"(\.)?step-(\d+)(?(1)-\w+(?:\.old)?)")
@@ -60,7 +60,7 @@ class Progress:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """The trainable parameters, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -93,9 +93,9 @@ def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
 
 
 def start_checkpoints(folder: Path, began: bool) -> None:
-    """Prepare the folder of a run without a checkpoint, which began before or begins now.
+    """Prepare the checkpoint folder of a run without checkpoints; `began` says that it has steps.
 
-    Raises RunError if a run that began had checkpoints, for these are lost.
+    Raises RunError if a run that began once had checkpoints, because they are lost.
     """
     if began and not (folder / NONE_YET).exists():
         raise RunError(f"{folder}: its checkpoints are missing; restore them or use a new --out")
@@ -216,7 +216,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with the files of a checkpoint, or nothing."""
+    """What is wrong with the files of a checkpoint, or ""."""
     try:
         return "" if read_json(path / MANIFEST) == _digests(path) else f"not as {MANIFEST} says"
     except (OSError, UserError) as error:
