@@ -183,7 +183,7 @@ def predict(
         ),
     ] = None,
     top: Annotated[
-        int, Parameter(help="How many of the most probable classes.", converter=number)
+        int, Parameter(help="How many of the most probable classes.", converter=to_number)
     ] = 1,
     format: Annotated[
         Literal["csv", "cs224n"], Parameter(help="cs224n: the course's submission file.")
