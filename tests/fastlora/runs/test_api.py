@@ -26,7 +26,8 @@ def test_examples_in_memory_become_a_run_that_can_be_repeated(settings, tmp_path
     run = fastlora.train(data, **settings, epochs=2)
     assert run.folder == tmp_path / "run" and list(run.scores) == list(data)
     assert run.metrics["many"]["macro_f1"] == run.scores["many"]
-    assert list(run.predictor.tasks) == list(data) and capsys.readouterr().out == ""
+    (found,) = run.predictor.predict(["good film"], task="mood")
+    assert found.probabilities.keys() == {"good", "bad"} and capsys.readouterr().out == ""
     table = read_toml(run.folder / "run.toml")
     assert table["data"] == str(run.folder / "data")
     kinds = [table["task"][name]["kind"] for name in data]
