@@ -25,7 +25,7 @@ def exit_code(arguments: list[str]) -> int:
             app(arguments, exit_on_error=False, print_error=False)
             sys.stdout.flush()
         except BrokenPipeError:
-            # As where SIGPIPE ends a process. What is still buffered goes nowhere.
+            # The code of a process that SIGPIPE ends. Output that is still buffered is discarded.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (UserError, CycloptsError, RunError, OSError) as error:

@@ -91,8 +91,8 @@ def plan_epoch(
     The plan is a function of its arguments alone, so a resumed run only has to know the epoch and
     the position in it. A batch mixes tasks, has examples of similar lengths, and holds at most
     `tokens_per_batch` real tokens, or one longer example. An epoch has as many examples as all
-    tasks together, of which `sampling` gives each task a share (see `sampling_exponent`), which is
-    multiplied by the task's `weight`. A task that has fewer examples than its share repeats them.
+    tasks together. A task's share of them follows from `sampling` (see `sampling_exponent`) and the
+    task's `weight`. A task that has fewer examples than its share repeats them.
     """
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     sizes = np.array([len(data) for data in datasets.values()])

@@ -10,7 +10,7 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any, Literal
 
-from fastlora.data.reading import read_records, read_rows, separator_of
+from fastlora.data.reading import delimiter_of, read_records, read_rows
 from fastlora.data.tasks import (
     BUILTIN,
     Task,
@@ -52,7 +52,7 @@ class FileTask:
 def task_of_file(
     file: Path, how: FileTask, quoting: str, bad_rows: str, name: str | None = None
 ) -> tuple[Path, Task, str]:
-    """Infer the task of a file: returns its data folder, the task, and its separator in words.
+    """Infer the task of a file: returns its data folder, the task, and the delimiter in words.
 
     Without a `name`, the task's name is made from that of the file. Raises UserError if a column is
     missing or the labels fit no kind, and as `read_rows` does.
@@ -84,7 +84,7 @@ def task_of_file(
     name = name or _name(path.stem, label)
     task = complete(task_from_table(name, table), folder, quoting, bad_rows)
     with path.open(encoding="utf-8-sig") as lines:
-        separated = _SEPARATED[separator_of(path, lines.readline())]
+        separated = _SEPARATED[delimiter_of(path, lines.readline())]
     return folder, task, "JSON lines" if path.suffix.lower() == ".jsonl" else separated
 
 

@@ -22,7 +22,7 @@ class Rows:
     """The N rows of one task in a file."""
 
     ids: list[str]
-    texts: tuple[list[str], ...]  # one list a text column
+    texts: tuple[list[str], ...]  # one list for each text column
     labels: np.ndarray | None  # float64 [N], class index or value; multilabel: [N, C], 0 or 1
     dropped: int  # bad rows left out
     empty: int  # rows with an empty text
@@ -33,8 +33,8 @@ class TaskData:
     """The tokens of one file of a task: its Rows, encoded."""
 
     task: Task
-    columns: tuple[Encoded, ...]  # one a sequence of an example: two for pairs "separate"
-    labels: np.ndarray | None  # as those of Rows
+    columns: tuple[Encoded, ...]  # one for each sequence of an example
+    labels: np.ndarray | None  # as in Rows
     ids: list[str]
     dropped: int
     truncated: int  # sequences cut to the longest that the encoder takes
@@ -46,7 +46,7 @@ class TaskData:
 
 
 def read_content(path: str | Path) -> bytes:
-    """Read a whole file; UserError when it cannot be, as a device or a pipe may never end."""
+    """Read a whole file; UserError if it is unreadable, a device or a pipe, which may never end."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
@@ -69,13 +69,13 @@ def read_rows(
 ) -> Rows:
     """Read a CSV (comma or tab), TSV or JSONL file whose columns are named as the task's.
 
-    `content` is what the file holds, where the caller has read it. With `quoting="none"` quotes are
-    characters like others. `limit` keeps that many rows, spread over the file. Where a task's
-    training file is split by `dev_share`, `split` names the part: "train" or "dev".
+    `content` is that of the file, if the caller has read it. With `quoting="none"` quotes are plain
+    characters. `limit` keeps so many rows, evenly spaced over the file. If the task has a
+    `dev_share`, `split` names the part of the training file: "train" or "dev".
 
     Bad rows (wrong number of fields, unbalanced quotes, bad label) are a UserError that counts
     them, or are left out and counted with `bad_rows="skip"`. A file that is not UTF-8, has no rows
-    or lacks a column is always a UserError, as is a labelled one without a word of text.
+    or lacks a column is always a UserError, as is a labelled one whose texts are all empty.
     """
     path = Path(path)
     wanted = [*task.columns, *([task.label] if labelled else [])]
@@ -102,7 +102,7 @@ def read_rows(
         if not found:
             raise UserError(f"{path}: too few rows for a {split} split; name a dev file")
     if limit is not None and limit < len(found):
-        # Evenly spaced: the SST files are sorted by label.
+        # Evenly spaced, because the SST files are sorted by label.
         found = [found[i * len(found) // limit] for i in range(limit)]
     ids, texts, labels = zip(*found, strict=True)
     if labelled and not any(map(any, texts)):
@@ -123,10 +123,10 @@ def read_records(
     required: Collection[str] = (),
     stream: BinaryIO | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Each row's line and cells by column, or a ValueError that says what is wrong with the row.
+    """Yield each row's line, and its cells by column or a ValueError that says what is wrong.
 
-    Rows are read as they are asked for, from the stream or from the whole file. Raises UserError
-    where a CSV file has not one column of each `required` name, and for a file that is not UTF-8.
+    Rows are read one by one, from the stream if it is given. Raises UserError unless a CSV file
+    has exactly one column of each `required` name, and for a file that is not UTF-8.
     """
     lines = read_lines(path, io.BytesIO(read_content(path)) if stream is None else stream)
     if path.suffix.lower() == ".jsonl":
@@ -135,7 +135,7 @@ def read_records(
 
 
 def read_lines(path: Path, stream: BinaryIO) -> Iterator[str]:
-    """Give the lines of a UTF-8 stream with their ends; UserError where it is not UTF-8."""
+    """Yield the lines of a UTF-8 stream with their ends; UserError if it is not UTF-8."""
     count = 0
     try:
         # newline="" leaves CRLF and newlines inside quotes to the csv module, which counts lines.
@@ -148,10 +148,10 @@ def read_lines(path: Path, stream: BinaryIO) -> Iterator[str]:
 
 
 def _dev_part(labels: np.ndarray, task: Task) -> np.ndarray:
-    """Which rows [N] are the dev split: a share of each class, always the same ones.
+    """Which rows [N] are in the dev split: a stratified sample, which is always the same.
 
-    A row with several labels counts for the rarest of them. Each class has a row in both splits
-    where it has two, and a row in the training split where it has one.
+    A row with several labels counts for the rarest of them. A class of two or more rows is in both
+    splits; one of a single row is in the training split.
     """
     assert task.dev_share is not None
     strata = labels if task.kind == "classification" else np.zeros(len(labels))
@@ -170,7 +170,7 @@ def _dev_part(labels: np.ndarray, task: Task) -> np.ndarray:
 def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "separate") -> TaskData:
     """Tokenise rows; a pair becomes two sequences, or one `[CLS] a [SEP] b [SEP]` if "joint".
 
-    The CS224N starter's own preparation of texts would change no token.
+    Texts are not prepared as in the CS224N starter code, because that changes no token.
     """
     sequences = [rows.texts] if pairs == "joint" else [(texts,) for texts in rows.texts]
     columns = tuple(tokenizer.encode(*texts) for texts in sequences)
@@ -181,12 +181,12 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "sepa
 def _csv_records(
     path: Path, source: Iterator[str], required: Collection[str], quoting: str, task: Task
 ) -> Iterator[tuple[int, Any]]:
-    """What `read_records` gives for a CSV file.
+    """Yield the records of a CSV file, as `read_records` does.
 
-    After a row whose quotes are wrong, reading goes on with the next line.
+    After a row whose quotes are wrong, the next line begins a row.
     """
     held = deque(islice(source, 1))  # the lines read that do not belong to an earlier row
-    delimiter = separator_of(path, "".join(held))
+    delimiter = delimiter_of(path, "".join(held))
     quotes: Any = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
     usual_limit = csv.field_size_limit()
 
@@ -194,7 +194,7 @@ def _csv_records(
         yield from tuple(held)
         for line in source:
             held.append(line)
-            # A field of one line may be as long as that; else the limit stops stray quotes.
+            # A field may be as long as its line; beyond that, the limit stops stray quotes.
             if len(line) > csv.field_size_limit():
                 csv.field_size_limit(len(line))
             yield line
@@ -217,7 +217,7 @@ def _csv_records(
             columns = f"{header.count(name)} columns named {name!r} in {header}"
             hint = "; or name the rows' task with --task" if name == "task" else ""
             raise UserError(f"{path}:1: {columns} (expected 1){hint}")
-    # A name that is there again gets its column's number, so that no cell is lost.
+    # A repeated name gets the column's number as its suffix, so that no cell is lost.
     keys = [f"{name}.{i}" if name in header[:i] else name for i, name in enumerate(header)]
     line = reader.line_num
     drop(line)
@@ -249,8 +249,8 @@ def _csv_records(
         csv.field_size_limit(usual_limit)
 
 
-def separator_of(path: Path, header: str) -> str:
-    """What separates the fields of a CSV file with this first line: a tab, comma or semicolon."""
+def delimiter_of(path: Path, header: str) -> str:
+    """The delimiter of a CSV file with this first line: a tab, comma or semicolon."""
     if path.suffix.lower() == ".tsv" or "\t" in header:
         return "\t"
     return ";" if header.count(";") > header.count(",") else ","
@@ -271,7 +271,7 @@ def _check_span(
     ends = [line.rstrip("\r\n").split(delimiter) for line in (lines[0], lines[-1])]
     labelled = [_has_label(cells, header, task) for cells in (row, *ends)]
     if labelled[0] and not all(labelled):
-        return  # only as one row do the lines have a label
+        return  # the lines have a label only if they are one row
     if all(len(cells) >= len(header) for cells in ends):
         what = "a quoted field spans lines that may be rows themselves"
         raise csv.Error(f"{what} (a text with line breaks is safe in JSONL)")
@@ -300,9 +300,9 @@ def _json_records(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
 
 
 def cells_of(record: Any, wanted: Iterable[str], task: Task) -> list[str]:
-    """Give the texts of the wanted columns; ValueError says what is wrong with the row.
+    """Return the texts of the wanted columns; a ValueError says what is wrong with the row.
 
-    The labels of a multilabel task may be a list: it is given as in a CSV file.
+    The labels of a multilabel task may be a list, which is returned as "a|b".
     """
     if isinstance(record, ValueError):
         raise record

@@ -221,7 +221,7 @@ class Trainer:
         return stop
 
     def forward_backward_update(self, batch: Batch, shares: Tensor) -> None:
-        """Compute a step as one CUDA graph; `batch` and `shares` are those of `inputs`."""
+        """Compute a step on the device, for a CUDA graph; the arguments are those of `inputs`."""
         self.scaler.scale(self.loss(batch, shares)).backward()
         self.update()
 

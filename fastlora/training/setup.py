@@ -55,7 +55,7 @@ class Setup:
     device: torch.device
     loaded: Loaded | None = None  # an encoder that runs copy; else each run loads it
     stop: Stop = field(default_factory=Stop)  # a request to stop
-    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of what the run reads
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of settings and inputs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,7 +67,7 @@ class Setup:
         tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}
         inputs, (lr, head_lr) = replace(self.inputs, tasks=tasks), config.peak_rates
         train, dev = ({n: data[n] for n in tasks} for data in (self.train, self.dev))
-        # Record what the tables left out and the data has told.
+        # Record in the tables what was inferred from the data.
         known = {n: table | tasks[n].to_table() for n, table in config.task.items() if n in tasks}
         config = replace(config, task={**config.task, **known})
         config = replace(config, data=inputs.folder, model=inputs.model, tasks=tuple(tasks))
@@ -103,7 +103,7 @@ def seed_random(seed: int, device: torch.device) -> None:
             torch.cuda.manual_seed(seed)
 
 
-@torch.random.fork_rng([])  # new layers draw random weights before theirs are read
+@torch.random.fork_rng([])  # new layers draw random weights, which are then overwritten
 def read_encoder(source: Source) -> Loaded:
     """Load the encoder of a model's folder; UserError if it has none that fits."""
     encoder, notes = load_encoder(source.folder, PARTS)

@@ -28,7 +28,7 @@ def tuned_file() -> Path:
 
 def use_measured_blocks() -> None:
     """Load what `fastlora tune` measured, if it ran here; UserError for a damaged file."""
-    if os.path.isfile(tuned_file()):  # which is False for a cache without rights, too
+    if os.path.isfile(tuned_file()):  # which is False without permissions, too
         load(tuned_file())
 
 
