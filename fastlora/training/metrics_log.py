@@ -37,7 +37,7 @@ class Metrics:
                 if at is not None and at <= step:
                     out.write(line + "\n")
         self.file = path.open("a", encoding="utf-8")
-        self.board: SummaryWriter | None = None
+        self.board: Any = None
         try:
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
         except UnicodeEncodeError:
