@@ -43,7 +43,7 @@ def usual_modes() -> Iterator[None]:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.enter_context(torch.inference_mode(False))  # this also ends `no_grad`
-        if torch.empty(0).device.type != "cpu":  # else not: it slows down each call
+        if torch.empty(0).device.type != "cpu":  # only if needed: it slows calls down
             stack.enter_context(torch.device("cpu"))
         for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             stack.enter_context(torch.autocast(kind, enabled=False))

@@ -49,7 +49,7 @@ def copy_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, T
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     """Raise UserError unless `tensors`, read from `path`, can be copied into those of `into`.
 
-    The message names a tensor that is missing, unexpected, not finite, or of another shape or type.
+    The message names a tensor that is missing, unexpected, misshapen, of integers or not finite.
     """
     for problem, names in (
         ("is missing", into.keys() - tensors.keys()),

@@ -147,9 +147,9 @@ def collate(
     longest = max(column.lengths.max() for column in sequences)
     if max_length:
         longest = min(max_length, 32 * math.ceil(longest / 32))
-        added = _grid(rows + 1, 4) - rows
-        while (rows + added) * longest < _grid(tokens + added, 16):
-            added = _grid(rows + added + 1, 4) - rows
+        added = _round_up(rows + 1, 4) - rows
+        while (rows + added) * longest < _round_up(tokens + added, 16):
+            added = _round_up(rows + added + 1, 4) - rows
         # The added sequences have one token each, because a mean of no tokens is not defined.
         zeros = np.zeros(added, np.int8)
         sequences.append(Encoded(zeros, np.arange(added + 1), zeros, 0))
@@ -162,7 +162,7 @@ def collate(
     ids, types = torch.from_numpy(padded)
     real = torch.from_numpy(mask)
     # oneDNN compiles a kernel for each number of tokens (3 ms, bf16); round ones are also faster.
-    layout = Layout.of(real, real.shape, _grid(int(lengths.sum()), 16))
+    layout = Layout.of(real, real.shape, _round_up(int(lengths.sum()), 16))
     batch = Batch(ids, real, types, layout, tuple(spans), labels, indices)
     return _with_common_counts(batch) if max_length else batch
 
@@ -194,7 +194,7 @@ def _with_common_counts(batch: Batch) -> Batch:
     return replace(batch, spans=tuple(spans), rows=torch.cat(rows), labels=labels, real=real)
 
 
-def _grid(number: int, steps: int) -> int:
+def _round_up(number: int, steps: int) -> int:
     """Round `number` up to one of `steps` evenly spaced numbers from a power of 2 to the next."""
     step = max(1, 2 ** (number.bit_length() - 1) // steps)
     return step * math.ceil(number / step)

@@ -49,14 +49,14 @@ from fastlora.training.loop import Trainer
 from fastlora.training.setup import Setup, build_model, to_compute, training
 from fastlora.training.stopping import Stop
 
-RATES = (1.0, 2.0, 0.5, 4.0, 0.25, 1.4, 0.7, 2.8, 0.35)  # times the rate given, the likelier first
+RATES = (1.0, 2.0, 0.5, 4.0, 0.25, 1.4, 0.7, 2.8, 0.35)  # factors of the rate, the likelier first
 WARMUPS = (0.06, 0.2)
 SHAPES = ("value", "query,value", "query,key,value,output", ",".join(TARGETS))
 DROPOUTS, SEEDS = (0.0, 0.05, 0.1, 0.2), 3
 # The shares of the training examples that a trial of a stage trains on, one after the other.
 SHARES = {"rates": (1 / 16, 1 / 8), "ranks": (1 / 2,), "shapes": (1 / 16, 1 / 8)}
 SHORT_DEV = 400  # the most dev examples of a task that score a short run
-# The time of the last full runs, in that of the first; one with more targets takes 1.5 of these.
+# The time of the last full runs in units of the first one's; more targets may take 1.5 of these.
 LAST_RUNS = SEEDS * 1.5 + SEEDS - 1
 DIVERGED = -1.0  # a score below all others
 
@@ -95,7 +95,7 @@ def run_search(
 
 
 class Search:
-    """A search in a folder, for the adapter of a task or (None) of all; continues what is there."""
+    """A search for the adapter of a task, or of all tasks (None); it continues that in `folder`."""
 
     def __init__(
         self, setup: Setup, task: str | None, folder: Path, how: SearchConfig, log: Log
@@ -147,9 +147,9 @@ class Search:
     def stage(
         self, name: str, base: Record, changes: Record, until: float = inf, most: int | None = None
     ) -> FrozenTrial:
-        """Train at most `most` combinations of the values in `changes`; returns the best trial.
+        """Train a stage, up to `most` combinations of `changes`; returns the best trial.
 
-        Other settings are those of `base`. After `until` seconds, only the first trial begins.
+        Other settings are those of `base`. After `until` seconds, only its first trial begins.
         """
         study = optuna.create_study(
             storage=self.storage,

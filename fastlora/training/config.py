@@ -1,4 +1,4 @@
-"""The settings of a training run: checked, frozen dataclasses with the paper's defaults."""
+"""The settings of runs and searches: frozen dataclasses that check their values."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class TrainConfig:
     """The settings of a training run.
 
     A path may be given as text, the model's folder as a path, and a list in place of a tuple; no
-    value is rounded or converted otherwise. Raises UserError for a value of another type, out of
-    range, or that contradicts another.
+    value is rounded or converted otherwise. Raises UserError for a value that has another
+    type, is out of range, or excludes another.
 
     Args:
         r: Rank of the update, 1 or more.
@@ -83,7 +83,7 @@ class TrainConfig:
         sampling: How often a task with n examples is drawn: in proportion to n (proportional),
             sqrt(n) (sqrt), 1 (uniform), or n^(1/T) (a temperature T).
         bad_rows: Whether a malformed row is an error, or skipped and counted.
-        quoting: minimal: quotes in CSV and TSV files enclose fields; none: they are characters.
+        quoting: minimal: quotes in CSV and TSV files enclose fields; none: they are plain text.
         limit: Use at most this many examples of each file.
         epochs: Passes over the training examples.
         max_steps: Stop after this many steps.

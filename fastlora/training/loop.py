@@ -209,19 +209,19 @@ class Trainer:
         set_rates(self.optimizer, self.progress.step, self.total)
         if self.graphed:
             self.seed_part(0, 1)
-            self.graphed(*self.inputs(batch_plan))
+            self.graphed(*self.gather(batch_plan))
             return self.stop.asked
         parts = self.world.size * self.config.accumulate
         first = self.world.rank * self.config.accumulate
         for part in range(first, min(first + self.config.accumulate, len(batch_plan))):
             self.seed_part(part, parts)
-            self.scaler.scale(self.loss(*self.inputs(batch_plan, part, parts))).backward()
+            self.scaler.scale(self.loss(*self.gather(batch_plan, part, parts))).backward()
         stop = self.world.sum_gradients(self.parameters, self.stop.asked)
         self.update()
         return stop
 
     def forward_backward_update(self, batch: Batch, shares: Tensor) -> None:
-        """Compute a step on the device, for a CUDA graph; the arguments are those of `inputs`."""
+        """Compute a step on the device, for a CUDA graph; the arguments are those of `gather`."""
         self.scaler.scale(self.loss(batch, shares)).backward()
         self.update()
 
@@ -243,8 +243,8 @@ class Trainer:
         index = self.progress.step * parts + part + 1
         seed_random((self.config.seed + index * _SEED_STRIDE) % 2**63, self.device)
 
-    def inputs(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> tuple[Batch, Tensor]:
-        """A part of a planned batch, and its tasks' shares in the loss, fp32 [tasks, 2].
+    def gather(self, batch_plan: np.ndarray, part: int = 0, parts: int = 1) -> tuple[Batch, Tensor]:
+        """A part of a planned batch, and the shares of its tasks in the loss, fp32 [tasks, 2].
 
         A task's row has its examples in this part, and 1 / the examples of its group of tasks in
         the whole batch.

@@ -209,13 +209,13 @@ def test_evaluating_between_replays_changes_nothing(tiny_config, recorder):
 
 def test_what_fills_a_batch_changes_no_gradient(tiny_config, monkeypatch):
     """Sentences of no task, and padding that makes up for a round number of tokens."""
-    found = []
-    for max_length, grid in ((None, None), (None, batches._grid), (POSITIONS, batches._grid)):
-        monkeypatch.setattr(batches, "_grid", grid or (lambda number, _: number))
+    found, round_up = [], batches._round_up
+    for max_length, grid in ((None, None), (None, round_up), (POSITIONS, round_up)):
+        monkeypatch.setattr(batches, "_round_up", grid or (lambda number, _: number))
         trainer = make_trainer(tiny_config(tokens_per_batch=256), graphs=False)
         trainer.max_length = max_length
         trainer.model.eval()  # no masks: their shapes differ
-        loss = trainer.loss(*trainer.inputs(trainer.plan(0)[0]))
+        loss = trainer.loss(*trainer.gather(trainer.plan(0)[0]))
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in trainer.parameters if p.grad is not None)])
     for bare, *others in zip(*found, strict=True):

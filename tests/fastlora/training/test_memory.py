@@ -44,7 +44,7 @@ def forward_and_backward(config):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = trainer.loss(*trainer.inputs(trainer.plan(0)[0]))
+        loss = trainer.loss(*trainer.gather(trainer.plan(0)[0]))
     loss.backward()
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)

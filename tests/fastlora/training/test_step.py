@@ -52,7 +52,7 @@ def test_a_tasks_gradients_do_not_change_in_company(still, others):
     def gradients(plan):
         trainer.model.zero_grad()
         trainer.seed_part(0, 1)
-        trainer.loss(*trainer.inputs(plan)).backward()
+        trainer.loss(*trainer.gather(plan)).backward()
         found = {n: p.grad for n, p in trainable(trainer.model).items() if ".sst" in n}
         return {name: gradient.clone() for name, gradient in found.items()}
 
