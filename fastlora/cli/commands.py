@@ -1,6 +1,6 @@
 """The commands: `fastlora-train`, and `fastlora train | eval | predict | merge | reproduce | ...`.
 
-torch is imported inside the commands, so that --help and mistakes are answered at once.
+torch is imported inside the commands, so that --help is fast and mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ def search(
     fastlora search --tasks sts --data data/ --budget 30m
     fastlora search --adapters per-task --data data/ --out searches/mine
 
-    Trial 0 has the settings given here. Short runs then choose learning rate, warmup, dropout and
-    targets; one longer run scores every rank. At the end the best settings are compared with trial
-    0 over three seeds, on dev examples that no choice was made on. The same command continues an
-    interrupted search. Train with the result: fastlora-train --config best.toml, from the search's
-    folder.
+    Trial 0 has the settings given here. Short runs choose the learning rate,
+    warmup, dropout and targets, and a longer run the rank. Finally, the best
+    settings are compared with trial 0 over three seeds, on dev examples that no
+    choice was based on. The same command continues an interrupted search. Train
+    with the settings found: fastlora-train --config FOLDER/best.toml
     """
     _check_alone("search")
     how = SearchConfig(**given(limits))
@@ -125,7 +125,7 @@ def search(
     try:
         from fastlora.studies.search import run_search
     except ModuleNotFoundError as error:
-        raise UserError(f'no {error.name}: pip install "fastlora-bert[search]"') from None
+        raise UserError(f'{error.name} is missing: pip install "fastlora-bert[search]"') from None
 
     run_search(wanted, inputs, how, quiet, command_stop())
 
@@ -135,14 +135,14 @@ def evaluate(
     run: RunFolder,
     *,
     settings: Annotated[EvalFlags, _FLAT] = EvalFlags(),  # noqa: B008
-    split: Annotated[Literal["train", "dev", "test"], Parameter(help="Which files.")] = "dev",
+    split: Annotated[Literal["train", "dev", "test"], Parameter(help="Split to score.")] = "dev",
     model: Encoder = None,
 ) -> None:
-    """Score a finished run on labelled data; settings that are not given are the run's own."""
+    """Score a finished run on labelled data; options default to those of the run."""
     file = adapter_folder(run).parent / "run.toml"
     how = settings_from(settings, file if file.is_file() else None)
     if how.data is not None:
-        find_data(how.data, ())  # a mistake is answered at once
+        find_data(how.data, ())  # raises for a missing folder before torch is imported
     from fastlora.console import Log
     from fastlora.data.token_cache import load_tasks
     from fastlora.multitask import predictor
@@ -219,7 +219,7 @@ def merge(
     out: Annotated[Path, Parameter(help="Folder to write; must not exist, or be empty.")],
     *,
     task: Annotated[
-        str | None, Parameter(help="Whose adapter, for a run with one adapter a task.")
+        str | None, Parameter(help="Task of the adapter, for a run with adapters per task.")
     ] = None,
     model: Encoder = None,
 ) -> None:
@@ -268,11 +268,11 @@ def reproduce(
     out: Annotated[Path, Parameter(help="Folder of the runs and the tables.")] = Path("studies"),
     quiet: Quiet = False,
 ) -> None:
-    """Run the paper's tables and set our scores beside the paper's.
+    """Run the rows of the paper's tables and compare our scores with the paper's.
 
-    table1 has a frozen encoder and full fine-tuning, table2 one LoRA adapter for all tasks, and
-    table3 to table5 an adapter for SST, Quora and STS alone. The same command continues where it
-    stopped.
+    table1 has a frozen encoder and full fine-tuning, table2 one LoRA adapter for
+    all tasks, and table3 to table5 an adapter for SST, Quora and STS alone. The
+    same command continues where it stopped.
 
         fastlora reproduce table2 --data data/ --model minilm --limit 2000
         fastlora reproduce all --data data/ --seeds 3 --out studies/full
@@ -292,9 +292,9 @@ def reproduce(
 @app.command
 def compare(
     *runs: Annotated[Path, Parameter(help="Folders of finished runs.", required=True)],
-    out: Annotated[Path | None, Parameter(help="Folder of a report, if one is wanted.")] = None,
+    out: Annotated[Path | None, Parameter(help="Folder to write a report to.")] = None,
 ) -> None:
-    """Set runs side by side: scores, settings that differ, parameters, seconds; one plot.
+    """Compare runs by scores, differing settings, parameters and seconds; plot scores.
 
     fastlora compare runs/a runs/b runs/c
     """
@@ -305,7 +305,7 @@ def compare(
 
 @app.command
 def doctor() -> None:
-    """Say what this machine is and which kernels fastlora uses on it."""
+    """Print the versions, the hardware, and the kernels that fastlora uses here."""
     from fastlora.console import Log
     from fastlora.runs.folder import environment
     from fastlora.training.setup import compute_of, find_route

@@ -70,8 +70,7 @@ class TrainConfig:
         alpha: Scale of the update, which is multiplied by alpha / r.
         dropout: Dropout on the update's input, 0 <= p < 1.
         rslora: Multiply the update by alpha / sqrt(r) instead (rsLoRA).
-        targets: Linear layers with an adapter, comma-separated: query, key, value, output,
-            intermediate, ffn_output; or all.
+        targets: Layers to adapt: query,key,value,output,intermediate,ffn_output, or all.
         adapters: One adapter for all tasks, one for each, or both together.
         add_to: Finished run with adapters per task, to which other tasks are added.
         mode: What trains: adapters and heads, heads alone, or all weights.
@@ -80,8 +79,7 @@ class TrainConfig:
         data: Folder of the task files; by default ./data, else the demo corpus.
         model: Folder, hub id, or minilm; by default bert-base-uncased (demo: minilm).
         pairs: Encode a pair as two sentences, or as one [CLS] a [SEP] b [SEP].
-        sampling: How often a task with n examples is drawn: in proportion to n (proportional),
-            sqrt(n) (sqrt), 1 (uniform), or n^(1/T) (a temperature T).
+        sampling: Draw a task of n examples by n (proportional), sqrt, uniform, or T for n^(1/T).
         bad_rows: Whether a malformed row is an error, or skipped and counted.
         quoting: minimal: quotes in CSV and TSV files enclose fields; none: they are plain text.
         limit: Use at most this many examples of each file.
