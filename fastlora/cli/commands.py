@@ -39,6 +39,7 @@ from fastlora.training.inputs import (
 )
 
 _FLAT = Parameter(name="*")
+_DASH = Parameter(allow_leading_hyphen=True)  # "-" is standard input or output
 ConfigFile = Annotated[
     Path | None,
     Parameter(group=OUTPUT, help="TOML file of a run's settings; flags given here win."),
@@ -164,29 +165,17 @@ def evaluate(
 @app.command
 def predict(
     run: RunFolder,
-    input: Annotated[
-        Path,
-        Parameter(
-            help="CSV, TSV or JSONL with the task's text columns; -: lines of text.",
-            allow_leading_hyphen=True,
-        ),
-    ],
+    input: Annotated[Path, _DASH, Parameter(help="CSV, TSV or JSONL; -: lines of text.")],
     *,
     task: Annotated[
         str | None, Parameter(help="The rows' task; else the only one, or their column `task`.")
     ] = None,
     out: Annotated[
-        Path | None,
-        Parameter(
-            help="File to write, or -; by default INPUT.predictions.csv.",
-            allow_leading_hyphen=True,
-        ),
+        Path | None, _DASH, Parameter(help="File, or -; by default INPUT.predictions.csv.")
     ] = None,
-    top: Annotated[
-        int, Parameter(help="How many of the most probable classes.", converter=to_number)
-    ] = 1,
+    top: Annotated[int, Parameter(help="How many classes to name.", converter=to_number)] = 1,
     format: Annotated[
-        Literal["csv", "cs224n"], Parameter(help="cs224n: the course's submission file.")
+        Literal["csv", "cs224n"], Parameter(help="cs224n: as the course asks.")
     ] = "csv",
     settings: Annotated[PredictFlags, _FLAT] = PredictFlags(),  # noqa: B008
     model: Encoder = None,
@@ -237,9 +226,7 @@ def export(
     out: Annotated[Path, Parameter(help="Folder to write; must not exist, or be empty.")],
     *,
     task: Annotated[str | None, Parameter(help="Which task, for a run of several.")] = None,
-    merged: Annotated[
-        bool, Parameter(negative="", help="Write all weights, not an adapter of PEFT.")
-    ] = False,
+    merged: Annotated[bool, Parameter(negative="", help="All weights, not an adapter.")] = False,
     model: Encoder = None,
 ) -> None:
     """Write a task's model for transformers' AutoModelForSequenceClassification.

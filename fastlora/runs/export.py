@@ -38,6 +38,7 @@ PROBLEMS = {
 }
 
 
+@usual_modes()
 def export(trained: Trained, run: Path, task: str | None, out: Path, merged: bool) -> None:
     """Write a folder for AutoModelForSequenceClassification: all weights, or an adapter of PEFT.
 
@@ -72,7 +73,6 @@ def export(trained: Trained, run: Path, task: str | None, out: Path, merged: boo
         trained.source.copy_tokenizer(building)
 
 
-@usual_modes()
 @torch.no_grad()
 @torch.random.fork_rng([])  # new layers draw random weights before they get ours
 def _sequence_classifier(

@@ -22,6 +22,7 @@ from fastlora.runs.trained import Trained, merged_weights
 
 BLOCK = 4096  # rows
 STANDARD = Path("-")  # standard input, or standard output
+UTF_8: Any = {"mode": "w", "encoding": "utf-8", "newline": "", "closefd": False}
 # The CS224N project's submission files: their names for our tasks, and the names of their columns,
 # as the course spells them.
 COURSE = {
@@ -67,7 +68,7 @@ def predict_file(
     counts: Counter[str] = Counter()
     with (
         nullcontext(sys.stdin.buffer) if path == STANDARD else path.open("rb") as stream,
-        _standard_output() if out == STANDARD else atomic_open(out) as file,
+        open(sys.stdout.fileno(), **UTF_8) if out == STANDARD else atomic_open(out) as file,
         nullcontext() if mixed else merged_weights(trained, first),
     ):
         blocks = _predicted(trained, tasks, _rows(path, stream, tasks, quoting), counts)
@@ -78,11 +79,6 @@ def predict_file(
         if not counts["rows"]:
             raise UserError(f"{path}: no rows")
     return out, counts["rows"], counts["truncated"]
-
-
-def _standard_output() -> TextIO:
-    """Standard output in UTF-8, whatever the terminal's encoding is."""
-    return open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False)
 
 
 def _predicted(
