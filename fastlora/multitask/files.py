@@ -28,7 +28,7 @@ from fastlora.tensors import copy_tensors, read_tensors, write_tensors
 
 HEADS, HEADS_INFO = "heads.safetensors", "heads.json"
 FORMAT = 3  # of `heads.json`: raised where stored heads get another meaning
-# What `BaseInfo` has the sha256 of, in the words of messages.
+# What messages call the parts that `BaseInfo` has the sha256 of.
 BASE_PARTS = {
     "encoder_sha256": "base model",
     "encoder_config_sha256": "encoder configuration (config.json)",
@@ -49,7 +49,7 @@ class BaseInfo:
 def fingerprint(encoder: nn.Module) -> str:
     """sha256 over names, shapes and bytes of the base weights, LoRA parameters left out.
 
-    Take it of the fp32 weights as loaded: a cast or merged encoder has another fingerprint.
+    It is meant for fp32 weights as loaded: a cast or merged encoder has another fingerprint.
     """
     return _sha256({n: p.detach() for n, p in encoder.named_parameters() if "lora_" not in n})
 

@@ -53,7 +53,7 @@ class MultitaskBert(nn.Module):
         fuse_projections(encoder)
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict()
-        self.settings: dict[str, LoraConfig] = {}  # by adapter
+        self.settings: dict[str, LoraConfig] = {}  # by the adapter's name
         self.adapted: dict[str, LoRALinear] = {}  # the encoder's layers with adapters, by name
         seed = draw_number()
         for name, task in tasks.items():
@@ -75,9 +75,10 @@ class MultitaskBert(nn.Module):
         return tuple(name for name in (DEFAULT, task) if name in self.settings)
 
     def training_group(self, task: str) -> str:
-        """A name that two tasks have in common if, and only if, they may train a parameter jointly.
+        """The name of the group of tasks that train parameters in common with a task.
 
-        It is that of the adapter they share, or of the task's own; "" without adapters.
+        It is that of the adapter that they share, or of the task's own; "" without adapters, where
+        all tasks are one group.
         """
         return next(iter(self.adapters(task)), "")
 
@@ -92,8 +93,8 @@ class MultitaskBert(nn.Module):
 
     def _adapters_on(self, batch: Batch) -> AbstractContextManager[None]:
         """A `with` block in which each row of real tokens uses its task's adapters."""
-        # Inside use_adapter, the compiler breaks its graph at each layer. The block is not needed
-        # for one shared adapter, which is active anyway.
+        # A compiled graph breaks at each layer inside `use_adapter`, which one shared adapter does
+        # not need, because it is always active.
         compiled = self.encoder.encoder._compiled_call_impl is not None
         if not self.settings or (compiled and self.settings.keys() == {DEFAULT}):
             return nullcontext()

@@ -61,9 +61,8 @@ def predict(
 ) -> dict[str, np.ndarray]:
     """Each task's outputs [N, outputs], in its examples' order.
 
-    They are class logits (fp32), or a regression's values in the labels' unit (fp64), not clipped
-    to the range.
-    Raises RunError where memory does not suffice.
+    They are class logits (fp32), or a regression's values in the labels' unit (fp64), which are not
+    clipped to the range. Raises RunError where memory does not suffice.
     """
     model.eval()
     device = next(model.parameters()).device

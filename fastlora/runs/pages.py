@@ -1,7 +1,8 @@
 """Reports: lists of blocks that are written as Markdown and as one HTML page.
 
 A block is a string (a paragraph), a list of strings (a bulleted list), or what `heading`, `code`,
-`table` or `plot` returns. Its texts are plain text, which the templates escape.
+`table` or `plot` returns. It holds plain text; the templates escape what Markdown and HTML would
+interpret.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def write_pages(folder: str | Path, title: str, blocks: Iterable[Block | None]) 
 
 
 def without_folders(value: Any) -> Any:
-    """Settings for a report: of an absolute path, such as that of `data`, only the name is kept."""
+    """Settings as a report shows them: of an absolute path, such as `data`, only the last part."""
     if isinstance(value, dict):
         return {k: v if k == "labels" else without_folders(v) for k, v in value.items()}
     if isinstance(value, (str, Path)) and str(value).startswith(("/", "~")):

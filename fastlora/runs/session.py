@@ -70,7 +70,7 @@ def run_training(
 def run_prepared(
     setup: Setup, *, quiet: bool = False, brief: bool = False, dry_run: bool = False
 ) -> Result | None:
-    """`run_training` for a prepared setup; with `brief`, only the progress bar is shown."""
+    """As `run_training`, from a prepared setup; with `brief`, only the progress bar is shown."""
     world = World(setup.device)
     log = Log(quiet or not world.first, brief)
     folder = Path(setup.config.out or default_folder(setup.config))
@@ -120,7 +120,7 @@ def _train(trainer: Trainer, folder: Path, base: BaseInfo) -> Result:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run folder has the last file that a run writes."""
+    """Whether a run is finished: its folder has the file that is written last."""
     return (folder / "adapter" / "README.md").is_file()
 
 
