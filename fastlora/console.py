@@ -84,11 +84,11 @@ class Bar:
         self.progress.stop()
 
 
-def number(value: float | None) -> str:
+def format_score(value: float | None) -> str:
     """A score with three decimals, or "n/a" if it is not defined."""
     return "n/a" if value is None else f"{value:.3f}"
 
 
-def by_task(values: Mapping[str, float | None]) -> str:
+def format_scores(values: Mapping[str, float | None]) -> str:
     """Task names and their losses or scores on one line."""
-    return "  ".join(f"{name} {number(value)}" for name, value in values.items())
+    return "  ".join(f"{name} {format_score(value)}" for name, value in values.items())

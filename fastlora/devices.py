@@ -13,7 +13,7 @@ import torch
 from fastlora.errors import RunError, UserError
 
 
-def finished_time(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """The clock's time in seconds, once the device has finished all work queued so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

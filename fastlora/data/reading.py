@@ -24,7 +24,7 @@ class Rows:
     ids: list[str]
     texts: tuple[list[str], ...]  # one list for each text column
     labels: np.ndarray | None  # float64 [N], class index or value; multilabel: [N, C], 0 or 1
-    dropped: int  # bad rows left out
+    skipped: int  # bad rows, which are left out
     empty: int  # rows with an empty text
 
 
@@ -36,7 +36,7 @@ class TaskData:
     columns: tuple[Encoded, ...]  # one for each sequence of an example
     labels: np.ndarray | None  # as in Rows
     ids: list[str]
-    dropped: int
+    skipped: int
     truncated: int  # sequences cut to the longest that the encoder takes
     empty: int
 
@@ -74,7 +74,7 @@ def read_rows(
     `dev_share`, `split` names the part of the training file: "train" or "dev".
 
     Bad rows (wrong number of fields, unbalanced quotes, bad label) are a UserError that counts
-    them, or are left out and counted with `bad_rows="skip"`. A file that is not UTF-8, has no rows
+    them, or are skipped and counted with `bad_rows="skip"`. A file that is not UTF-8, has no rows
     or lacks a column is always a UserError, as is a labelled one whose texts are all empty.
     """
     path = Path(path)
@@ -94,7 +94,7 @@ def read_rows(
     if problems and bad_rows != "skip":
         raise UserError(f"{_complaint(path, problems)} or pass --bad-rows skip")
     if not found:
-        raise UserError(f"{path}: no rows (and {len(problems)} bad ones left out)")
+        raise UserError(f"{path}: no rows (and {len(problems)} bad ones skipped)")
     in_dev = bool(task.dev_share and split == "dev")
     if task.dev_share and split in ("train", "dev"):
         part = _dev_part(np.array([row[2] for row in found]), task)
@@ -111,7 +111,7 @@ def read_rows(
         list(ids),
         texts=tuple(map(list, zip(*texts, strict=True))),
         labels=np.array(labels, np.float64) if labelled else None,
-        dropped=0 if in_dev else len(problems),  # counted for the training part alone
+        skipped=0 if in_dev else len(problems),  # counted for the training part alone
         empty=sum(not all(row) for row in texts),
     )
 
@@ -175,7 +175,7 @@ def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer, pairs: str = "sepa
     sequences = [rows.texts] if pairs == "joint" else [(texts,) for texts in rows.texts]
     columns = tuple(tokenizer.encode(*texts) for texts in sequences)
     truncated = sum(column.truncated for column in columns)
-    return TaskData(task, columns, rows.labels, rows.ids, rows.dropped, truncated, rows.empty)
+    return TaskData(task, columns, rows.labels, rows.ids, rows.skipped, truncated, rows.empty)
 
 
 def _csv_records(

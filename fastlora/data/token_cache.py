@@ -16,7 +16,7 @@ from fastlora.errors import UserError
 from fastlora.files import atomic_folder, cache_folder
 
 # Raise it when the code gives other tokens or stores them differently.
-_FORMAT = 4
+_FORMAT = 5
 _ARRAYS = ("ids", "offsets", "types")
 # The fields of a task that decide how its files are read.
 _TASK_FIELDS = ("kind", "columns", "label", "labels", "low", "high", "dev_share")
@@ -77,7 +77,7 @@ def _read(file: Path, task: Task) -> TaskData | None:
 
 
 def _write(file: Path, data: TaskData) -> None:
-    metadata = {key: getattr(data, key) for key in ("ids", "dropped", "truncated", "empty")}
+    metadata = {key: getattr(data, key) for key in ("ids", "skipped", "truncated", "empty")}
     metadata["columns"] = [column.truncated for column in data.columns]
     arrays: dict[str, Any] = {"labels": data.labels}
     for i, column in enumerate(data.columns):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlora.console import number
+from fastlora.console import format_score
 from fastlora.data.tasks import METRICS, Task
 
 
@@ -145,7 +145,7 @@ def class_table(
     rows = []
     for name, e, p, h in zip(task.labels, *counts, strict=True):
         figures = _ratio(h, p), _ratio(h, e), _ratio(2 * h, e + p)
-        rows.append([name, f"{e:,.0f}", *map(number, figures)])
+        rows.append([name, f"{e:,.0f}", *map(format_score, figures)])
     return [f"{task.name}: class", "examples", "precision", "recall", "F1"], rows
 
 

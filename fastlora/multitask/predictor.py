@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.console import number
+from fastlora.console import format_score
 from fastlora.data.batches import Batch, eval_batches
 from fastlora.data.reading import TaskData
 from fastlora.devices import memory_errors, usual_modes
@@ -158,7 +158,7 @@ def score_table(
         for metric in found:
             if metric == task.metric or not metric.startswith("f1:"):
                 figures = (values.get(metric) for values in (found, constant, untouched[name]))
-                rows.append([name, metric, *map(number, figures), f"{len(data):,}"])
+                rows.append([name, metric, *map(format_score, figures), f"{len(data):,}"])
     return ["task", "metric", split, "majority class", "untouched encoder", "examples"], rows
 
 

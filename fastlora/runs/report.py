@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tomlkit
 
-from fastlora.console import number
+from fastlora.console import format_score
 from fastlora.data.reading import TaskData
 from fastlora.files import atomic_open, read_json
 from fastlora.multitask.files import adapter_place
@@ -46,7 +46,7 @@ def write_report(
         f"{', '.join(setup.train)}"
     )
     epochs = [
-        [str(x["epoch"] + 1), str(x["step"]), *map(number, x["scores"].values())]
+        [str(x["epoch"] + 1), str(x["step"]), *map(format_score, x["scores"].values())]
         for x in result["history"]
     ]
     title, scores = folder.resolve().name, pages.table(*result["table"])

@@ -190,7 +190,7 @@ def run_description(setup: Setup, world: World) -> list[tuple[str, str]]:
     for task, train in setup.train.items():
         dev = setup.dev[task]
         line = f"{task} {len(train):,} train, {len(dev):,} dev"
-        for kind in ("dropped", "truncated", "empty"):
+        for kind in ("skipped", "truncated", "empty"):
             line += f", {getattr(train, kind) + getattr(dev, kind)} {kind}"
         examples.append(line)
     return [

@@ -71,7 +71,7 @@ class Trained:
                 expected = "a list of strings" if width == 1 else "a list of pairs of strings"
                 raise UserError(f"element {i} of texts is {row!r:.60} (texts has to be {expected})")
         columns = tuple([row[i].strip() for row in rows] for i in range(width))
-        read = Rows([str(i) for i in range(len(rows))], columns, None, dropped=0, empty=0)
+        read = Rows([str(i) for i in range(len(rows))], columns, None, skipped=0, empty=0)
         return encode_rows(read, chosen, self.tokenizer, self.settings["pairs"])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fastlora.console import Log, number
+from fastlora.console import Log, format_score, format_scores
 from fastlora.errors import Interrupted, RunError
 from fastlora.multitask.predictor import write_rows
 from fastlora.runs import pages
@@ -90,8 +90,7 @@ def run_row(row: Row, setup: Setup, seeds: int, folder: Path, log: Log) -> Recor
         # A finished run needs no checkpoints, which would fill the disk in a study of many runs.
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         results.append(result := read_result(out))
-        scores = "  ".join(f"{task} {number(value)}" for task, value in result["scores"].items())
-        log.line(f"{label}  {scores}  {result['seconds']:.1f} s")
+        log.line(f"{label}  {format_scores(result['scores'])}  {result['seconds']:.1f} s")
     record: Record = {"setting": row.setting, "variant": row.variant}
     for task in setup.train:
         values = [value for result in results if (value := result["scores"][task]) is not None]
@@ -138,8 +137,8 @@ def _comparison(task: str, records: Sequence[Record]) -> str:
     pairs = [(record[task], record[f"{task} paper"]) for record in ours]
     exceed = [score > paper for score, paper in pairs if None not in (score, paper)]
     return (
-        f"{task}: best {number(best[task])} ({best['setting']} {best['variant']}); {sum(exceed)} "
-        f"of the {len(exceed)} rows that the paper has a score for exceed it"
+        f"{task}: best {format_score(best[task])} ({best['setting']} {best['variant']}); "
+        f"{sum(exceed)} of the {len(exceed)} rows that the paper has a score for exceed it"
     )
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastlora.console import Bar, Log, by_task
+from fastlora.console import Bar, Log, format_scores
 from fastlora.data.batches import Batch, collate, plan_epoch
-from fastlora.devices import finished_time
+from fastlora.devices import synchronized_time
 from fastlora.errors import Diverged, Interrupted, RunError
 from fastlora.multitask.metrics import class_weights
 from fastlora.multitask.model import MultitaskBert, task_losses
@@ -148,8 +148,8 @@ class Trainer:
             load_weights(checkpoint_at(self.folder / "checkpoints", best["step"]), self.model)
             self.outputs = {}
         self.log.line(
-            f"kept the weights of step {best['step']}, dev {by_task(best['scores'])}; the last "
-            f"ones, of step {last['step']}, have {by_task(last['scores'])}"
+            f"kept the weights of step {best['step']}, dev {format_scores(best['scores'])}; "
+            f"the last ones, of step {last['step']}, have {format_scores(last['scores'])}"
         )
         return best
 
@@ -175,7 +175,7 @@ class Trainer:
             if self.is_done():
                 break
             if self.started is None:
-                self.started = finished_time(self.device)
+                self.started = synchronized_time(self.device)
             stop = self.step(batch_plan)
             progress.step += 1
             progress.position += 1
@@ -276,7 +276,7 @@ class Trainer:
     def stop_clock(self) -> None:
         """Wait until the device has done its steps, and add their time to `progress`."""
         if self.started is not None:
-            self.progress.seconds += finished_time(self.device) - self.started
+            self.progress.seconds += synchronized_time(self.device) - self.started
             self.started = None
 
     def log_losses(self) -> None:
@@ -289,7 +289,7 @@ class Trainer:
         progress = self.progress
         if not all(map(math.isfinite, losses.values())):
             raise Diverged(
-                f"the loss diverged by step {progress.step} ({by_task(losses)}); lower --lr "
+                f"the loss diverged by step {progress.step} ({format_scores(losses)}); lower --lr "
                 f"(it is {self.config.lr:g}) or raise --warmup"
             )
         rate = progress.examples / progress.seconds
@@ -297,7 +297,7 @@ class Trainer:
         if self.metrics:
             values = {"epoch": progress.epoch, "lr": lr, "loss": losses, "examples_per_s": rate}
             self.metrics.write(progress.step, values)
-        self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {by_task(losses)}")
+        self.bar.update(progress.step, f"{rate:.0f} examples/s  loss {format_scores(losses)}")
 
     def evaluate(self) -> None:
         """Score the dev data, in each process, as waiting for one would take as long."""
@@ -309,7 +309,7 @@ class Trainer:
         if self.metrics:
             self.metrics.write(progress.step, {"epoch": progress.epoch, "dev": scores})
         place = f"epoch {progress.epoch + 1}/{self.config.epochs}  step {progress.step}"
-        self.log.line(f"{place}  dev {by_task(scores)}")
+        self.log.line(f"{place}  dev {format_scores(scores)}")
 
     def save(self) -> None:
         """Write a checkpoint on the first rank; RunError when a weight is not finite."""

@@ -50,7 +50,7 @@ def test_train_shows_banner_and_table(tiny_model, tiny_data, tmp_path, capsys):
     lines = out.splitlines()
     names = ["device", "trainable", "model", "data", "examples", "run"]
     assert [line.split()[0] for line in lines[:6]] == names
-    assert "sst 96 train, 24 dev, 0 dropped, 0 truncated, 0 empty" in lines[4]
+    assert "sst 96 train, 24 dev, 0 skipped, 0 truncated, 0 empty" in lines[4]
     assert re.search(r"^sts\s+pearson\s", out, re.M)
     assert "adapter and heads in" in lines[-1]
     assert (tmp_path / "run" / "train.log").read_text().splitlines()[:6] == lines[:6]
@@ -151,7 +151,7 @@ def test_broken_row_stops_with_file_and_line(tiny_model, tiny_data, tmp_path, ca
     assert err.startswith(expected) and "--bad-rows skip" in err
     assert not (tmp_path / "run").exists()
     code, out, _ = call([*flags, "--bad-rows", "skip", "--max-steps", "1"], capsys)
-    assert code == 0 and "quora 95 train, 24 dev, 1 dropped" in out
+    assert code == 0 and "quora 95 train, 24 dev, 1 skipped" in out
 
 
 def test_config_file_and_flags(tiny_model, tiny_data, tmp_path, capsys):
@@ -239,7 +239,7 @@ def test_texts_are_cut_to_the_encoders_positions(tiny_model, tiny_data, tmp_path
     with (data / "ids-sst-train.csv").open("a") as file:
         file.write("\t".join(["99", "long", "good " * 100, "3"]) + "\n")
     code, out, _ = call(train_flags(tiny_model, data, tmp_path / "run"), capsys)
-    assert code == 0 and "sst 97 train, 24 dev, 0 dropped, 1 truncated" in out
+    assert code == 0 and "sst 97 train, 24 dev, 0 skipped, 1 truncated" in out
 
 
 def test_eval(finished, tiny_data, capsys):

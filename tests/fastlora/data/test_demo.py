@@ -32,7 +32,7 @@ def test_the_generator_writes_the_files_that_are_shipped(tmp_path):
 def test_splits_share_no_sentence_and_repeat_no_example(name):
     train, dev = rows_of(name, "train"), rows_of(name, "dev")
     assert (len(train.ids), len(dev.ids)) == (TRAIN, DEV)
-    assert train.dropped == train.empty == dev.dropped == dev.empty == 0
+    assert train.skipped == train.empty == dev.skipped == dev.empty == 0
     sentences = [set(itertools.chain(*rows.texts)) for rows in (train, dev)]
     assert sentences[0].isdisjoint(sentences[1])
     for rows in (train, dev):

@@ -58,7 +58,7 @@ def test_plain_rows(tmp_path):
     rows = read_rows(write(tmp_path, HEADER + "0\tab\t Fine .\t3\n1\tcd\tNA\t0.0\n"), SST)
     assert (rows.ids, rows.texts) == (["ab", "cd"], (["Fine .", "NA"],))
     assert rows.labels.dtype == np.float64
-    assert (rows.labels.tolist(), rows.dropped, rows.empty) == ([3, 0], 0, 0)
+    assert (rows.labels.tolist(), rows.skipped, rows.empty) == ([3, 0], 0, 0)
 
 
 def test_paths_may_be_strings(tmp_path, tiny_model, minilm):
@@ -151,7 +151,7 @@ def test_bad_label_names_the_line_after_a_quoted_newline(tmp_path):
         "3 such rows; fix them or pass --bad-rows skip"
     )
     rows = read_rows(path, QUORA, bad_rows="skip")
-    assert (rows.ids, rows.dropped) == (["a"], 3)
+    assert (rows.ids, rows.skipped) == (["a"], 3)
 
 
 def test_one_bad_row_and_rows_bad_in_two_ways(tmp_path):
@@ -165,7 +165,7 @@ def test_one_bad_row_and_rows_bad_in_two_ways(tmp_path):
         "ids-sst-train.csv:2: 5 fields (the header has 4). "
         "2 bad rows; fix them or pass --bad-rows skip"
     )
-    assert read_rows(two, SST, bad_rows="skip").dropped == 2
+    assert read_rows(two, SST, bad_rows="skip").skipped == 2
 
 
 LINE = re.compile(r"\.(?:csv|tsv):(\d+): ")
@@ -194,7 +194,7 @@ def test_stray_quotes_lose_no_row(tmp_path, case):
     assert "--quoting none" in message
     rows = read_rows(path, SST, bad_rows="skip")
     assert rows.labels.tolist() == rest
-    assert rows.dropped == len(body.splitlines()) - len(rest)
+    assert rows.skipped == len(body.splitlines()) - len(rest)
     plain = read_rows(path, SST, quoting="none")
     cells = [re.split("[\t,]", row) for row in body.splitlines()]
     assert plain.texts[0] == [text for text, _ in cells]
@@ -206,7 +206,7 @@ def test_stray_quotes_between_the_last_and_the_first_column(tmp_path):
     path = write(tmp_path, "sentence1\tis_duplicate\tsentence2\n" + body)
     assert complaint(path, QUORA).startswith("ids-sst-train.csv:2: the quotes do not balance")
     rows = read_rows(path, QUORA, bad_rows="skip")
-    assert (rows.texts, rows.dropped) == ((['y"', "z"], ["b", "c"]), 1)
+    assert (rows.texts, rows.skipped) == ((['y"', "z"], ["b", "c"]), 1)
     assert complaint(path, QUORA, labelled=False).startswith("ids-sst-train.csv:2: ")
 
 
@@ -242,7 +242,7 @@ def test_without_labels_lines_in_quotes_are_refused_where_they_may_be_rows(tmp_p
 def test_a_row_with_too_many_fields_in_two_lines_loses_one_line(tmp_path):
     body = 'id\tsentence\tsentiment\n0\ta\t"1\n1"\tb\t2\n2\tc\t3\n'
     rows = read_rows(write(tmp_path, body), SST, bad_rows="skip")
-    assert (rows.dropped, rows.labels.tolist()) == (1, [2, 3])
+    assert (rows.skipped, rows.labels.tolist()) == (1, [2, 3])
 
 
 def test_a_header_with_stray_quotes_is_refused(tmp_path):
@@ -256,7 +256,7 @@ def test_many_stray_quotes_do_not_slow_reading_down(tmp_path):
     path = write(tmp_path, "sentence\tsentiment\nx\t1\n" + body)
     start = time.process_time()
     rows = read_rows(path, SST, bad_rows="skip")
-    assert (rows.dropped, len(rows.ids)) == (50_000, 1)
+    assert (rows.skipped, len(rows.ids)) == (50_000, 1)
     assert time.process_time() - start < 5
 
 
@@ -342,7 +342,7 @@ def test_tasks_that_are_there_have_both_files(tmp_path):
 def test_real_files(name, split, count, first):
     task = BUILTIN[name]
     rows = read_rows(REAL / task.files[split], task)
-    assert (len(rows.ids), rows.dropped, rows.empty) == (count, 0, 0)
+    assert (len(rows.ids), rows.skipped, rows.empty) == (count, 0, 0)
     assert first is None or rows.labels[0] == first
 
 

@@ -73,7 +73,7 @@ def load(folder, tokenizer, task=QUORA, split="train", **options):
 def same(a, b):
     assert [x.name for x in fields(a)] == [x.name for x in fields(b)]
     assert (a.task, a.ids, len(a.columns)) == (b.task, b.ids, len(b.columns))
-    assert (a.dropped, a.truncated, a.empty) == (b.dropped, b.truncated, b.empty)
+    assert (a.skipped, a.truncated, a.empty) == (b.skipped, b.truncated, b.empty)
     pairs = [(a.labels, b.labels)]
     for x, y in zip(a.columns, b.columns, strict=True):
         assert x.truncated == y.truncated
@@ -91,7 +91,7 @@ def test_the_second_load_reads_what_the_first_tokenised(
     long = f"3\td\t{'cat ' * 600}\tdog\t1\n4\te\tno label\tx\t\n"
     (folder / "quora-train.csv").write_text(HEADER + ROWS + long)
     first = load(folder, tokenizer, pairs=pairs, bad_rows="skip")
-    assert (first.dropped, first.truncated, first.empty) == (1, 1, 1)
+    assert (first.skipped, first.truncated, first.empty) == (1, 1, 1)
     monkeypatch.setattr(tokenizer, "encode", None)
     again = load(folder, tokenizer, pairs=pairs, bad_rows="skip")
     same(first, again)

@@ -70,11 +70,13 @@ def test_seconds_are_those_of_finished_work(tiny_config, monkeypatch):
     order = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("synchronize"))
     monkeypatch.setattr(devices.time, "perf_counter", lambda: order.append("clock") or 0.0)
-    devices.finished_time(torch.device("cuda"))
+    devices.synchronized_time(torch.device("cuda"))
     assert order == ["synchronize", "clock"]
     monkeypatch.undo()
     times = iter(range(1000))
-    monkeypatch.setattr("fastlora.training.loop.finished_time", lambda device: float(next(times)))
+    monkeypatch.setattr(
+        "fastlora.training.loop.synchronized_time", lambda device: float(next(times))
+    )
     result = run(tiny_config(max_steps=15, tokens_per_batch=128))
     # From one reading to the next: steps 1 to 10, and 11 to 15.
     assert result.seconds == 2.0 and next(times) == 4
