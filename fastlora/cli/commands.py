@@ -165,17 +165,17 @@ def evaluate(
 @app.command
 def predict(
     run: RunFolder,
-    input: Annotated[Path, _DASH, Parameter(help="CSV, TSV or JSONL; -: lines of text.")],
+    input: Annotated[Path, _DASH, Parameter(help="CSV, TSV or JSONL; - for text lines.")],
     *,
     task: Annotated[
-        str | None, Parameter(help="The rows' task; else the only one, or their column `task`.")
+        str | None, Parameter(help="Task of the rows; else the only one, or their column `task`.")
     ] = None,
     out: Annotated[
-        Path | None, _DASH, Parameter(help="File, or -; by default INPUT.predictions.csv.")
+        Path | None, _DASH, Parameter(help="File to write, or -; by default INPUT.predictions.csv.")
     ] = None,
-    top: Annotated[int, Parameter(help="How many classes to name.", converter=to_number)] = 1,
+    top: Annotated[int, Parameter(help="Number of likeliest classes.", converter=to_number)] = 1,
     format: Annotated[
-        Literal["csv", "cs224n"], Parameter(help="cs224n: as the course asks.")
+        Literal["csv", "cs224n"], Parameter(help="cs224n: the course's submission file.")
     ] = "csv",
     settings: Annotated[PredictFlags, _FLAT] = PredictFlags(),  # noqa: B008
     model: Encoder = None,
@@ -225,14 +225,14 @@ def export(
     run: RunFolder,
     out: Annotated[Path, Parameter(help="Folder to write; must not exist, or be empty.")],
     *,
-    task: Annotated[str | None, Parameter(help="Which task, for a run of several.")] = None,
-    merged: Annotated[bool, Parameter(negative="", help="All weights, not an adapter.")] = False,
+    task: Annotated[str | None, Parameter(help="Task to export, of a run of several.")] = None,
+    merged: Annotated[bool, Parameter(negative="", help="Export all weights, merged.")] = False,
     model: Encoder = None,
 ) -> None:
     """Write a task's model for transformers' AutoModelForSequenceClassification.
 
-    fastlora export runs/mine exported --merged   # for pipeline("text-classification", "exported")
-    fastlora export runs/mine adapter             # for PeftModel.from_pretrained(base, "adapter")
+    fastlora export runs/mine exported --merged   # for transformers' pipeline
+    fastlora export runs/mine adapter             # for PeftModel.from_pretrained
     """
     adapter_folder(run)
     from fastlora.runs.export import export as write_model
