@@ -1,0 +1,100 @@
+"""Predictions for sentences in random order: against a pipeline of transformers and `encode`.
+
+The run has one task. The pipeline runs what `fastlora export --merged` writes of it, and
+sentence-transformers its merged encoder with the head as a linear layer. A ratio is the other
+side's time to ours, from a list of texts to a list of labels and probabilities.
+"""
+
+import csv
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.runs.export import export
+from fastlora.runs.trained import merge_encoder
+from fastlora.training.inputs import find_inputs
+
+SENTENCES, BATCH, ROUNDS, THREADS = 5000, 32, 2, 2
+
+
+@pytest.fixture(scope="module")
+def trained(pytestconfig, tmp_path_factory):
+    """A run of a few steps, loaded, and its folder."""
+    torch.set_num_threads(THREADS)
+    option = pytestconfig.option
+    config = fastlora.TrainConfig(
+        model=option.model,
+        data=option.data,
+        tasks=("sst",),
+        max_steps=20,
+        limit=2000,
+        out=tmp_path_factory.mktemp("runs") / "sst",
+    )
+    fastlora.run_training(config, quiet=True)
+    return fastlora.load(config.out), config
+
+
+@pytest.fixture(scope="module")
+def texts(trained):
+    """Sentences of the training file in random order, with repetitions where it has fewer."""
+    inputs = find_inputs(trained[1])
+    path = inputs.folder / inputs.tasks["sst"].files["train"]
+    with path.open(encoding="utf-8", newline="") as file:
+        delimiter = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        sentences = [row["sentence"] for row in csv.DictReader(file, delimiter=delimiter)]
+    order = torch.randint(len(sentences), (SENTENCES,), generator=torch.Generator().manual_seed(0))
+    return [sentences[i] for i in order.tolist()]
+
+
+def same_labels(ours, theirs):
+    """Whether nearly all labels agree: a tie may fall either way."""
+    agree = sum(a.label == b for a, b in zip(ours, theirs, strict=True))
+    return agree >= 0.999 * len(ours)
+
+
+def test_pipeline(compare, trained, texts, tmp_path):
+    from transformers import pipeline
+
+    model, config = trained
+    export(model, config.out, "sst", tmp_path / "merged", merged=True)
+    other = pipeline("text-classification", str(tmp_path / "merged"), device="cpu")
+    labels = [found["label"] for found in other(texts[:500], batch_size=BATCH, truncation=True)]
+    compare(
+        "predict cpu: 5,000 sentences of SST in random order, ratio to",
+        lambda: other(texts, batch_size=BATCH, truncation=True),
+        lambda: model.predict(texts),
+        "cpu",
+        rounds=ROUNDS,
+        name="transformers.pipeline, batch 32",
+        agrees=same_labels(model.predict(texts[:500]), labels),
+    )
+
+
+def test_sentence_transformers(compare, trained, texts, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    model, _ = trained
+    merge_encoder(model, "sst", tmp_path / "encoder")
+    words = Transformer(str(tmp_path / "encoder"))
+    pooling = Pooling(words.get_embedding_dimension(), "mean")
+    other = sentence_transformers.SentenceTransformer(modules=[words, pooling], device="cpu")
+    head = model.model.heads["sst"]
+    names = model.tasks["sst"].labels
+
+    def predict(sentences):
+        states = other.encode(sentences, batch_size=BATCH, convert_to_tensor=True)
+        with torch.inference_mode():
+            return [names[i] for i in head(states).argmax(-1).tolist()]
+
+    compare(
+        "predict cpu: 5,000 sentences of SST in random order, ratio to",
+        lambda: predict(texts),
+        lambda: model.predict(texts),
+        "cpu",
+        rounds=ROUNDS,
+        name="sentence-transformers encode and a head",
+        agrees=same_labels(model.predict(texts[:500]), predict(texts[:500])),
+    )
