@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from itertools import islice
 from os.path import commonpath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fastlora.data.reading import delimiter_of, read_records, read_rows
 from fastlora.data.tasks import (
@@ -60,14 +60,15 @@ def task_of_file(
     if file.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".txt"):
         raise UserError(f"{file}: is neither a folder nor a CSV, TSV or JSONL file")
     draft = Task("file", "multilabel", (), "", {})  # whose labels may also be lists
-    records = [record for _, record in islice(read_records(file, draft, quoting), 100)]
-    records = [record for record in records if isinstance(record, dict)]
+    rows = islice(read_records(file, draft, quoting), 100)
+    records = [record for _, record in rows if isinstance(record, dict)]
     if not records:
         raise UserError(f"{file}: no rows")
     columns, label = _columns(file, records, how)
-    path, dev = file.resolve(), how.dev and Path(how.dev).resolve()
-    folder = Path(commonpath([path.parent, (dev or path).parent]))
-    files = {"train": path, **({"dev": dev} if dev else {})}
+    # A link keeps its name, whose suffix says what the file is; the hub's files are such links.
+    path, dev = (f.parent.resolve() / f.name for f in (file, Path(how.dev or file)))
+    folder = Path(commonpath([path.parent, dev.parent]))
+    files = {"train": path, **({"dev": dev} if how.dev else {})}
     kind: str = how.kind or "multilabel"
     if how.kind is None and not any(isinstance(record.get(label), list) for record in records):
         kind = _kind(label_cells(path, replace(draft, label=label), quoting, bad_rows))
@@ -76,13 +77,12 @@ def task_of_file(
         "columns": columns,
         "label": label,
         "files": {split: str(name.relative_to(folder)) for split, name in files.items()},
-        "dev_share": None if dev else DEV_SHARE,
+        "dev_share": None if how.dev else DEV_SHARE,
         "metric": how.metric or "",
         "class_weights": how.class_weights,
     }
-    table = {key: value for key, value in table.items() if value is not None}
-    name = name or _name(path.stem, label)
-    task = complete(task_from_table(name, table), folder, quoting, bad_rows)
+    task = task_from_table(name or _name(path.stem, label), table)
+    task = complete(task, folder, quoting, bad_rows)
     with path.open(encoding="utf-8-sig") as lines:
         separated = _SEPARATED[delimiter_of(path, lines.readline())]
     return folder, task, "JSON lines" if path.suffix.lower() == ".jsonl" else separated
@@ -112,10 +112,9 @@ def _columns(file: Path, records: list[dict], how: FileTask) -> tuple[tuple[str,
 def _kind(cells: list[str]) -> str:
     """Infer the kind of a task from its label cells."""
     values = {label_value(cell) for cell in cells} - {""}
-    whole = {value for value in values if isinstance(value, float) and value.is_integer()}
-    numbers = all(isinstance(value, float) for value in values)
-    few = values == whole and len(values) <= MOST_CLASSES
-    return "regression" if numbers and not few else "classification"
+    numbers = [float(value) for value in values if not isinstance(value, str)]
+    few = len(values) <= MOST_CLASSES and all(number.is_integer() for number in numbers)
+    return "regression" if len(numbers) == len(values) and not few else "classification"
 
 
 def _name(stem: str, label: str) -> str:
@@ -138,17 +137,12 @@ def complete(task: Task, folder: Path, quoting: str, bad_rows: str) -> Task:
     splits = ("train", "dev") if task.kind == "regression" else ("train",)
     paths = [folder / task.files[split] for split in splits if split in task.files]
     cells = [cell for path in paths for cell in label_cells(path, task, quoting, bad_rows)]
-    numbers = [value for value in map(label_value, cells) if isinstance(value, float)]
-    found: dict[str, Any]
-    if task.kind != "regression":
-        found = {"labels": _classes(paths[0], task, cells)}
-    elif len(set(numbers)) > 1:
-        found = {"low": min(numbers), "high": max(numbers)}
-    else:
+    numbers = [float(value) for value in map(label_value, cells) if not isinstance(value, str)]
+    if task.kind == "regression" and len(set(numbers)) < 2:
         only = f"{numbers[0]!r} in every row" if numbers else f"no number, but {cells[0]!r}"
-        raise UserError(
-            f"{paths[0]}: column {task.label!r} has {only} (expected different numbers)"
-        )
+        raise UserError(f"{paths[0]}: column {task.label!r} has {only} (expected several numbers)")
+    labels = task.kind != "regression" and _classes(paths[0], task, cells)
+    found = {"labels": labels} if labels else {"low": min(numbers), "high": max(numbers)}
     return task_from_table(task.name, task.to_table() | found)
 
 

@@ -116,7 +116,7 @@ class Task:
                 return tuple(float(index in found) for index in range(len(self.labels)))
         elif self.kind == "classification":
             label = self._classes.get(value)
-        elif isinstance(value, float) and self.low <= value <= self.high:
+        elif not isinstance(value, str) and self.low <= float(value) <= self.high:
             label = value
         if label is None:
             raise ValueError(f"column {self.label!r} is {text!r} (expected {self.expected})")
@@ -135,7 +135,7 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
     """
     check_name(name)
     given = {key: value for key, value in table.items() if value is not None}
-    for key in table:
+    for key in given:
         if key not in (known := _KEYS.get(str(table.get("kind")), table)):
             expected = ", ".join(known)
             raise UserError(f"task {name!r}: unknown key {key!r} (expected {expected})")
@@ -221,7 +221,8 @@ def label_value(label: Any) -> str | float:
     """The number a label cell spells ("3", "3.0"), or else its text; "True" is "true"."""
     text = label_text(label).strip()
     if _NUMBER.fullmatch(text):
-        return float(text)
+        # As floats, long numbers that name things would be equal.
+        return int(text) if text.isdigit() and 15 < len(text) < 100 else float(text)
     return text.lower() if text.lower() in ("true", "false") else text
 
 

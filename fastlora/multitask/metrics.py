@@ -91,8 +91,8 @@ def metrics(task: Task, outputs: np.ndarray, labels: np.ndarray | None) -> dict[
         return {}
     predictions, n = predicted_values(task, outputs), float(len(labels))
     if task.kind == "regression":
-        # From `low`: the means of values that are large against their range would be rounded.
-        sides = predictions - task.low, labels - task.low
+        # As shares of the range, for large values are rounded, and squares of small ones are 0.
+        sides = [(values - task.low) / (task.high - task.low) for values in (predictions, labels)]
         found = {"pearson": _correlation(*sides), "spearman": _correlation(*map(_ranks, sides))}
     else:
         examples, predicted, hits = _counts(task, predictions, labels)

@@ -141,13 +141,10 @@ def _with_datasets(config: TrainConfig, datasets: Mapping[str, Dataset]) -> Trai
             file, how = dataset.write(building, name)
             _, task, _ = task_of_file(file, how, config.quoting, config.bad_rows, name)
             tables[name] = task.to_table()
-        if folder.exists() and _contents(folder) != _contents(building):
+        given, there = ({f.name: f.read_bytes() for f in x.glob("*")} for x in (building, folder))
+        if there not in ({}, given):
             raise UserError(f"{folder}: holds the data of another run; use a new out")
     return replace(config, data=folder, tasks=tuple(datasets), task=tables)
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def _records(part: str, texts: Iterable[Any], labels: Iterable[Any]) -> list[dict[str, Any]]:

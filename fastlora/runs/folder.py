@@ -29,9 +29,9 @@ from fastlora.training.inputs import adapter_folder
 from fastlora.training.setup import Setup
 
 WHEELS = ("fastlora-bert", "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors")
-# Settings that may change when a run is continued, because they do not change its result. The
+# Settings that may change when a run is continued, because they do not change its training. The
 # content of the folders of the model and the data does, and `fingerprints` has its sha256.
-FREE_KEYS = ("device", "save_every", "grad_checkpoint", "model", "data")
+FREE_KEYS = ("device", "save_every", "grad_checkpoint", "keep", "model", "data")
 SETTINGS, ENVIRONMENT, INPUTS, LOCK = "run.toml", "env.json", "inputs.json", "run.lock"
 DATA = "data"  # the folder of a run's data that were given in memory
 

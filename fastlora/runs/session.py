@@ -15,7 +15,7 @@ from fastlora.console import Log
 from fastlora.data.tasks import BUILTIN, Task
 from fastlora.devices import usual_modes
 from fastlora.errors import Interrupted, UserError
-from fastlora.files import atomic_folder, read_json, write_json
+from fastlora.files import atomic_folder, read_json, read_toml, write_json
 from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
 from fastlora.multitask import files as adapters
@@ -90,7 +90,7 @@ def run_prepared(
         with open_run(folder, setup.config, hashes) if world.first else nullcontext():
             world.barrier()
             if is_finished(folder):
-                return _report_finished(folder, log)
+                return _report_finished(folder, setup.config.keep, log)
             if world.first:
                 log.file = folder / "train.log"
                 write_config(folder / SETTINGS, setup.config)  # some may change in a continued run
@@ -124,8 +124,10 @@ def is_finished(folder: Path) -> bool:
     return (folder / "adapter" / "README.md").is_file()
 
 
-def _report_finished(folder: Path, log: Log) -> Result:
-    """Print the scores of a finished run and return its result; no file changes."""
+def _report_finished(folder: Path, keep: str, log: Log) -> Result:
+    """Print the scores of a finished run, and return its result; UserError for another `keep`."""
+    if (kept := read_toml(folder / SETTINGS).get("keep", keep)) != keep:
+        raise UserError(f"{folder}: this run is finished, with keep {kept!r}; use a new --out")
     record = read_result(folder)
     log.line(f"{folder}: this run is finished; its scores are:")
     log.table(*record["table"])

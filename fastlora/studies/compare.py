@@ -38,6 +38,8 @@ def compare(folders: Sequence[Path], out: Path | None) -> None:
     shown, place, log = table_of(records), out or Path(), Log(quiet=False)
     hashes = {t: {read.get(f"the dev data of {t}") for read in inputs} - {None} for t in tasks}
     notes = [f"The dev data of {task} is not the same." for task in tasks if len(hashes[task]) > 1]
+    own = {t: {c["task"][t].get("metric") for c in tables if t in c.get("task", {})} for t in tasks}
+    notes += [f"The metric of {task} is not the same." for task in tasks if len(own[task]) > 1]
 
     def draw(figure: pages.Figure, panels: list[pages.Axes]) -> None:
         rows = [{**record, "number": f"{i}"} for i, record in enumerate(records, 1)]

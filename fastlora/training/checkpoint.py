@@ -130,7 +130,12 @@ def save_checkpoint(
         write_json(building / MANIFEST, _digests(building))
     (folder / NONE_YET).unlink(missing_ok=True)
     best = progress.best and checkpoint_at(folder, progress.best["step"])
-    complete = [path for path in _checkpoints(folder) if not path.name.startswith(".")]
+    if best and not best.exists():  # a process that was killed had not renamed it yet
+        for left in [path for path in folder.glob(f".{best.name}-*") if not _damage(path)][:1]:
+            left.rename(best)
+    paths = [path for path in _checkpoints(folder) if not path.name.startswith(".")]
+    # Those of later steps do not count: they are damaged, so the run went on from an earlier one.
+    complete = paths[: paths.index(checkpoint_at(folder, progress.step)) + 1]
     for old in (*complete[:-KEEP], *folder.glob(".step-*")):
         if old != best:
             shutil.rmtree(old)

@@ -16,10 +16,7 @@ from fastlora.training.types import as_type, check_keys, check_types, types_of
 DEFAULT_TASKS = ("sst", "quora", "sts")
 DEFAULT_LR = {"lora": 2e-3, "full": 5e-5, "frozen": 2e-3}
 DEFAULT_HEAD_LR = 1e-3
-COUNTS = (
-    *("epochs", "max_steps", "tokens_per_batch", "accumulate", "limit"),
-    *("patience", "eval_every", "save_every"),
-)
+COUNTS = "epochs max_steps tokens_per_batch accumulate limit patience eval_every save_every"
 LORA_SETTINGS = ("r", "alpha", "dropout", "rslora", "targets")
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
@@ -163,7 +160,7 @@ class TrainConfig:
             object.__setattr__(self, "targets", tuple(TARGETS))
         check_types(self)
         self.lora  # noqa: B018, raises for a value that is out of range
-        for name in COUNTS:
+        for name in COUNTS.split():
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "1 or more")
         check(self.tasks != (), "tasks", self.tasks, "at least one task")

@@ -129,7 +129,8 @@ class Trainer:
         with ExitStack() as stack:
             self.metrics = None
             if self.folder is not None and self.world.first:
-                metrics = Metrics(self.folder, progress.step, self.log.line)
+                scored = progress.scores[-1]["step"] if progress.scores else 0
+                metrics = Metrics(self.folder, progress.step, self.log.line, scored)
                 self.metrics = stack.enter_context(closing(metrics))
             self.bar = stack.enter_context(closing(Bar(self.log, self.total, progress.step)))
             stack.enter_context(self.stop)

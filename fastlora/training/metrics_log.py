@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ METRICS = "metrics.jsonl"
 class Metrics:
     """metrics.jsonl and TensorBoard scalars of one run (the curves of the paper's Figure 1).
 
-    On resuming at `step`, lines of an interrupted run after it are removed. `note` is called
-    with a line if damaged lines are left out.
+    On resuming at `step`, lines of an interrupted run after it are removed, and so are evaluations
+    after step `scored`. `note` is called with a line if damaged lines are left out.
     """
 
     def __init__(
-        self, folder: Path, step: int, note: Callable[[str], object] = lambda _: None
+        self, folder: Path, step: int, note: Callable = str, scored: float = math.inf
     ) -> None:
         # Imported here, because TensorBoard takes a second and only training needs it.
         from torch.utils.tensorboard import SummaryWriter
@@ -34,7 +35,7 @@ class Metrics:
             note(f"{path}: damaged lines are left out ({damaged})")
         with atomic_open(path) as out:
             for line, at in zip(lines, steps, strict=True):
-                if at is not None and at <= step:
+                if at is not None and at <= (scored if "dev" in json.loads(line) else step):
                     out.write(line + "\n")
         self.file = path.open("a", encoding="utf-8")
         self.board: Any = None

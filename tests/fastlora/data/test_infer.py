@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastlora.data.infer import complete
+from fastlora.data.infer import FileTask, complete, task_of_file
 from fastlora.data.reading import read_rows
 from fastlora.data.tasks import task_from_table
 from fastlora.errors import UserError
@@ -36,6 +36,7 @@ def csv(folder, labels, name="a.csv", separator=","):
         (["10", "9", "9.0", "x"], ("9", "10", "x")),
         (["True", "False", "true"], ("False", "True")),
         (["b", "", "a"], ("a", "b")),  # an empty label is a bad row, and no class
+        ([f"{2**53 + i}" for i in (1, 0, 1)], (f"{2**53}", f"{2**53 + 1}")),  # equal as floats
     ],
 )
 @pytest.mark.parametrize("separator", ",;\t")
@@ -44,6 +45,15 @@ def test_classes_are_read_sorted_and_recorded(tmp_path, found, labels, separator
     known = complete(task(), tmp_path, "minimal", "error")
     assert known.labels == labels
     assert task_from_table("own", known.to_table()) == known
+
+
+def test_a_link_is_read_as_its_name_says(tmp_path):
+    lines = [json.dumps({"text": "x", "queue": queue}) for queue in "abab"]
+    (tmp_path / "blob").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "own.jsonl").symlink_to("blob")  # as the hub's cache has them
+    how = FileTask("text", "queue")
+    folder, known, _ = task_of_file(tmp_path / "own.jsonl", how, "minimal", "error")
+    assert (folder, known.files, known.labels) == (tmp_path, {"train": "own.jsonl"}, ("a", "b"))
 
 
 def test_several_labels_are_read_from_both_kinds_of_files(tmp_path):

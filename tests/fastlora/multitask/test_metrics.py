@@ -85,6 +85,15 @@ def test_spearman_is_that_of_scipy():
     assert list(metrics(task, outputs, labels)) == ["spearman", "pearson"]
 
 
+@pytest.mark.parametrize("unit", [1e-200, 1e30])
+def test_no_unit_changes_a_correlation(unit):
+    labels, outputs = np.array([0.0, 1, 1, 2, 5]), np.array([[0.5], [1], [1], [4], [3]])
+    task = replace(STS, high=STS.high * unit)
+    assert metrics(task, outputs * unit, labels * unit) == pytest.approx(
+        metrics(STS, outputs, labels)
+    )
+
+
 def test_undefined_metrics_are_none():
     same = metrics(SST, np.eye(5)[[2, 2]], np.array([2.0, 2.0]))
     assert (same["matthews"], same["f1:0"], same["macro_f1"]) == (None, None, 1.0)

@@ -114,6 +114,28 @@ def test_the_best_checkpoint_must_be_there(tiny_config, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "load_kept", lose)
     with pytest.raises(RunError, match=r"step-.*best checkpoint is missing .*--keep last"):
         run(config)
+    monkeypatch.setattr(loop.Trainer, "load_kept", load_kept)
+    result = run(replace(config, keep="last"))  # as the message says
+    assert result.kept == result.steps
+    with pytest.raises(UserError, match="finished, with keep 'last'"):
+        run(config)
+
+
+@pytest.mark.usefixtures("falling_scores")
+def test_a_best_checkpoint_that_a_killed_process_left_is_kept(tiny_config, monkeypatch):
+    config, save = tiny_config(eval_every=2, patience=3), loop.save_checkpoint
+
+    def killed(folder, model, optimizer, scaler, progress, inputs):
+        save(folder, model, optimizer, scaler, progress, inputs)
+        if progress.step == 4:
+            (folder / "step-000004").rename(folder / ".step-000004-abcdefgh")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    assert run(config).kept == 4
 
 
 def test_lora_plus_scales_the_rate_of_b(tiny_config):

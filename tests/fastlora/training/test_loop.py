@@ -380,6 +380,12 @@ def test_half_a_line_of_a_killed_process_is_cut_away(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_an_evaluation_that_no_checkpoint_has_is_removed(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": {}}\n{"step": 5, "dev": {}}\n')
+    Metrics(tmp_path, 5, scored=4).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 5, "loss": {}}\n'
+
+
 @pytest.mark.parametrize("damage", [b"\0\0\0", b"5", b"[]", b"\xff{", b'{"step": "x"}', b"{}"])
 def test_damaged_lines_of_the_metrics_are_left_out(tmp_path, damage):
     notes, file = [], tmp_path / "metrics.jsonl"
