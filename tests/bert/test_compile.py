@@ -89,6 +89,7 @@ def test_outputs_and_gradients(model, backend, training, whole, count):
             compare(model, compiled, ids=ids, mask=mask, grad=grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["", "bias", "LayerNorm.weight"])
 def test_frozen_weights(model, train):
     for name, parameter in model.named_parameters():
@@ -113,6 +114,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(input)
 
 
+@pytest.mark.slow
 def test_a_replaced_layer(model):
     attention = model.encoder.layer[0].attention["self"]
     attention.key = Doubled(16, 16)
@@ -122,6 +124,7 @@ def test_a_replaced_layer(model):
         compare(model, compiled, ids=ids, mask=mask, grad=True)
 
 
+@pytest.mark.slow
 def test_changed_weights_show(model):
     """The packed weights are no constants of the graph."""
     model.requires_grad_(False).eval()

@@ -129,6 +129,7 @@ def test_export(route, stop):
 
 
 # Route "triton" saves and packs as "gemm" does for a term without all rows (7).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("route", "end"), [("reference", 9), ("gemm", 9), ("reference", 7), ("gemm", 7)]
 )
