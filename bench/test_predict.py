@@ -1,17 +1,20 @@
 """Predictions for sentences in random order: against a pipeline of transformers and `encode`.
 
-The run has one task. The pipeline runs what `fastlora export --merged` writes of it, and
-sentence-transformers its merged encoder with the head as a linear layer. A ratio is the other
-side's time to ours, from a list of texts to a list of labels and probabilities.
+Ours is what `fastlora predict` does, from a file to a file, with the adapter merged. The pipeline
+runs what `fastlora export --merged` writes of the run, and sentence-transformers the merged encoder
+with the head as a linear layer. A ratio is the other side's time to ours; the other sides start
+with a list of texts and end with a list of labels.
 """
 
 import csv
+import json
 
 import pytest
 import torch
 
 import fastlora
 from fastlora.runs.export import export
+from fastlora.runs.prediction import predict_file
 from fastlora.runs.trained import merge_encoder
 from fastlora.training.inputs import find_inputs
 
@@ -54,7 +57,15 @@ def same_labels(ours, theirs):
     return agree >= 0.999 * len(ours)
 
 
-def test_pipeline(compare, trained, texts, tmp_path):
+@pytest.fixture(scope="module")
+def rows(texts, tmp_path_factory):
+    """A file of the sentences."""
+    path = tmp_path_factory.mktemp("rows") / "sentences.jsonl"
+    path.write_text("\n".join(json.dumps({"sentence": text}) for text in texts))
+    return path
+
+
+def test_pipeline(compare, trained, texts, rows, tmp_path):
     from transformers import pipeline
 
     model, config = trained
@@ -64,7 +75,7 @@ def test_pipeline(compare, trained, texts, tmp_path):
     compare(
         "predict cpu: 5,000 sentences of SST in random order, ratio to",
         lambda: other(texts, batch_size=BATCH, truncation=True),
-        lambda: model.predict(texts),
+        lambda: predict_file(model, rows, rows.with_name("answers.csv")),
         "cpu",
         rounds=ROUNDS,
         name="transformers.pipeline, batch 32",
@@ -72,7 +83,7 @@ def test_pipeline(compare, trained, texts, tmp_path):
     )
 
 
-def test_sentence_transformers(compare, trained, texts, tmp_path):
+def test_sentence_transformers(compare, trained, texts, rows, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -92,7 +103,7 @@ def test_sentence_transformers(compare, trained, texts, tmp_path):
     compare(
         "predict cpu: 5,000 sentences of SST in random order, ratio to",
         lambda: predict(texts),
-        lambda: model.predict(texts),
+        lambda: predict_file(model, rows, rows.with_name("answers.csv")),
         "cpu",
         rounds=ROUNDS,
         name="sentence-transformers encode and a head",

@@ -84,7 +84,8 @@ def train(
     if len(files) > 1 or not all(file.is_file() for file in files):
         folder = files[0].is_dir() and f"{files[0]}: is a folder, which is given as --data"
         what = folder or f"{files[0]}: no such file" if len(files) == 1 else "expected one FILE"
-        raise UserError(f"{what}; a list has commas, as in --tasks sst,quora,sts")
+        hint = "" if files[0].suffix else "; a list has commas, as in --tasks sst,quora,sts"
+        raise UserError(what + hint)
     if given(own) and not files:
         raise UserError(f"--{next(iter(given(own)))} needs a file: fastlora-train FILE.csv ...")
     if resume is not None:
@@ -217,7 +218,7 @@ def merge(
     from fastlora.runs.trained import load, merge_encoder
 
     merge_encoder(load(run, "cpu", model), task, out)
-    print(f"merged encoder in {out}")
+    print(f"merged encoder in {out}, without the heads (fastlora export writes them, too)")
 
 
 @app.command

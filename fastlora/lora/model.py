@@ -26,7 +26,7 @@ _BEFORE, _NESTED = "_trained_before_inject", "_nested_before_inject"
 def inject(
     model: nn.Module, config: LoraConfig | Mapping[str, LoraConfig], *, train: Sequence[str] = ()
 ) -> dict[str, LoRALinear]:
-    """Freeze `model` and put LoRA on its target linear layers, in place.
+    """Freeze `model`, its heads too, and put LoRA on its target linear layers, in place.
 
     `model` is any module; `config` are one adapter's settings, or {adapter name: settings}. Modules
     or parameters named in `train` (or by the end of their names) stay trainable. On a model that

@@ -45,7 +45,8 @@ class Trained:
         if name is None and len(self.tasks) == 1:
             return next(iter(self.tasks.values()))
         if name not in self.tasks:
-            raise UserError(f"task is {name!r} (expected one of {', '.join(self.tasks)})")
+            given = "no task is given" if name is None else f"task is {name!r}"
+            raise UserError(f"{given} (expected one of {', '.join(self.tasks)})")
         return self.tasks[name]
 
     def predict(
@@ -64,10 +65,12 @@ class Trained:
         """The tokens of texts or pairs of a task; UserError as `predict`."""
         chosen = self.task(task)
         width = len(chosen.columns)
+        if isinstance(texts, str):
+            raise UserError(f"texts is {texts!r:.60} (expected a list of texts)")
         rows = [[row] if isinstance(row, str) else row for row in texts]
         for i, row in enumerate(rows):
             whole = isinstance(row, (list, tuple)) and len(row) == width
-            if isinstance(texts, str) or not (whole and all(isinstance(x, str) for x in row)):
+            if not (whole and all(isinstance(text, str) for text in row)):
                 expected = "a list of strings" if width == 1 else "a list of pairs of strings"
                 raise UserError(f"element {i} of texts is {row!r:.60} (texts has to be {expected})")
         columns = tuple([row[i].strip() for row in rows] for i in range(width))

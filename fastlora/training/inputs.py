@@ -116,7 +116,10 @@ def find_data(
     """The folder of the tasks' files, and why it was chosen; see `find_inputs`."""
     if given is not None:
         if not Path(given).is_dir():
-            raise UserError(f"{given}: no such folder (--data names the task files' folder)")
+            is_file = Path(given).is_file()
+            hint = "a file is given by itself: fastlora-train FILE --text COLUMN --label COLUMN"
+            what = f"is no folder ({hint})" if is_file else "no such folder"
+            raise UserError(f"{given}: {what}; --data names the folder of the task files")
         return Path(given).resolve(), why
     if beside and any(has_files(beside.parent, task) for task in tasks):
         return beside.parent.resolve(), f"{beside.name} lies beside the task files"

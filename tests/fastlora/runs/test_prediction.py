@@ -58,13 +58,13 @@ def test_strings_get_labels_with_probabilities(trained):
 @pytest.mark.parametrize(
     ("texts", "task", "message"),
     [
-        (["a"], None, "task is None .expected one of sst, quora, sts"),
+        (["a"], None, "no task is given .expected one of sst, quora, sts"),
         (["a"], "stt", "task is 'stt'"),
-        ("a film", "sst", "element 0 of texts is .*a list of strings"),
+        ("a film", "sst", "texts is .a film. .expected a list of texts"),
         (["a", 3], "sst", "element 1 of texts is 3"),
         ([("a", "b")], "sst", "element 0 of texts"),
         (["a"], "quora", "a list of pairs of strings"),
-        ("ab", "quora", "a list of pairs of strings"),
+        ("ab", "quora", "expected a list of texts"),
         ([("a", None)], "quora", "element 0"),
     ],
 )
@@ -185,7 +185,7 @@ def test_standard_input_and_output(trained, monkeypatch, capfdbinary):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one text\n")))
     with pytest.raises(UserError, match=r"-:1: one text \(expected two"):
         predict_file(trained, prediction.STANDARD, None, "sts")
-    with pytest.raises(UserError, match="task is None"):
+    with pytest.raises(UserError, match="no task is given"):
         predict_file(trained, prediction.STANDARD, None, None)
 
 
