@@ -79,7 +79,7 @@ def train(
     fastlora-train --r 32
     fastlora-train --r 32 --data data/ --model bert-base-uncased --epochs 3
     fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
-    fastlora-train tickets.csv --text subject,body --label queue
+    fastlora-train tickets.csv --text body --label queue
     """
     if len(files) > 1 or not all(file.is_file() for file in files):
         folder = files[0].is_dir() and f"{files[0]}: is a folder, which is given as --data"
