@@ -136,10 +136,9 @@ def _comparison(task: str, records: Sequence[Record]) -> str:
     best = max(ours, key=lambda record: record[task] or 0.0)
     pairs = [(record[task], record[f"{task} paper"]) for record in ours]
     exceed = [score > paper for score, paper in pairs if None not in (score, paper)]
-    return (
-        f"{task}: best {format_score(best[task])} ({best['setting']} {best['variant']}); "
-        f"{sum(exceed)} of the {len(exceed)} rows that the paper has a score for exceed it"
-    )
+    known = f"{sum(exceed)} of the {len(exceed)} rows that the paper has a score for exceed it"
+    found = f"{task}: best {format_score(best[task])} ({best['setting']} {best['variant']})"
+    return f"{found}; {known}" if exceed else found
 
 
 def _draw(
