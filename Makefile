@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: help train test bench lint types format clean
+.PHONY: help train test bench docs lint types links format clean
 
 help:
 	@echo "make train   environment, install, and fastlora-train --r 32"
 	@echo "make test    environment, install, and pytest (quick: make test ARGS=\"-m 'not slow'\")"
 	@echo "make bench   pytest bench/ --benchmark-only (DATA=folder of the CS224N files)"
+	@echo "make docs    the documentation site, in build/site (a warning is an error)"
 	@echo "make lint    ruff check, ruff format --check, mypy, banned imports"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the environment and everything built (runs/ stays)"
@@ -25,17 +26,23 @@ test: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/pytest bench/ --benchmark-only $(if $(DATA),--data $(DATA)) $(ARGS)
 
+docs: $(VENV)/.docs links
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	! grep -rnE --include='*.py' '^(from|import) (kernels|bert)\b' fastlora kernels bert tests bench examples
 	! grep -rnE --include='*.py' 'make_block_ptr|tl\.advance' fastlora kernels bert
 
-# mypy finds packages by folder, so it reads a tree of links laid out as the installed package.
-types: $(VENV)/.dev
+# mypy and mkdocstrings find packages by folder, so they read a tree of links that is laid out as
+# the installed package.
+links:
 	rm -rf build/types
 	mkdir -p build/types/fastlora
 	ln -s $(CURDIR)/fastlora/* $(CURDIR)/kernels $(CURDIR)/bert build/types/fastlora
+
+types: $(VENV)/.dev links
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache -p fastlora
 
@@ -57,6 +64,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
