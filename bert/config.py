@@ -39,9 +39,10 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         for name, kind in self.__annotations__.items():
-            value, end = getattr(self, name), self.vocab_size if name == "pad_token_id" else 2**31
-            if type(value) not in (kind, int) or (kind is not str and not 0 <= value < end):
-                raise ValueError(f"{name} is {value!r} (expected {kind.__name__}, 0 <= n < {end})")
+            value, pad = getattr(self, name), name == "pad_token_id"
+            low, end = (0, self.vocab_size - 1) if pad else (int(kind is int), 2**31 - 1)
+            if type(value) not in (kind, int) or (kind is not str and not low <= value <= end):
+                raise ValueError(f"{name} is {value!r} (expected {kind.__name__} {low} to {end})")
         if (H := self.hidden_size) % (heads := self.num_attention_heads):
             raise ValueError(f"hidden_size {H} is no multiple of num_attention_heads {heads}")
         if (P := self.max_position_embeddings) < 3 + self.first_position:

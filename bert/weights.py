@@ -48,10 +48,7 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
 
 
 def save_encoder(model: BertModel, folder: str | Path) -> None:
-    """Write what ``transformers.AutoModel.from_pretrained`` loads into a folder.
-
-    LoRA parameters are left out: adapters must be merged first.
-    """
+    """Write what transformers' AutoModel loads, without LoRA parameters: merge adapters first."""
     weights = {n: p.float() for n, p in model.named_parameters() if "lora_" not in n}
     write_tensors(Path(folder) / "model.safetensors", weights)
     model.config.to_json(Path(folder) / "config.json")

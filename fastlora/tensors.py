@@ -61,9 +61,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, 
     for name, tensor in tensors.items():
         integer = into[name].is_floating_point() and not tensor.is_floating_point()
         if tensor.shape != into[name].shape or integer:
-            raise UserError(
-                f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)} "
-                f"(expected floating point {list(into[name].shape)})"
-            )
+            found = f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}"
+            expected = f"floating point {list(into[name].shape)}"
+            raise UserError(f"{path}: {found} (expected {expected})")
         if not tensor.isfinite().all():
             raise UserError(f"{path}: tensor {name!r} has values that are not finite")

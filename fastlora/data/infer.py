@@ -1,5 +1,6 @@
 """Infers what a task's table leaves out, or the whole task of a file, from the data."""
 
+import filecmp
 import re
 import shlex
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ from fastlora.data.tasks import (
     BUILTIN,
     Task,
     distinct_names,
-    label_value,
+    label_number,
     split_names,
     task_from_table,
+    without_missing,
 )
 from fastlora.errors import UserError
 
@@ -60,20 +62,21 @@ def task_of_file(
     if file.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".txt"):
         raise UserError(f"{file}: is neither a folder nor a CSV, TSV or JSONL file")
     draft = Task("file", "multilabel", (), "", {})  # whose labels may also be lists
-    rows = islice(read_records(file, draft, quoting), 100)
+    rows = list(islice(read_records(file, draft, quoting), 100))
     records = [record for _, record in rows if isinstance(record, dict)]
     if not records:
-        raise UserError(f"{file}: no rows")
+        line, problem = rows[0] if rows else (1, "no rows")
+        raise UserError(f"{file}:{line}: {problem}")
     columns, label = _columns(file, records, how)
     # A link keeps its name, whose suffix says what the file is; the hub's files are such links.
     path, dev = (f.parent.resolve() / f.name for f in (file, Path(how.dev or file)))
     folder = Path(commonpath([path.parent, dev.parent]))
     files = {"train": path, **({"dev": dev} if how.dev else {})}
-    kind: str = how.kind or "multilabel"
+    cells = None
     if how.kind is None and not any(isinstance(record.get(label), list) for record in records):
-        kind = _kind(label_cells(path, replace(draft, label=label), quoting, bad_rows))
+        cells = label_cells(path, replace(draft, label=label), quoting, bad_rows)
     table = {
-        "kind": kind,
+        "kind": how.kind or (_kind(cells) if cells else "multilabel"),
         "columns": columns,
         "label": label,
         "files": {split: str(name.relative_to(folder)) for split, name in files.items()},
@@ -82,7 +85,7 @@ def task_of_file(
         "class_weights": how.class_weights,
     }
     task = task_from_table(name or _name(path.stem, label), table)
-    task = complete(task, folder, quoting, bad_rows)
+    task = complete(task, folder, quoting, bad_rows, cells)
     with path.open(encoding="utf-8-sig") as lines:
         separated = _SEPARATED[delimiter_of(path, lines.readline())]
     return folder, task, "JSON lines" if path.suffix.lower() == ".jsonl" else separated
@@ -96,10 +99,8 @@ def _columns(file: Path, records: list[dict], how: FileTask) -> tuple[tuple[str,
         text = max(names, key=lambda name: sum(map(len, texts[name])))
         label = min(names, key=lambda name: (len(set(texts[name])) < 2, len(set(texts[name]))))
         command = shlex.join(["fastlora-train", str(file), "--text", text, "--label", label])
-        raise UserError(
-            f"{file} has the columns {', '.join(names)}; name those of the texts (two are a pair) "
-            f"and of the labels, as in: {command}"
-        )
+        ask = "name those of the texts (two are a pair) and of the labels, as in"
+        raise UserError(f"{file} has the columns {', '.join(names)}; {ask}: {command}")
     text = how.text.split(",") if isinstance(how.text, str) else how.text
     for name in (*text, how.label):
         if name not in names:
@@ -111,10 +112,9 @@ def _columns(file: Path, records: list[dict], how: FileTask) -> tuple[tuple[str,
 
 def _kind(cells: list[str]) -> str:
     """Infer the kind of a task from its label cells."""
-    values = {label_value(cell) for cell in cells} - {""}
-    numbers = [float(value) for value in values if not isinstance(value, str)]
-    few = len(values) <= MOST_CLASSES and all(number.is_integer() for number in numbers)
-    return "regression" if len(numbers) == len(values) and not few else "classification"
+    numbers = {label_number(cell) for cell in without_missing(cells)}
+    few = len(numbers) <= MOST_CLASSES and all(n is None or n.is_integer() for n in numbers)
+    return "classification" if few or None in numbers else "regression"
 
 
 def _name(stem: str, label: str) -> str:
@@ -127,23 +127,32 @@ def _name(stem: str, label: str) -> str:
     return next(name for name in (*names, "own_task") if name not in taken)
 
 
-def complete(task: Task, folder: Path, quoting: str, bad_rows: str) -> Task:
+def complete(
+    task: Task, folder: Path, quoting: str, bad_rows: str, cells: list[str] | None = None
+) -> Task:
     """Infer a task's classes from its training file, or its range from that and the dev file.
 
-    Raises UserError if they cannot be inferred, and as `read_rows` does.
+    `cells` are the `label_cells` of the training file, if the caller has read them. Raises
+    UserError if nothing can be inferred, where the dev file is the training file, and as
+    `read_rows` does.
     """
+    train, dev = (folder / task.files.get(split, "") for split in ("train", "dev"))
+    if "dev" in task.files and filecmp.cmp(train, dev, shallow=False):
+        remedy = "name other rows, or none: then a part of the training file is the dev split"
+        raise UserError(f"{dev}: the dev file holds the same as the training file; {remedy}")
     if task.is_complete:
         return task
-    splits = ("train", "dev") if task.kind == "regression" else ("train",)
-    paths = [folder / task.files[split] for split in splits if split in task.files]
-    cells = [cell for path in paths for cell in label_cells(path, task, quoting, bad_rows)]
-    numbers = [float(value) for value in map(label_value, cells) if not isinstance(value, str)]
-    if task.kind == "regression" and len(set(numbers)) < 2:
+    cells = label_cells(train, task, quoting, bad_rows) if cells is None else cells
+    if task.kind != "regression":
+        return replace(task, labels=tuple(_classes(train, task, cells)))
+    if "dev" in task.files:
+        cells = cells + label_cells(dev, task, quoting, bad_rows)
+    numbers = [number for number in map(label_number, cells) if number is not None]
+    if len(set(numbers)) < 2:
         only = f"{numbers[0]!r} in every row" if numbers else f"no number, but {cells[0]!r}"
-        raise UserError(f"{paths[0]}: column {task.label!r} has {only} (expected several numbers)")
-    labels = task.kind != "regression" and _classes(paths[0], task, cells)
-    found = {"labels": labels} if labels else {"low": min(numbers), "high": max(numbers)}
-    return task_from_table(task.name, task.to_table() | found)
+        raise UserError(f"{train}: column {task.label!r} has {only} (expected several numbers)")
+    # Checked again, because a range may be too large or too small.
+    return task_from_table(task.name, task.to_table() | {"low": min(numbers), "high": max(numbers)})
 
 
 def label_cells(path: Path, task: Task, quoting: str, bad_rows: str) -> list[str]:

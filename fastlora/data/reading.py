@@ -3,8 +3,9 @@
 import csv
 import io
 import json
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,9 +46,8 @@ class TaskData:
         return len(self.ids)
 
 
-def read_content(path: str | Path) -> bytes:
+def read_content(path: Path) -> bytes:
     """Read a whole file; UserError if it is unreadable, a device or a pipe, which may never end."""
-    path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: cannot be read: not a regular file")
@@ -97,10 +97,9 @@ def read_rows(
         raise UserError(f"{path}: no rows (and {len(problems)} bad ones skipped)")
     in_dev = bool(task.dev_share and split == "dev")
     if task.dev_share and split in ("train", "dev"):
-        part = _dev_part(np.array([row[2] for row in found]), task)
-        found = [row for row, dev in zip(found, part, strict=True) if dev == in_dev]
+        found = [found[i] for i in np.flatnonzero(_dev_part(found, task) == in_dev)]
         if not found:
-            raise UserError(f"{path}: too few rows for a {split} split; name a dev file")
+            raise UserError(f"{path}: too few different texts for a {split} split; name a dev file")
     if limit is not None and limit < len(found):
         # Evenly spaced, because the SST files are sorted by label.
         found = [found[i * len(found) // limit] for i in range(limit)]
@@ -147,23 +146,32 @@ def read_lines(path: Path, stream: BinaryIO) -> Iterator[str]:
         raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
 
 
-def _dev_part(labels: np.ndarray, task: Task) -> np.ndarray:
+def _dev_part(rows: Sequence[tuple[str, list[str], Any]], task: Task) -> np.ndarray:
     """Which rows [N] are in the dev split: a stratified sample, which is always the same.
 
-    A row with several labels counts for the rarest of them. A class of two or more rows is in both
-    splits; one of a single row is in the training split.
+    Rows with equal texts are in the same split, and count for the class of the first drawn; a row
+    with several labels counts for the rarest of them. A class of two or more texts is in both
+    splits; one of a single text is in the training split.
     """
     assert task.dev_share is not None
+    labels = np.array([row[2] for row in rows])
     strata = labels if task.kind == "classification" else np.zeros(len(labels))
     if task.kind == "multilabel":
         rarity = np.where(labels > 0, labels.sum(0), np.inf)
         strata = np.where(labels.any(1), rarity.argmin(1), -1)
-    chosen = np.zeros(len(labels), bool)
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))
-    for stratum in np.unique(strata):
-        rows = order[strata[order] == stratum]
-        count = max(1, round(task.dev_share * len(rows)))
-        chosen[rows[: min(count, len(rows) - 1)]] = True
+    equal: dict[tuple[str, ...], list[int]] = {}  # the rows of each example
+    for row in np.random.Generator(np.random.PCG64(0)).permutation(len(rows)).tolist():
+        equal.setdefault(tuple(rows[row][1]), []).append(row)
+    classes: dict[float, list[list[int]]] = {}
+    for group in equal.values():
+        classes.setdefault(strata[group[0]], []).append(group)
+    chosen = np.zeros(len(rows), bool)
+    for groups in classes.values():
+        total, taken = sum(map(len, groups)), list[int]()
+        room = min(max(1, round(task.dev_share * total)), total - 1)
+        for group in groups:
+            taken += group if len(taken) + len(group) <= room else []
+        chosen[taken or min(groups[1:], key=len, default=[])] = True
     return chosen
 
 
@@ -221,15 +229,14 @@ def _csv_records(
     keys = [f"{name}.{i}" if name in header[:i] else name for i, name in enumerate(header)]
     line = reader.line_num
     drop(line)
-    complete = False
     try:
-        while not complete:
+        while True:
             start, reader = line, new_reader()
             try:
                 for row in reader:
                     count = start + reader.line_num - line
                     if count > 1:
-                        _check_span(row, list(islice(held, count)), header, delimiter, task)
+                        _check_span(row, header, delimiter, task)
                     # In a file of one column, a blank line is an empty text.
                     row = row or [""] * (len(header) == 1)
                     if len(row) == len(header):
@@ -239,7 +246,7 @@ def _csv_records(
                         yield line + 1, ValueError(counts)
                     line += count
                     drop(count)
-                complete = True
+                return
             except csv.Error as error:
                 remedy = "double the quotes in a quoted field, or pass --quoting none"
                 yield line + 1, ValueError(f"the quotes do not balance: {error}; {remedy}")
@@ -256,23 +263,24 @@ def delimiter_of(path: Path, header: str) -> str:
     return ";" if header.count(";") > header.count(",") else ","
 
 
-def _check_span(
-    row: list[str], lines: list[str], header: list[str], delimiter: str, task: Task
-) -> None:
+def _check_span(row: list[str], header: list[str], delimiter: str, task: Task) -> None:
     """Raise csv.Error when a row of several lines may be several rows with stray quotes."""
-    if not task.is_complete:
-        return  # the file is read again once its labels are known
     if len(row) != len(header):
         counts = f"{len(row)} fields (the header has {len(header)})"
         raise csv.Error(f"a quoted field spans lines, and the row has {counts}")
     if delimiter == "\t" and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in row):
         raise csv.Error("a quoted field spans lines and holds tabs")
-    # The first and the last line, read without quotes.
-    ends = [line.rstrip("\r\n").split(delimiter) for line in (lines[0], lines[-1])]
-    labelled = [_has_label(cells, header, task) for cells in (row, *ends)]
-    if labelled[0] and not all(labelled):
-        return  # the lines have a label only if they are one row
-    if all(len(cells) >= len(header) for cells in ends):
+    # The lines without the quotes that join them. Delimiters in one line's quotes do not count.
+    cells = [c if "\n" in c or "\r" in c else c.replace(delimiter, "").strip() for c in row]
+    lines = [line.split(delimiter) for line in re.split("[\r\n]+", delimiter.join(cells))]
+    named = [dict(zip(header, line, strict=False)).get(task.label, "").strip() for line in lines]
+    # In a sentence, unlike between cells, a space follows a comma or semicolon.
+    spaced = any(cell[:1] == " " for line in lines for cell in line[1:])
+    rows = {len(line) for line in lines} == {len(header)} and all(named) and not spaced
+    if not rows and task.is_complete:
+        whole, *ends = (_has_label(line, header, task) for line in (row, lines[0], lines[-1]))
+        rows = all(ends) if whole else min(len(lines[0]), len(lines[-1])) >= len(header)
+    if rows:
         what = "a quoted field spans lines that may be rows themselves"
         raise csv.Error(f"{what} (a text with line breaks is safe in JSONL)")
 
@@ -286,17 +294,29 @@ def _has_label(cells: list[str], header: list[str], task: Task) -> bool:
 
 
 def _json_records(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
+    # Numbers stay as they are spelt; NaN and Infinity, which are not JSON, are the only floats.
+    decoder = json.JSONDecoder(parse_float=str, parse_int=str, object_pairs_hook=_unique)
     for line, content in enumerate(lines, 1):
         if content.strip():
             try:
-                # Numbers stay as the file spells them; NaN and Infinity, which are not JSON, are
-                # the only floats.
-                record = json.loads(content, parse_float=str, parse_int=str)
+                record = decoder.decode(content)
                 if "\\ud" in content.lower():  # half a surrogate pair is not a character
                     json.dumps(record, ensure_ascii=False).encode()
+                if not isinstance(record, dict):
+                    raise ValueError(f"it is {content.strip()[:20]}")
                 yield line, record
             except (ValueError, RecursionError) as error:
-                yield line, ValueError(f"not JSON: {error}")
+                expected = "expected one object on each line"
+                yield line, ValueError(f"not a JSON object: {error} ({expected})")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; ValueError for a key that is there twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {key!r} is there twice")
+    return record
 
 
 def cells_of(record: Any, wanted: Iterable[str], task: Task) -> list[str]:
@@ -306,8 +326,6 @@ def cells_of(record: Any, wanted: Iterable[str], task: Task) -> list[str]:
     """
     if isinstance(record, ValueError):
         raise record
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object (expected one object on each line)")
     cells = []
     for name in wanted:
         value = record.get(name)

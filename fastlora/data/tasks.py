@@ -10,7 +10,6 @@ from typing import Any
 
 from fastlora.errors import UserError
 
-SPLITS = ("train", "dev", "test")
 # The metrics of each kind of task, its default first. "f1:NAME" is the F1 of one class.
 METRICS = {
     "classification": ("accuracy", "macro_f1", "matthews"),
@@ -29,6 +28,8 @@ _KEYS = {
 _MOST_NAMES = 12  # of classes in a message
 # Narrower than float(), which also takes "nan", "1_0" and non-ASCII digits.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d{0,98}))(?:\.0*)?", re.ASCII)  # "01" is a name
+_MISSING = re.compile(r"|[+-]?(nan|inf|infinity)|na|n/a|null|none", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -96,27 +97,26 @@ class Task:
         return f"{self.name}: {self.kind}, {what}; metric {self.metric}; dev split: {dev}"
 
     @cached_property
-    def _classes(self) -> dict[str | float, int]:
-        return {label_value(name): index for index, name in enumerate(self.labels)}
+    def _classes(self) -> dict[str | int, int]:
+        return {class_key(name): index for index, name in enumerate(self.labels)}
 
     def class_of(self, name: str) -> int | None:
-        """The index of a class, or None; "1.0" names the class "1", too."""
-        return self._classes.get(label_value(name))
+        """The index of a class, or None; "1.0" names the class "1", too, but "01" does not."""
+        return self._classes.get(class_key(name))
 
     def parse_label(self, text: str) -> float | tuple[float, ...]:
         """Turn a label cell into a class index, a value in [low, high], or 0 or 1 for each class.
 
         Raises ValueError for another cell.
         """
-        value = label_value(text)
         label: float | None = None
         if self.kind == "multilabel":
             found = {self.class_of(name) for name in split_names(text)}
             if None not in found:
                 return tuple(float(index in found) for index in range(len(self.labels)))
         elif self.kind == "classification":
-            label = self._classes.get(value)
-        elif not isinstance(value, str) and self.low <= float(value) <= self.high:
+            label = self.class_of(text)
+        elif (value := label_number(text)) is not None and self.low <= value <= self.high:
             label = value
         if label is None:
             raise ValueError(f"column {self.label!r} is {text!r} (expected {self.expected})")
@@ -202,7 +202,7 @@ def _number(value: Any) -> float:
 
 
 def _distinct(names: Any) -> bool:
-    return isinstance(names, (list, tuple)) and len(set(map(label_value, names))) == len(names)
+    return isinstance(names, (list, tuple)) and len(set(map(class_key, names))) == len(names)
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -217,13 +217,23 @@ def label_text(label: Any) -> str:
     return str(label).lower() if isinstance(label, bool) else str(label)
 
 
-def label_value(label: Any) -> str | float:
-    """The number a label cell spells ("3", "3.0"), or else its text; "True" is "true"."""
+def label_number(text: str) -> float | None:
+    """The number that a label cell spells, or None."""
+    return float(text) if _NUMBER.fullmatch(text.strip()) else None
+
+
+def class_key(label: Any) -> str | int:
+    """What names of a class have in common: a whole number ("1", "1.0") or text ("01", "true")."""
     text = label_text(label).strip()
-    if _NUMBER.fullmatch(text):
-        # As floats, long numbers that name things would be equal.
-        return int(text) if text.isdigit() and 15 < len(text) < 100 else float(text)
-    return text.lower() if text.lower() in ("true", "false") else text
+    text = text.lower() if text.lower() in ("true", "false") else text
+    return int(whole[1]) if (whole := _WHOLE.fullmatch(text)) else text
+
+
+def without_missing(cells: Iterable[str]) -> list[str]:
+    """Label cells without empty ones, nor "nan" and the like where all others are numbers."""
+    given = [cell.strip() for cell in cells if cell.strip()]
+    rest = [cell for cell in given if not _MISSING.fullmatch(cell)]
+    return given if None in map(label_number, rest) else rest
 
 
 def split_names(text: str) -> list[str]:
@@ -233,10 +243,10 @@ def split_names(text: str) -> list[str]:
 
 def distinct_names(names: Iterable[str]) -> list[str]:
     """The different classes among label cells, sorted: numbers by value, before other names."""
-    found: dict[str | float, str] = {}
-    for name in sorted({name.strip() for name in names} - {""}, key=lambda name: (len(name), name)):
-        found.setdefault(label_value(name), name)  # of "1" and "1.0", the shorter spelling
-    return [found[v] for v in sorted(found, key=lambda value: (isinstance(value, str), value))]
+    found: dict[str | int, str] = {}
+    for name in sorted(set(without_missing(names)), key=lambda name: (len(name), name)):
+        found.setdefault(class_key(name), name)  # of "1" and "1.0", the shorter spelling
+    return sorted(found.values(), key=lambda x: (label_number(x) is None, label_number(x) or 0, x))
 
 
 def sampling_exponent(sampling: str) -> float:
@@ -248,27 +258,26 @@ def sampling_exponent(sampling: str) -> float:
     named = {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}
     if sampling in named:
         return named[sampling]
-    temperature = label_value(sampling)
-    if not isinstance(temperature, float) or temperature <= 0:
+    temperature = label_number(sampling)
+    if temperature is None or temperature <= 0:
         expected = f"{', '.join(named)} or a positive number"
         raise UserError(f"sampling is {sampling!r} (expected {expected})")
     return 1 / temperature
 
 
 def _course(stem: str) -> dict[str, str]:
-    return {split: f"{stem}-{split}.csv" for split in SPLITS}
+    return {split: f"{stem}-{split}.csv" for split in ("train", "dev", "test")}
 
 
 _ONE = ("sentence",)
 _PAIR = ("sentence1", "sentence2")
-_DIGITS = ("0", "1", "2", "3", "4")
 # The CS224N default project's tasks, under its own file and column names.
 BUILTIN: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("sst", "classification", _ONE, "sentiment", _course("ids-sst"), _DIGITS),
-        Task("cfimdb", "classification", _ONE, "sentiment", _course("ids-cfimdb"), _DIGITS[:2]),
-        Task("quora", "classification", _PAIR, "is_duplicate", _course("quora"), _DIGITS[:2]),
+        Task("sst", "classification", _ONE, "sentiment", _course("ids-sst"), tuple("01234")),
+        Task("cfimdb", "classification", _ONE, "sentiment", _course("ids-cfimdb"), ("0", "1")),
+        Task("quora", "classification", _PAIR, "is_duplicate", _course("quora"), ("0", "1")),
         Task("sts", "regression", _PAIR, "similarity", _course("sts"), low=0.0, high=5.0),
     )
 }

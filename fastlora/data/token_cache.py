@@ -16,7 +16,7 @@ from fastlora.errors import UserError
 from fastlora.files import atomic_folder, cache_folder
 
 # Raise it when the code gives other tokens or stores them differently.
-_FORMAT = 5
+_FORMAT = 6
 _ARRAYS = ("ids", "offsets", "types")
 # The fields of a task that decide how its files are read.
 _TASK_FIELDS = ("kind", "columns", "label", "labels", "low", "high", "dev_share")

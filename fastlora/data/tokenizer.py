@@ -59,7 +59,7 @@ class Tokenizer:
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
-        self._backend, self._types = backend, types
+        self._backend, self._types, self._longest = backend, types, max_length
         self._probe = backend.encode(_PROBE).ids
         if not backend.encode("").ids:
             raise ValueError("an empty text has no tokens (expected special tokens around a text)")
@@ -103,8 +103,12 @@ class Tokenizer:
         """Encode each text, or each pair as one sequence, with special tokens between and around.
 
         The longer text of a pair is cut first. Raises UserError if the model has fewer token types
-        than the sequences.
+        than the sequences, or no room for a token of each text.
         """
+        least = 2 + self._backend.num_special_tokens_to_add(is_pair=True)
+        if b is not None and least > self._longest:
+            room = f"the model has room for {self._longest}; use --pairs separate"
+            raise UserError(f"a joint pair has {least} tokens or more but {room}")
         inputs: Sequence = a if b is None else list(zip(a, b, strict=True))
         ids, types = array("i"), array("i")
         lengths, truncated = [0], 0

@@ -122,9 +122,7 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     path = folder / HEADS_INFO
     info = read_json(path)
     if info.get("format") != FORMAT:
-        expected = (
-            f"{FORMAT}, that of this fastlora: train again, or use the version it was saved by"
-        )
+        expected = f"{FORMAT}, of this fastlora: train again, or use the version it was saved by"
         raise UserError(f"{path}: format is {info.get('format')!r:.80} (expected {expected})")
     own_sha256 = info.pop("own_sha256", None)
     changed = [path] if own_sha256 != _json_sha256(info) else []
@@ -147,11 +145,9 @@ def load_all(folder: Path, model: MultitaskBert, tasks: Iterable[str], base: Bas
     info, heads = read_json(folder / HEADS_INFO), nn.ModuleDict({t: model.heads[t] for t in tasks})
     for key, what in BASE_PARTS.items():
         if info[key] != (expected := getattr(base, key)):
-            raise UserError(
-                f"{folder}: trained on another {what}, that of {info['base_model']!r} (sha256 "
-                f"{info[key]:.12}; here {base.base_model!r}, {expected:.12}); give the one it was "
-                "trained on as --model"
-            )
+            its = f"that of {info['base_model']!r} (sha256 {info[key]:.12}; here"
+            found = f"trained on another {what}, {its} {base.base_model!r}, {expected:.12})"
+            raise UserError(f"{folder}: {found}; give the one it was trained on as --model")
     for name in model.settings:
         if name == DEFAULT or name in heads:
             lora.load_adapter(model.encoder, adapter_place(folder, name), name)

@@ -87,10 +87,9 @@ def check_finite(data: TaskData, outputs: np.ndarray) -> None:
     broken = ~np.isfinite(outputs).all(-1)  # [N]
     if broken.any():
         example, count = data.ids[broken.argmax()], f"{broken.sum():,} of {len(data):,}"
-        raise RunError(
-            f"task {data.task.name!r}, example {example!r}: there is no prediction, because the "
-            f"outputs of {count} examples are not finite; train again with a lower --lr"
-        )
+        what = f"task {data.task.name!r}, example {example!r}: there is no prediction, because"
+        why = f"the outputs of {count} examples are not finite"
+        raise RunError(f"{what} {why}; train again with a lower --lr")
 
 
 def predictions(

@@ -22,6 +22,7 @@ from fastlora.training.inputs import find_inputs, with_file
 
 Text = str | tuple[str, str]
 Label = str | float | bool | Sequence[str]
+_DROP = "leave out examples without a text or label, as pandas' dropna() does"
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ def train(
         config, why = with_file(config, Path(data), FileTask(**of_file))
     elif of_file:
         raise UserError(f"{min(of_file)} is given (expected a file as data)")
-    elif isinstance(data, Mapping):
-        config, why = _with_datasets(config, data), "the datasets given"
-    else:
+    elif data is None or isinstance(data, (str, Path)):
         config = replace(config, data=None if data is None else Path(data))
+    else:
+        config, why = _with_datasets(config, data), "the datasets given"
     result = run_training(config, find_inputs(config, why), quiet=quiet)
     assert result is not None and config.out is not None
     return Run(config.out.absolute(), result.scores, config.device)
@@ -129,15 +130,19 @@ def _with_datasets(config: TrainConfig, datasets: Mapping[str, Dataset]) -> Trai
     Raises UserError, and writes nothing, where a task cannot be made of one, and where the folder
     has other data.
     """
-    if config.tasks or config.data or not datasets:
-        raise UserError("data is a table (expected datasets by task, and no tasks beside them)")
+    if config.tasks or config.data or not isinstance(datasets, Mapping) or not datasets:
+        expected = "a folder, a file, or datasets by task, and then no tasks beside them"
+        raise UserError(f"data is a {type(datasets).__name__} (expected {expected})")
     assert config.out is not None
     folder, tables = config.out.absolute() / DATA, dict(config.task)
     with atomic_folder(folder) as building:
         for name, dataset in datasets.items():
             check_name(name)
-            if not isinstance(dataset, Dataset) or name in BUILTIN:
-                raise UserError(f"task {name!r}: expected a Dataset, and no name that is built in")
+            if name in BUILTIN:
+                raise UserError(f"task {name!r} is built in; choose another name")
+            if not isinstance(dataset, Dataset):
+                file = "a file is data by itself: train('FILE.csv', text='COLUMN', label='COLUMN')"
+                raise UserError(f"task {name!r} is {dataset!r:.60} (expected a Dataset; {file})")
             file, how = dataset.write(building, name)
             _, task, _ = task_of_file(file, how, config.quoting, config.bad_rows, name)
             tables[name] = task.to_table()
@@ -160,15 +165,13 @@ def _records(part: str, texts: Iterable[Any], labels: Iterable[Any]) -> list[dic
         pair = isinstance(text, (tuple, list)) and len(text) == 2
         if not all(isinstance(x, str) for x in (text if pair else [text])):
             found = f"{part}texts[{i}] is {text!r:.60}"
-            raise UserError(f"{found} (expected a string, or a pair of strings)")
+            raise UserError(f"{found} (expected a string, or a pair of strings); {_DROP}")
         label = label.item() if hasattr(label, "item") else label  # of NumPy or PyTorch
         names = isinstance(label, (tuple, list, set)) and all(isinstance(x, str) for x in label)
-        single = isinstance(label, (str, int)) or (
-            isinstance(label, float) and math.isfinite(label)
-        )
-        if not names and not single:
+        number = isinstance(label, (int, float)) and abs(label) < math.inf
+        if not (names or number or isinstance(label, str)):
             found = f"{part}labels[{i}] is {label!r:.60}"
-            raise UserError(f"{found} (expected text, a number, a boolean, or a list of names)")
-        record = {"first": text[0], "second": text[1]} if pair else {"text": text}
-        records.append({**record, "label": sorted(label) if names else label})
+            raise UserError(f"{found} (expected text, a number, a boolean, or names); {_DROP}")
+        columns = {"first": text[0], "second": text[1]} if pair else {"text": text}
+        records.append(columns | {"label": sorted(label) if names else label})
     return records

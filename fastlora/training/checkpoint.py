@@ -68,10 +68,8 @@ def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
     """Raise RunError if a tensor that is about to be saved has a value that is not finite."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise RunError(
-                f"the weights of {name!r} are not finite after step {step}, so they are not saved; "
-                "lower --lr or raise --warmup"
-            )
+            what = f"the weights of {name!r} are not finite after step {step}"
+            raise RunError(f"{what}, so they are not saved; lower --lr or raise --warmup")
 
 
 def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
@@ -86,10 +84,8 @@ def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
         if before.get(name) != inputs.get(name)
     ]
     if changes:
-        raise UserError(
-            f"{path}: the run started with other inputs than these: {', '.join(changes)}; restore "
-            "what it started with, or use a new --out"
-        )
+        what = f"the run started with other inputs than these: {', '.join(changes)}"
+        raise UserError(f"{path}: {what}; restore what it started with, or use a new --out")
 
 
 def start_checkpoints(folder: Path, began: bool) -> None:
@@ -159,9 +155,8 @@ def latest_checkpoint(folder: Path, note: Callable[[str], object] = lambda _: No
             damaged.append(f"{path}: {reason}")
             note(f"passed over a damaged checkpoint: {damaged[-1]}")
     if damaged:
-        raise RunError(
-            f"every checkpoint is damaged: {'; '.join(damaged)}; restore one or use a new --out"
-        )
+        what = f"every checkpoint is damaged: {'; '.join(damaged)}"
+        raise RunError(f"{what}; restore one or use a new --out")
     return None
 
 
@@ -187,7 +182,12 @@ def load_checkpoint(
             optimizer.state[parameters[name]][slot] = tensor.to(parameters[name].device)
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-        return _progress_from(state["progress"])
+        progress = Progress(**state["progress"])
+        if not all(type(getattr(progress, k)) is type(v) for k, v in vars(Progress()).items()):
+            raise TypeError(f"progress is {state['progress']!r:.80}")
+        np.array(progress.sums, float).reshape(-1, 2)
+        [entry["epoch"] + entry["step"] + len(entry["scores"].keys()) for entry in progress.scores]
+        return progress
     except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
         raise RunError(f"{path}: is not a checkpoint of this run ({error!r})") from error
 
@@ -198,20 +198,6 @@ def load_weights(path: Path, model: nn.Module) -> None:
         what = f"the best checkpoint is missing or damaged ({reason})"
         raise RunError(f"{path}: {what}; restore it, or keep the last weights with --keep last")
     copy_tensors(path / WEIGHTS, read_tensors(path / WEIGHTS)[0], trainable(model))
-
-
-def _progress_from(table: Mapping[str, Any]) -> Progress:
-    """The progress that a checkpoint stores; TypeError or ValueError if it is none."""
-    progress = Progress(**table)
-    for name, default in vars(Progress()).items():
-        value = getattr(progress, name)
-        if type(value) is not type(default):
-            raise TypeError(f"{name} is {value!r:.80} (expected {type(default).__name__})")
-    np.array(progress.sums, float).reshape(-1, 2)
-    for entry in progress.scores:
-        if not (entry.keys() == {"epoch", "step", "scores"} and isinstance(entry["scores"], dict)):
-            raise ValueError(f"scores has {entry!r:.80} (expected epoch, step and scores)")
-    return progress
 
 
 def _checkpoints(folder: Path) -> list[Path]:

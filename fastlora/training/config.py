@@ -173,10 +173,6 @@ class TrainConfig:
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         tables = all(isinstance(table, Mapping) for table in self.task.values())
         check(tables, "task", self.task, "tables [task.NAME]")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        """Raise UserError for settings that exclude each other."""
         names = (*BUILTIN, *self.task)
         special = [name for name in names if self.task_settings(name) != TaskLoraConfig()]
         if special and self.adapters == "shared":
@@ -185,10 +181,8 @@ class TrainConfig:
             raise UserError("add_to is given, which needs --adapters per-task")
         fixed = (self.mode, self.adapters, self.accumulate) == ("lora", "shared", 1)
         if self.cuda_graphs and (self.compile or self.grad_checkpoint or not fixed):
-            raise UserError(
-                "cuda_graphs is given (expected one shared adapter, and neither --accumulate, "
-                "--compile nor --grad-checkpoint)"
-            )
+            others = "neither --accumulate, --compile nor --grad-checkpoint"
+            raise UserError(f"cuda_graphs is given (expected one shared adapter, and {others})")
 
     def task_settings(self, task: str) -> TaskLoraConfig:
         """The settings of a task's adapter that differ; none for the shared adapter."""

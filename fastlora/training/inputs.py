@@ -141,8 +141,6 @@ def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:
         close = get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         if what == "task" and not close:
-            hint = (
-                f"; describe it as [task.{name}] in a file for --config, or train on its file: "
-                f"fastlora-train {name}.csv --text COLUMN --label COLUMN"
-            )
+            own = f"train on its file: fastlora-train {name}.csv --text COLUMN --label COLUMN"
+            hint = f"; describe it as [task.{name}] in a file for --config, or {own}"
         raise UserError(f"{what} {name!r} is none of {', '.join(known)}{hint}")

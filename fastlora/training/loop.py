@@ -35,7 +35,7 @@ from fastlora.training.cuda_graphs import GraphedStep
 from fastlora.training.distributed import World
 from fastlora.training.metrics_log import METRICS, Metrics
 from fastlora.training.optimizer import make_optimizer, owner, set_rates
-from fastlora.training.setup import Setup, seed_random
+from fastlora.training.setup import DTYPES, Setup, seed_random
 
 LOG_EVERY = 10  # steps
 COUNTED_EPOCHS = 100  # planned before the first step, to count the steps of the run
@@ -134,6 +134,8 @@ class Trainer:
                 self.metrics = stack.enter_context(closing(metrics))
             self.bar = stack.enter_context(closing(Bar(self.log, self.total, progress.step)))
             stack.enter_context(self.stop)
+            if progress.epoch >= config.epochs:
+                self.save()  # which removes what a process left that was killed in the last save
             while progress.epoch < config.epochs:
                 self.train_epoch()
         kept = self.load_kept()
@@ -148,10 +150,9 @@ class Trainer:
         if self.world.first:
             load_weights(checkpoint_at(self.folder / "checkpoints", best["step"]), self.model)
             self.outputs = {}
-        self.log.line(
-            f"kept the weights of step {best['step']}, dev {format_scores(best['scores'])}; "
-            f"the last ones, of step {last['step']}, have {format_scores(last['scores'])}"
-        )
+        kept = f"kept the weights of step {best['step']}, dev {format_scores(best['scores'])}"
+        others = f"the last ones, of step {last['step']}, have {format_scores(last['scores'])}"
+        self.log.line(f"{kept}; {others}")
         return best
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -265,8 +266,8 @@ class Trainer:
         """
         features = self.train_features
         # Mixed precision for full fine-tuning, whose weights stay in fp32.
-        mixed = self.config.mode == "full" and self.config.precision != "fp32"
-        with torch.autocast(self.device.type, self.setup.dtype, enabled=mixed):
+        dtype, full = DTYPES[self.config.precision], self.config.mode == "full"
+        with torch.autocast(self.device.type, dtype, enabled=full and dtype != torch.float32):
             outputs = self.model(batch, features and features(batch))
         summed = task_losses(self.model.tasks, outputs, batch, self.class_weights)
         zero = shares.new_zeros(())
@@ -289,10 +290,8 @@ class Trainer:
         losses = {name: total / count for name, (total, count) in pairs if count}
         progress = self.progress
         if not all(map(math.isfinite, losses.values())):
-            raise Diverged(
-                f"the loss diverged by step {progress.step} ({format_scores(losses)}); lower --lr "
-                f"(it is {self.config.lr:g}) or raise --warmup"
-            )
+            what = f"the loss diverged by step {progress.step} ({format_scores(losses)})"
+            raise Diverged(f"{what}; lower --lr (it is {self.config.lr:g}) or raise --warmup")
         rate = progress.examples / progress.seconds
         lr = float(self.optimizer.param_groups[0]["lr"])
         if self.metrics:

@@ -29,14 +29,13 @@ class Metrics:
         path = folder / METRICS
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
         # The last line may be incomplete, if the process was killed.
-        lines = text.split("\n")[:-1]
-        steps = [_step(line) for line in lines]
-        if damaged := steps.count(None):
+        entries = [_entry(line) for line in text.split("\n")[:-1]]
+        if damaged := entries.count(None):
             note(f"{path}: damaged lines are left out ({damaged})")
         with atomic_open(path) as out:
-            for line, at in zip(lines, steps, strict=True):
-                if at is not None and at <= (scored if "dev" in json.loads(line) else step):
-                    out.write(line + "\n")
+            for entry in filter(None, entries):
+                if entry["step"] <= (scored if "dev" in entry else step):
+                    out.write(json.dumps(entry) + "\n")
         self.file = path.open("a", encoding="utf-8")
         self.board: Any = None
         try:
@@ -61,11 +60,11 @@ class Metrics:
             self.board.close()
 
 
-def _step(line: str) -> int | None:
-    """The step of a line of metrics.jsonl, or None if it is damaged."""
+def _entry(line: str) -> dict[str, Any] | None:
+    """The values in a line of metrics.jsonl, or None if it is damaged."""
     try:
-        values = json.loads(line)
-        whole = isinstance(values.get("loss", {}), dict)
-        return values["step"] if whole and type(values["step"]) is int else None
-    except (ValueError, RecursionError, AttributeError, KeyError):
+        entry = json.loads(line)
+        whole = type(entry["step"]) is int and isinstance(entry.get("loss", {}), dict)
+        return entry if whole else None
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
         return None

@@ -57,11 +57,6 @@ class Setup:
     stop: Stop = field(default_factory=Stop)  # a request to stop
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # of settings and inputs
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return DTYPES[self.config.precision]
-
     def narrow(self, config: TrainConfig) -> Setup:
         """The same data and encoder for another configuration, whose tasks are among these."""
         tasks = {name: self.inputs.tasks[name] for name in config.tasks or self.inputs.tasks}

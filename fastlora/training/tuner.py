@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastlora.errors import UserError
-from fastlora.files import atomic_open, cache_folder
+from fastlora.files import cache_folder, read_json, write_json
 from fastlora.kernels.ops import lora_qkv
 from fastlora.kernels.routes import forced_route
 from fastlora.kernels.triton import tuning
@@ -57,26 +56,19 @@ def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
         best = replace(best, route=min(routes, key=routes.__getitem__))
         tuning.MEASURED[key] = best
         report(f"{key} routes: " + ", ".join(f"{r} {ms:.3f} ms" for r, ms in routes.items()))
-    with atomic_open(tuned_file()) as file:
-        file.write(dumps(tuning.MEASURED))
+    write_json(tuned_file(), {key: asdict(row) for key, row in tuning.MEASURED.items()})
     return tuned_file()
 
 
 def load(file: Path) -> None:
-    """Load a file of `dumps`, which goes before the built-in choices; UserError if it is none."""
+    """Load a file of `tune`, which goes before the built-in choices; UserError if it is none."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        for key, row in rows.items():
+        for key, row in read_json(file).items():
             kernels = {name: tuning.Blocks(**row[name]) for name in ("down", "add", "outer")}
             tuning.MEASURED[key] = tuning.Config(row["route"], **kernels)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"not a table of measured block sizes ({error}); delete it"
         raise UserError(f"{file}: {what}") from error
-
-
-def dumps(rows: dict[str, tuning.Config]) -> str:
-    """The measured choices as the text that `load` reads."""
-    return json.dumps({key: asdict(row) for key, row in rows.items()}, indent=1)
 
 
 def _problem(rows: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:

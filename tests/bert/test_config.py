@@ -79,6 +79,8 @@ def test_every_activation_of_the_model_is_read(tmp_path, act):
         ("model_type", "xlm-roberta-xl"),
         ("max_position_embeddings", 2),
         ("hidden_size", -64),
+        ("num_attention_heads", 0),
+        ("type_vocab_size", 0),
         ("vocab_size", 30522.0),
         ("pad_token_id", 99999),
         ("layer_norm_eps", "x"),

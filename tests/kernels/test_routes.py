@@ -4,13 +4,14 @@ Kernels run natively on a GPU and in Triton's interpreter on a CPU, on memory po
 """
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastlora.files import write_json
 from fastlora.kernels import (
     Packed,
     Term,
@@ -316,7 +317,7 @@ def test_measured_blocks_go_before_shipped_ones(tmp_path, monkeypatch):
     shipped = tuning.config(90, torch.float16, 8192)
     measured = replace(shipped, route="triton", down=tuning.Blocks(m=16, warps=8))
     file = tmp_path / "blocks.json"
-    file.write_text(tuner.dumps({tuning.key_of(90, torch.float16, 8192): measured}))
+    write_json(file, {tuning.key_of(90, torch.float16, 8192): asdict(measured)})
     tuner.load(file)
     assert tuning.config(90, torch.float16, 8192) == measured
     assert tuning.config(90, torch.float16, 512) == tuning.SHIPPED["90/small"]

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from fastlora.cli import main
+from fastlora.data import infer
 from fastlora.data.infer import FileTask, task_of_file
+from fastlora.data.reading import read_rows
 from fastlora.errors import UserError
 from fastlora.files import read_toml
 from fastlora.training.config import TrainConfig
@@ -64,11 +66,30 @@ def test_a_file_becomes_a_run_that_its_settings_repeat(tmp_path, tiny_model, cap
         (["1.5", "0"] * 3, "regression"),
         (range(30), "regression"),
         (["1", "0", "x"] * 3, "classification"),
+        (["1", "0", "nan"] * 3, "classification"),
+        (["1.5", "0", "NaN", "inf"] * 3, "regression"),
     ],
 )
 def test_the_kind_is_found_in_the_labels(tmp_path, labels, kind):
     _, task, _ = find(write(tmp_path, labels))
     assert task.kind == kind and task.is_complete
+    if "nan" in labels:
+        with pytest.raises(UserError, match=r"csv:4: column 'queue' is 'nan' \(expected 0 or 1\)"):
+            read_rows(tmp_path / "tickets.csv", task)
+
+
+@pytest.mark.parametrize("text", ['[{"a": "x"},\n{"a": "y"}]', '[{"a": "x", "b": 1}]'])
+def test_an_array_is_no_jsonl_file(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"x.jsonl:1: .* \(expected one object on each line\)"):
+        find(tmp_path / "x.jsonl")
+
+
+def test_a_file_is_read_once_to_find_its_task(tmp_path, monkeypatch):
+    count, read = [], infer.read_rows
+    monkeypatch.setattr(infer, "read_rows", lambda *x, **y: count.append(x) or read(*x, **y))
+    find(write(tmp_path, "abab"))
+    assert len(count) == 1
 
 
 def test_lists_are_several_labels(tmp_path):

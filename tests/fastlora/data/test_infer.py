@@ -37,6 +37,9 @@ def csv(folder, labels, name="a.csv", separator=","):
         (["True", "False", "true"], ("False", "True")),
         (["b", "", "a"], ("a", "b")),  # an empty label is a bad row, and no class
         ([f"{2**53 + i}" for i in (1, 0, 1)], (f"{2**53}", f"{2**53 + 1}")),  # equal as floats
+        (["1", "01", "001", "1.0", "1.10", "1.1"], ("001", "01", "1", "1.1", "1.10")),
+        (["2", "NaN", "1", "-inf", "n/a"], ("1", "2")),  # bad rows
+        (["2", "NaN", "x"], ("2", "NaN", "x")),
     ],
 )
 @pytest.mark.parametrize("separator", ",;\t")
@@ -107,6 +110,41 @@ def test_the_dev_part_has_its_share_of_each_class(tmp_path):
     assert len(read_rows(tmp_path / "a.csv", own, split="dev", limit=7).ids) == 7
     half = replace(own, kind="multilabel", dev_share=0.5)
     assert len(read_rows(tmp_path / "a.csv", half, split="dev").ids) == 400 + 90 + 10
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "regression"])
+def test_rows_with_equal_texts_are_in_one_part(tmp_path, kind):
+    """Of 200 rows, half have one of ten texts, and one text has both labels."""
+    texts = [f"text {i}" if i % 2 else f"again {i % 20 % 18}" for i in range(200)]
+    labels = ["ab"[i > 100] if kind != "regression" else i for i in range(200)]
+    rows = "".join(f"{text},{label}\n" for text, label in zip(texts, labels, strict=True))
+    (tmp_path / "a.csv").write_text(f"text,queue\n{rows}", encoding="utf-8")
+    own = complete(task(kind=kind), tmp_path, "minimal", "error")
+    train, dev = (read_rows(tmp_path / "a.csv", own, split=split) for split in ("train", "dev"))
+    assert not set(train.texts[0]) & set(dev.texts[0])
+    assert len(train.ids) + len(dev.ids) == 200 and 15 <= len(dev.ids) <= 20
+    if kind == "classification":
+        assert set(dev.labels) == {0, 1}
+
+
+def test_a_class_of_two_texts_is_in_both_parts_and_one_text_is_in_none(tmp_path):
+    (tmp_path / "a.csv").write_text("text,queue\n" + "x,a\ny,a\nz,b\n" * 10, encoding="utf-8")
+    own = task(labels=["a", "b"])
+    train, dev = (read_rows(tmp_path / "a.csv", own, split=split) for split in ("train", "dev"))
+    assert (len(train.ids), len(dev.ids)) == (20, 10) and set(dev.labels) == {0}
+    (tmp_path / "a.csv").write_text("text,queue\n" + "x,a\nz,b\n" * 10, encoding="utf-8")
+    with pytest.raises(UserError, match="too few different texts for a dev split; name a dev"):
+        read_rows(tmp_path / "a.csv", own, split="dev")
+
+
+@pytest.mark.parametrize("labels", [None, ["a", "b"]])
+def test_a_dev_file_that_is_the_training_file_is_refused(tmp_path, labels):
+    csv(tmp_path, "abab")
+    csv(tmp_path, "abab", "copy.csv")
+    for dev in ("a.csv", "copy.csv"):
+        own = task(files={"train": "a.csv", "dev": dev}, dev_share=None, labels=labels)
+        with pytest.raises(UserError, match=f"{dev}: the dev file holds the same as the training"):
+            complete(own, tmp_path, "minimal", "error")
 
 
 def test_texts_that_are_all_empty_are_refused(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from fastlora.data.reading import encode_rows, read_rows
 from fastlora.data.source import resolve
-from fastlora.data.tasks import BUILTIN
+from fastlora.data.tasks import BUILTIN, Task
 from fastlora.data.token_cache import load_tasks
 from fastlora.data.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
@@ -121,10 +121,11 @@ def test_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("{", "not JSON"),
-        ("[1]", "not a JSON object"),
-        ("[" * 100_000, "not JSON: maximum recursion depth"),
-        (r'{"sentence": "\uD83d", "sentiment": 1}', "not JSON: 'utf-8' codec can't encode"),
+        ("{", "not a JSON object: Expecting property name"),
+        ('[{"sentence": "x"}]', """it is [{"sentence": "x"}] (expected one object on each line)"""),
+        ("[" * 100_000, "not a JSON object: maximum recursion depth"),
+        (r'{"sentence": "\uD83d", "sentiment": 1}', "object: 'utf-8' codec can't encode"),
+        ('{"sentence": "x", "sentiment": 1, "sentiment": 2}', "key 'sentiment' is there twice"),
         ('{"sentence": "x"}', "column 'sentiment' is missing"),
         ('{"sentence": null, "sentiment": 1}', "column 'sentence' is null"),
         ('{"sentence": "x", "sentiment": NaN}', "column 'sentiment' is NaN (expected text"),
@@ -237,6 +238,30 @@ def test_without_labels_lines_in_quotes_are_refused_where_they_may_be_rows(tmp_p
     assert "--quoting none" in message and "JSONL" in message
     split = write(tmp_path, 'id,sentence\n1,"good\nbad"\n', "split.csv")  # bad" is no row
     assert read_rows(split, SST, labelled=False).texts == (["good\nbad"],)
+
+
+SPANS = {  # for `text,label`, whether the quotes of the first row may join several rows
+    '"good,a\nbad,b\nfine",c\nx,b\ny,c': True,  # the class "a" is in the first line alone
+    '"good,a\r\nbad,b\r\n\r\nfine",c\nx,b\ny,c': True,
+    '"paid 1,234\nfine",c\nx,b': True,
+    '"Dear sir, well\nfine, bye",c\nx,b': False,
+    '"Dear sir,\nbye",c\nx,b': False,
+    '"good,well\nbad\nbye",c\nx,b': False,
+}
+
+
+@pytest.mark.parametrize("body", SPANS)
+@pytest.mark.parametrize("labels", [(), ("b", "c")])
+def test_quotes_that_may_join_rows_are_refused_whatever_the_classes(tmp_path, body, labels):
+    path = write(tmp_path, f"text,label\n{body}\n", "x.csv")
+    task = Task("own", "classification", ("text",), "label", {}, labels)
+    if SPANS[body]:
+        message = complaint(path, task, labelled=bool(labels))
+        assert message.startswith("x.csv:2: ") and "pass --quoting none" in message
+        rows = read_rows(path, task, labelled=False, bad_rows="skip")
+        assert len(rows.ids) == len([line for line in body.splitlines() if line]) - 1
+    else:
+        assert len(read_rows(path, task, labelled=bool(labels)).ids) == 2
 
 
 def test_a_row_with_too_many_fields_in_two_lines_loses_one_line(tmp_path):

@@ -57,6 +57,16 @@ def test_golden_ids(ours):
     assert (len(encoded.offsets), set(encoded.types), encoded.truncated) == (2, {0}, 0)
 
 
+def test_joint_pairs_need_room(ours):
+    """Of a token of each text, besides the special ones."""
+    backend = deepcopy(ours._backend)
+    assert len(Tokenizer(backend, 5, "right").encode(["a"], ["b"]).ids) == 5
+    short = Tokenizer(backend, 4, "right")
+    assert len(short.encode(["a good film"]).ids) == 4
+    with pytest.raises(UserError, match=r"5 tokens or more but .* for 4; use --pairs separate"):
+        short.encode(["a"], ["b"])
+
+
 def test_texts_match_transformers(ours, theirs):
     expected = theirs([*TEXTS, LONG], truncation=True, max_length=512)["input_ids"]
     encoded = ours.encode([*TEXTS, LONG])

@@ -9,7 +9,7 @@ import fastlora
 from fastlora import Dataset, UserError
 from fastlora.files import read_toml
 
-TEXTS = ["good film", "bad film"] * 10
+TEXTS = [f"{word} film {i}" for i in range(10) for word in ("good", "bad")]
 MOOD = Dataset(TEXTS, ["good", "bad"] * 10)
 
 
@@ -62,7 +62,8 @@ def test_a_file_and_a_folder_are_data_too(settings, tmp_path, tiny_data):
         ([("a", "b", "c")], ["x"], "texts[0] is ('a', 'b', 'c')"),
         (["a", ("a", "b")], ["x", "y"], "some texts are strings and others pairs"),
         (["a", "b"], ["x", None], "labels[1] is None (expected text, a number, a boolean"),
-        (["a"], [float("nan")], "labels[0] is nan"),
+        (["a"], [float("nan")], "pandas' dropna() does"),
+        (["a", float("nan")], ["x", "y"], "pandas' dropna() does"),
         (["a"], [["x", 3]], "labels[0] is ['x', 3]"),
     ],
 )
@@ -78,10 +79,12 @@ def test_what_are_no_texts_and_labels_is_refused(texts, labels, message):
     ("data", "changes", "message"),
     [
         ({"mood": MOOD}, {"epoch": 3}, "did you mean 'epochs'?"),
-        ({"mood": MOOD}, {"tasks": "mood"}, "and no tasks beside them"),
+        ({"mood": MOOD}, {"tasks": "mood"}, "and then no tasks beside them"),
         ({"Mood": MOOD}, {}, "task 'Mood': expected another name"),
-        ({"sst": MOOD}, {}, "task 'sst': expected a Dataset, and no name that is built in"),
-        ({"mood": TEXTS}, {}, "task 'mood': expected a Dataset"),
+        ({"sst": MOOD}, {}, "task 'sst' is built in; choose another name"),
+        ({"mood": "a.csv"}, {}, "is 'a.csv' (expected a Dataset; a file is data by itself: train("),
+        ({"mood": Dataset(TEXTS, TEXTS, TEXTS, TEXTS)}, {}, "the same as the training file; name"),
+        (MOOD, {}, "data is a Dataset (expected a folder, a file, or datasets by task"),
         ({"mood": Dataset(TEXTS, ["x"] * 20)}, {}, "has the label 'x' alone"),
         ({"mood": MOOD}, {"text": "a"}, "text is given (expected a file as data)"),
         ("nowhere.csv", {"text": "a", "label": "b"}, "nowhere.csv: cannot be read"),

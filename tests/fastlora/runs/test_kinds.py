@@ -12,7 +12,7 @@ WORDS = ["good", "bad", "fine"]
 
 
 def test_a_run_of_weighted_classes_and_of_several_labels(tmp_path, tiny_model, capsys):
-    rows = [(f"{word} film", word, f"{word}|film") for word in WORDS for _ in range(10)]
+    rows = [(f"{word} film {i}", word, f"{word}|film") for word in WORDS for i in range(10)]
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "one", "many"), *rows, ("dog", "good", "")])
     common = {"columns": ["text"], "files": {"train": "a.csv"}, "dev_share": 0.2}

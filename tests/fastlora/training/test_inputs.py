@@ -44,7 +44,7 @@ def test_paths_that_are_not_utf8_are_answered_at_once(here, minilm):
 def files(folder, *names):
     folder.mkdir(exist_ok=True)
     for name in names:
-        (folder / name).write_text("")
+        (folder / name).write_text(name)
 
 
 def find(minilm, **settings):

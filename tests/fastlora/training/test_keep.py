@@ -138,6 +138,21 @@ def test_a_best_checkpoint_that_a_killed_process_left_is_kept(tiny_config, monke
     assert run(config).kept == 4
 
 
+def test_what_a_kill_in_the_last_save_left_is_removed(tiny_config, monkeypatch):
+    config, save = tiny_config(max_steps=2), loop.save_checkpoint
+
+    def killed(folder, *state):
+        save(folder, *state)
+        shutil.copytree(folder / "step-000002", folder / ".step-000002-abcdefgh.old")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save_checkpoint", killed)
+        run(config)
+    run(config)
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-000002"]
+
+
 def test_lora_plus_scales_the_rate_of_b(tiny_config):
     config = tiny_config(lora_plus=16.0, lr=1e-3)
     setup = session.prepare(config, session.find_inputs(config))
