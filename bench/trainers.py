@@ -221,6 +221,7 @@ def lengths_of(datasets: dict[str, TaskData], rows: np.ndarray) -> np.ndarray:
 def train(trainer: Trainer, batches: list[np.ndarray], config: BertConfig) -> Work:
     """Train on the batches and time it, from token lists to updated weights."""
     trainer.sums.zero_()
+    wait(trainer.device)
     start = time.perf_counter()
     for rows in batches:
         trainer.step(rows)

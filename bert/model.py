@@ -128,8 +128,8 @@ def dense(linear: nn.Linear, activation: nn.Module) -> nn.Sequential:
 class Encoder(nn.Module):
     """The stack of layers.
 
-    With `recompute`, only each layer's input is kept, and backward computes the layer again with
-    the same random numbers (Chen et al. 2016). Nothing that the layer reads may change in between.
+    With `recompute`, only each layer's input is kept, and backward computes the layer again (Chen
+    et al. 2016). Nothing that it reads may change in between.
     """
 
     recompute = False

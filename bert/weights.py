@@ -17,9 +17,8 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # of its ol
 def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertModel, list[str]]:
     """Build the encoder of a folder with its weights in fp32, in evaluation mode.
 
-    Accepts "bert." or "roberta." prefixes, LayerNorm.gamma/beta, heads of all kinds (ignored) and a
-    missing pooler, which is drawn from normal(0, 0.02) with a fixed seed. Returns the model and a
-    note on ignored heads and on a missing pooler. Raises UserError as ``copy_tensors`` does.
+    Accepts "bert." or "roberta." prefixes, LayerNorm.gamma/beta, heads (ignored) and no pooler (it
+    is drawn from normal(0, 0.02)). Returns the model and notes; UserError as ``copy_tensors``.
     """
     path = Path(folder) / "model.safetensors"
     config, (raw, _) = BertConfig.from_json(path.with_name("config.json")), read_tensors(path)

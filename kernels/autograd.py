@@ -61,8 +61,8 @@ class _Eager(torch.autograd.Function):
         _save(ctx, x, saved, call.weight, call.seed, factors)
         if saved.dim() == 1:
             ctx.mark_non_differentiable(saved)
-        # The call keeps the factors themselves: hooks on saved tensors may return them at an
-        # address where others were packed. They are saved, too, so that PyTorch detects changes.
+        # The call keeps the factors, because hooks on saved tensors may return others, and they
+        # are saved, too, so that PyTorch detects changes.
         ctx.rest = call._replace(changed=False)[1:]
         return y, saved
 
@@ -96,15 +96,14 @@ def _differentiable(grad: Tensor, x: Any, saved: Tensor, call: Call) -> Sequence
     with torch.enable_grad(), torch._C._DisableAutocast():
         # Where [x | u] is saved, its left part replaces x, also in the graph.
         x = saved[:, : call.weight.shape[1]] if saved.dim() == 2 else x
-        # Views separate the inputs from their history: x may depend on the factors (two layers may
-        # share an adapter), and that part of the factors' gradient does not belong here.
+        # Views separate the inputs from their history, as x may depend on the factors.
         x, *factors = inputs = [
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
             for t in (x, *call.factors)
         ]
         pairs = zip(call.terms, factors[::2], factors[1::2], strict=True)
         terms = [term._replace(lora_A=A, lora_B=B) for term, A, B in pairs]
-        y = reference.lora_grouped(x, call.weight, None, terms, call.seed, mask)
+        y = reference.add_terms(x @ call.weight.T, x, terms, call.seed, mask)
     return torch.autograd.grad(y, inputs, grad.to(y.dtype), create_graph=differentiable)
 
 

@@ -1,13 +1,11 @@
 """The inputs of one call, in the form that routes take, and packed copies of its weight.
 
-A product is faster on a weight that has the right layout: oneDNN's blocks on a CPU, [W0 | B] for
-route "gemm", another dtype under autocast. A packed copy becomes wrong when the weight changes, and
-PyTorch does not count writes through `.data`, NumPy or a collective operation. So calls compute on
-the weight as it is, unless a caller who knows when the weight changes passes a `Packed`.
+A product is faster on a packed copy: oneDNN's blocks on a CPU, [W0 | B] for route "gemm", another
+dtype under autocast. It becomes wrong when the weight changes, and PyTorch does not count writes
+through `.data`, NumPy or collectives. So only callers who know when that is pass a `Packed`.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +37,7 @@ def is_ordinary(x: Tensor) -> bool:
 
 
 def threshold(p: float) -> int:
-    """The threshold below which a lane in [0, 65536) drops: p in units of 2^-16, rounded.
-
-    It is at most that of the rate 1 - 2^-8, the largest that the CPU's 8-bit lanes can express.
-    """
+    """The threshold below which a lane drops: p * 2^16, at most that of 1 - 2^-8 (see `MOST`)."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout is {p} (expected 0 <= p < 1)")
     return min(round(p * LANES), LANES - 256)
@@ -54,10 +49,9 @@ def keep_scale(p: float) -> float:
 
 
 class Term(NamedTuple):
-    """One adapter's low-rank update of a block of the output.
+    """One adapter's low-rank update of rows [start, stop) of the output, leading dimensions flat.
 
-    It reads rows [start, stop) of x (leading dimensions flattened) and adds to those rows of y,
-    columns [column, column + N). The mask's rows count from `start`: in any batch it is the same.
+    It adds to columns [column, column + N). The mask's rows count from `start`.
     """
 
     lora_A: Tensor  # [r, K]
@@ -93,11 +87,9 @@ class Copies(NamedTuple):
             return make()
         found = self.kept.get(key)
         if found is None:
-            # list() first, because another thread may change the dictionary meanwhile.
             for oldest in list(self.kept)[: 1 - LIMIT]:
-                self.kept.pop(oldest, None)
-            # Tensors made in inference mode could not be saved for backward or changed later.
-            with torch.inference_mode(False), torch.no_grad():
+                self.kept.pop(oldest, None)  # another thread may have done so
+            with torch.inference_mode(False), torch.no_grad():  # so that backward can save it
                 found = self.kept[key] = make()
         if self.graph is not None:
             self.graph.append(found)
@@ -121,11 +113,10 @@ class Call(NamedTuple):
 
 
 class Packed:
-    """The packed copies of one frozen weight, made at their first use.
+    """The packed copies of one frozen weight, or of several together, made at their first use.
 
-    They are made again when the weight is another tensor, has moved or has a new version. A
-    `Packed` may also belong to several tensors, such as the weights of query, key and value. After
-    a write that PyTorch does not count, the owner calls `clear`; a `watched` one detects it by
+    They are made again when a weight is another tensor, has moved or has a new version. After a
+    write that PyTorch does not count, the owner calls `clear`; a `watched` one detects it by
     hashing the weight at each use. Its copies and pickles are empty. Threads may share it.
     """
 
@@ -162,10 +153,6 @@ def _row_hashes(tensor: Tensor) -> bytes:
     if left := rows.shape[1] * rows.element_size() % 8:
         rows = torch.nn.functional.pad(rows, (0, (8 - left) // rows.element_size()))
     words = rows.contiguous().view(torch.int64)
-    return ((words ^ (words >> 31)) * _odd_numbers(words.shape[1])).sum(1).numpy().tobytes()
-
-
-@lru_cache(maxsize=64)
-def _odd_numbers(count: int) -> Tensor:
     draw = torch.Generator("cpu").manual_seed(0)
-    return torch.randint(-(2**62), 2**62, (count,), generator=draw, device="cpu") * 2 + 1
+    odd = torch.randint(-(2**62), 2**62, words.shape[1:], generator=draw, device="cpu") * 2 + 1
+    return ((words ^ (words >> 31)) * odd).sum(1).numpy().tobytes()

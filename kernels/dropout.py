@@ -1,10 +1,9 @@
 """The dropout mask: one definition from a seed, and a cheap generator for the CPU.
 
-A mask is a pure function of (seed, stream, row, column), so backward draws it again instead of
-storing it. On a GPU it is Philox4x32 with 7 rounds, eight 16-bit lanes a call; `philox_keep` is
-that definition in PyTorch. On a CPU a random generator would take most of a mask's time, so
-`keep_mask` xors two pools of random bytes, starting at offsets that seed and stream decide. The
-8-bit threshold alternates between two neighbours by row, so that the rate is exact to 2^-16.
+A mask is a pure function of (seed, stream, row, column), so backward draws it again. On a GPU it is
+Philox4x32 with 7 rounds; `philox_keep` is that definition in PyTorch. On a CPU that would be slow:
+`keep_mask` xors two pools of random bytes, at offsets that follow from seed and stream. The 8-bit
+threshold alternates between two neighbours by row, so that the rate is exact to 2^-16.
 """
 
 from functools import lru_cache
@@ -81,10 +80,9 @@ def _row_thresholds(drop: int, bits: int) -> Tensor:
 def philox_keep(
     seed: Tensor, stream: int, rows: int, columns: int, p: float, dtype: torch.dtype = torch.bool
 ) -> Tensor:
-    """The specification: Philox4x32-7 with counter (column // 8, row, stream, 0).
+    """`keep_mask` by the specification: Philox4x32-7 with counter (column // 8, row, stream, 0).
 
-    Lane j = column % 8 is half j % 2 (low first) of word j // 2; it keeps when it is at least
-    `threshold(p)`. Returns [rows, columns] on the seed's device; arguments as in `keep_mask`.
+    Lane j = column % 8, half j % 2 (low first) of word j // 2, keeps from `threshold(p)` on.
     """
     groups = (columns + 7) // 8
     key0, key1 = seed & _LOW, (seed >> 32) & _LOW
@@ -92,27 +90,17 @@ def philox_keep(
     c1 = torch.arange(rows, device=seed.device)[:, None].expand(rows, groups)
     c2, c3 = torch.full_like(c0, stream & _LOW), torch.zeros_like(c0)
     for _ in range(7):
-        high0, low0 = _multiply(c0, _M0)
-        high1, low1 = _multiply(c2, _M1)
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        one, two = c0 * _M0, c2 * _M1  # 64 bits each; the shift copies the sign, the mask drops it
+        c0, c2 = (two >> 32 & _LOW) ^ c1 ^ key0, (one >> 32 & _LOW) ^ c3 ^ key1
+        c1, c3 = two & _LOW, one & _LOW
         key0, key1 = (key0 + _W0) & _LOW, (key1 + _W1) & _LOW
     words = torch.stack((c0, c1, c2, c3), -1)
     lanes = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(rows, groups * 8)
     return (lanes[:, :columns] >= threshold(p)).to(dtype)
 
 
-def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 product held in int64, without overflowing it."""
-    low = (a & 0xFFFF) * constant
-    mid = (a >> 16) * constant + (low >> 16)
-    return mid >> 16, ((mid & 0xFFFF) << 16) | (low & 0xFFFF)
-
-
 def drop(input: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
-    """Drop elements of `input` (any shape, floating), then add `residual` of the same shape.
-
-    On a CPU a mask costs 1 ns an element, and PyTorch's 8. Elsewhere PyTorch's kernel runs.
-    """
+    """Drop elements of `input`, then add `residual`; on a CPU 8 times as fast as PyTorch does."""
     if not (0 < p <= MOST and is_ordinary(input) and input.is_cpu):
         dropped = F.dropout(input, p) if p else input
         return dropped if residual is None else dropped + residual

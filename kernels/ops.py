@@ -1,14 +1,12 @@
 """The public functions of the LoRA operation; they decide whether a call can run fused.
 
 A call runs fused if all of its tensors are plain ones on one CPU or GPU and the weight is frozen.
-In all other cases the reference runs, in PyTorch's differentiable operations: without rows, with a
-trainable weight, tensor subclasses (nested, quantised, sharded, fake), the meta device, export,
-`torch.func`, forward-mode derivatives, and dispatch modes such as a FLOP counter.
+Else the reference runs, in differentiable operations: without rows, with a trainable weight, tensor
+subclasses, the meta device, export, `torch.func`, forward-mode derivatives, and dispatch modes.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from fastlora.kernels.autograd import run
 from fastlora.kernels.call import PLAIN_TYPES, Call, Copies, Packed, Term, is_ordinary
 from fastlora.kernels.dropout import draw_seed
 from fastlora.kernels.routes import forced, route
+from fastlora.kernels.selfcheck import is_capturing
 from fastlora.kernels.triton import tuning
 
 MIN_FUSED_WORK = 40_000_000  # multiply-adds on a CPU below which plain PyTorch is faster
@@ -39,11 +38,26 @@ def lora_grouped(
     """
     _check(x, weight, terms)
     if is_small(x, weight.shape[0]):
-        return reference.lora_grouped(x, weight, bias, terms, seed)
-    name = _fused_route(x, weight, bias, terms, seed, packed)
-    if not name:
+        return reference.add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
+    if compiling := torch.compiler.is_compiling():
+        # On a CPU, torch.compile fuses the reference well, but cannot draw a mask from a seed.
+        fusable = len(terms) > 0 and (x.is_cuda or seed is not None)
+        fusable &= not torch.compiler.is_exporting()
+    else:
+        others = (weight, bias, seed, *(factor for term in terms for factor in term[:2]))
+        fusable = (
+            is_ordinary(x)
+            and all(t is None or (type(t) in PLAIN_TYPES and t.device == x.device) for t in others)
+            and _compute_dtype(weight) == _compute_dtype(x)
+            and (packed is not None or not is_capturing(x.device))  # what a graph reads is kept
+        )
+    name = ""
+    if fusable and not weight.requires_grad:
+        dtype, large = _compute_dtype(x), compiling or x.numel() >= tuning.SMALL * x.shape[-1]
+        name = route(x.device, dtype, large).name
+    if not name or (name != "reference" and not (terms and dtype in tuning.DTYPE_NAMES)):
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    dtype, copies = _compute_dtype(x), copies_of(x, packed, weight)
+    copies = copies_of(x, packed, weight)
     if weight.dtype != dtype:
         weight = copies.get(dtype, partial(weight.to, dtype))
     rows = x.to(dtype).reshape(-1, x.shape[-1])
@@ -51,10 +65,8 @@ def lora_grouped(
         rows = rows.contiguous()
     if seed is None and any(term.dropout_p > 0 for term in terms):
         seed = draw_seed(x.device)
-    placed = []
-    for term in terms:
-        start, stop, _ = slice(term.start, term.stop).indices(len(rows))
-        placed.append(term._replace(start=start, stop=max(start, stop)))
+    ends = [slice(term.start, term.stop).indices(len(rows))[:2] for term in terms]
+    placed = [t._replace(start=a, stop=max(a, b)) for t, (a, b) in zip(terms, ends, strict=True)]
     bias = None if bias is None else bias.to(dtype)
     y = run(rows, bias, Call(weight, placed, seed, copies, name))
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -77,10 +89,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x W0^T + b + scale / (1 - p) (m * x) A^T B^T for one projection and one adapter.
-
-    Shapes as in `lora_grouped`; lora_A [r, K], lora_B [N, r].
-    """
+    """`lora_grouped` with one adapter on all of y: lora_A [r, K], lora_B [N, r]."""
     return lora_grouped(x, weight, bias, [Term(lora_A, lora_B, scale, dropout_p)], seed)
 
 
@@ -94,10 +103,7 @@ def lora_qkv(
     seed: Tensor | None = None,
     packed: Packed | None = None,
 ) -> Tensor:
-    """Packed query, key and value: x [..., H], weight [3H, H] -> [..., 3H].
-
-    `adapters` maps "query", "key" or "value" to lora_A [r, H], lora_B [H, r]; each draws a mask.
-    """
+    """Query, key and value, [..., 3H]; `adapters` maps their names to lora_A and lora_B."""
     width = weight.shape[0] // 3
     at = {"query": 0, "key": width, "value": 2 * width}
     if unknown := adapters.keys() - at.keys():
@@ -148,37 +154,8 @@ def is_small(x: Tensor, out_features: int) -> bool:
     return small and x.is_cpu and not torch.compiler.is_compiling() and not forced()
 
 
-def _fused_route(
-    x: Tensor, weight: Tensor, bias: Any, terms: Sequence[Term], seed: Any, packed: Packed | None
-) -> str:
-    """The route of the fused operation, or "" if it cannot run; see the module's docstring."""
-    if compiling := torch.compiler.is_compiling():
-        # On a CPU, torch.compile fuses the reference well, but cannot draw a mask from a seed.
-        operator = x.is_cuda or seed is not None
-        fusable = bool(terms) and operator and not torch.compiler.is_exporting()
-    else:
-        others = (weight, bias, seed, *(factor for term in terms for factor in term[:2]))
-        fusable = (
-            is_ordinary(x)
-            and all(t is None or (type(t) in PLAIN_TYPES and t.device == x.device) for t in others)
-            and _compute_dtype(weight) == _compute_dtype(x)
-            and not (packed is None and _capturing(x))  # nothing would keep what the graph reads
-        )
-    if weight.requires_grad or not fusable:
-        return ""
-    large, dtype = compiling or x.numel() >= tuning.SMALL * x.shape[-1], _compute_dtype(x)
-    name = route(x.device, dtype, large).name
-    has_kernel = len(terms) > 0 and dtype in tuning.DTYPE_NAMES
-    return name if has_kernel or name == "reference" else ""
-
-
 def copies_of(x: Tensor, packed: Packed | None, *tensors: Tensor) -> Copies:
     """The packed copies of these tensors that a call with this x may use."""
     if packed is None or torch.compiler.is_compiling():
         return Copies()
-    return Copies(packed.copies(*tensors), packed.graph if _capturing(x) else None)
-
-
-def _capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return Copies(packed.copies(*tensors), packed.graph if is_capturing(x.device) else None)

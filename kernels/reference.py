@@ -2,8 +2,8 @@
 
     y = x W0^T + b + c (m * x) A^T B^T      c = scale / (1 - p)
 
-for one projection (Hu et al. 2021, equation 3, with dropout on the branch's input). Everything here
-is differentiable by autograd, any number of times, in float64 too, and runs where `ops.py` says.
+for one projection (Hu et al. 2021, equation 3, with dropout on the branch's input). Autograd can
+differentiate it any number of times.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,18 +16,6 @@ from fastlora.kernels.call import Term
 from fastlora.kernels.dropout import keep_mask
 
 Mask = Callable[..., Tensor]  # `keep_mask`, or `philox_keep` to draw a GPU's mask on any device
-
-
-def lora_grouped(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    terms: Sequence[Term],
-    seed: Tensor | None = None,
-    mask: Mask = keep_mask,
-) -> Tensor:
-    """x [..., K], weight [N, K], bias [N] or None; returns y [..., N]. See `add_terms`."""
-    return add_terms(F.linear(x, weight, bias), x, terms, seed, mask)
 
 
 def add_terms(

@@ -6,20 +6,22 @@ triton      the vendor's GEMM on W0, and Triton kernels that add the terms (trit
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.kernels import selfcheck
 from fastlora.kernels.cpu import route as cpu_route
 from fastlora.kernels.triton import tuning
 
 ROUTES = ("reference", "gemm", "triton")
 _forced: ContextVar[str] = ContextVar("forced route", default="")
+_warn_once = lru_cache(maxsize=64)(warnings.warn)
 
 
 class Route(NamedTuple):
@@ -40,25 +42,25 @@ def implementation(name: str) -> Any:
 
 @lru_cache(maxsize=64)
 def _detect(device: torch.device, dtype: torch.dtype, large: bool) -> Route:
-    if device.type != "cuda":
+    capability = tuning.capability(device)
+    if not capability:
         return Route("reference", f"PyTorch's own GEMMs on {device.type}")
-    if find_spec("triton") is None:
-        return Route("reference", "Triton is not installed")
     if dtype not in tuning.DTYPE_NAMES:
         return Route("reference", f"no kernel for {dtype}")
-    from fastlora.kernels.triton import turing
-
-    capability = tuning.capability(device)
+    try:
+        from fastlora.kernels.triton import turing
+    except Exception as error:  # a damaged installation may raise anything
+        return Route("reference", f"Triton cannot be imported: {error}")
     if capability < 75:
         return Route("reference", f"Triton does not support sm_{capability}")
     if capability < 80 and dtype == torch.bfloat16:
         return Route("reference", f"no bf16 tensor cores on sm_{capability}")
     name = tuning.config(capability, dtype, tuning.SMALL if large else 1).route
-    if capability == 75:
-        if problem := turing.problem():
-            return Route("gemm", f"no Turing tensor cores in Triton kernels: {problem}")
-        return Route(name, "Turing tensor cores through the compile-stage hook")
-    return Route(name, f"the table of block sizes for sm_{capability}")
+    if capability > 75:
+        return Route(name, f"the table of block sizes for sm_{capability}")
+    if problem := turing.problem():
+        return Route("gemm", f"no Turing tensor cores in Triton kernels: {problem}")
+    return Route(name, "Turing tensor cores through the compile-stage hook")
 
 
 @torch.compiler.assume_constant_result
@@ -67,20 +69,31 @@ def route(
 ) -> Route:
     """The route that `lora_grouped` takes on a device, for many rows or few, and why.
 
-    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one. Raises
-    ValueError when it names no route, or a route that cannot run here.
+    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one; ValueError if it
+    cannot run here or fails its self-check. By default the reference replaces kernels that fail.
     """
-    name, detected = forced(), _detect(torch.device(device), dtype, large)
-    if not name:
-        return detected
-    if name not in ROUTES:
+    device, name = torch.device(device), forced()
+    if name not in ("", *ROUTES):
         raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(ROUTES)})")
     if _forced.get():
         return Route(name, "forced")
-    runs = name == "reference" or detected.name != "reference"
-    if not runs and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"FASTLORA_ROUTE is {name!r}, but here: {detected.why}")
-    return Route(name, "forced by FASTLORA_ROUTE")
+    chosen = _detect(device, dtype, large)
+    if name:
+        runs = name == "reference" or chosen.name != "reference"
+        if not runs and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"FASTLORA_ROUTE is {name!r}, but here: {chosen.why}")
+        chosen = Route(name, "forced by FASTLORA_ROUTE")
+    checked = chosen.name != "reference" and dtype in tuning.DTYPE_NAMES
+    if not checked or os.environ.get("FASTLORA_SELF_CHECK") == "0":
+        return chosen
+    if not (problem := selfcheck.problem(device, dtype)):
+        return Route(chosen.name, f"{chosen.why}; self-check passed")
+    why = f"Triton's kernels failed their self-check on {device}: {problem}"
+    if name:
+        raise ValueError(f"FASTLORA_ROUTE is {name!r}, but {why}")
+    advice = "computing in plain PyTorch; please report this with what `fastlora doctor` prints"
+    _warn_once(f"fastlora: {why}; {advice}", RuntimeWarning)
+    return Route("reference", why)
 
 
 def forced() -> str:

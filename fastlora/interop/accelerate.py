@@ -15,12 +15,11 @@ from fastlora.interop.encoders import ATTENTIONS, ENCODERS, config_of, kind_of, 
 from fastlora.interop.padding import is_bare_encoder, why_padding_read
 from fastlora.interop.peft import PeftLinear, is_linear, is_lora_layer
 from fastlora.interop.swap import Swapped, SwappedDropout, SwappedLinear, swap, swap_back
+from fastlora.kernels import route
 from fastlora.lora.layer import LoRALinear
 
-_ZEROS = (
-    "states at padding are zeros from now on: if your code reads them (as a mean without the mask "
-    "does), call accelerate(model, real_tokens=False)"
-)
+_ZEROS = "states at padding are zeros from now on: if your code reads them (as a mean without the "
+_ZEROS += "mask does), call accelerate(model, real_tokens=False)"
 
 
 @dataclass
@@ -28,6 +27,7 @@ class Report:
     """What `accelerate` did. As a context manager, it undoes that at the end of the block."""
 
     model: str  # its class
+    kernels: str  # the route that computes it where it is now, why, and their self-check
     # By module name: what is accelerated, and why other modules are not.
     fused: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Report:
         swap_back(self.changed)
 
     def __str__(self) -> str:
-        lines = [f"fastlora: {self.model}"]
+        lines = [f"fastlora: {self.model}", f"  kernels: {self.kernels}"]
         for what, number in Counter(self.fused.values()).items():
             lines.append(f"  {number} {what if number == 1 else what.replace('layer', 'layers')}")
         lines += [f"  left as it was: {name or 'all'}: {why}" for name, why in self.kept.items()]
@@ -54,18 +54,18 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
 
     `model` is a `PeftModel`, a model of transformers (with `add_adapter` or without adapters), a
     `SentenceTransformer` or `CrossEncoder`, or a module that contains some of these. Parameters,
-    their names, state dicts, checkpoints and PEFT's methods stay as they are. A call that needs
-    PEFT's own forward or the padded batch runs as before, and a warning says so once.
+    state dicts and PEFT's methods stay as they are. A call that needs PEFT's own forward or the
+    padded batch runs as before, and a warning says so once.
 
     States at padding become zeros. So by default an encoder runs on real tokens where fastlora
     knows that no head reads them; pass `real_tokens=True` if yours does not, and False to keep all
     encoders as they are. Call it again when a head has been replaced or adapters were added.
 
-    Returns a report of each layer. Raises UserError, with nothing changed, where there is nothing
-    to accelerate.
+    Returns a report. Raises UserError, with nothing changed, where nothing can be accelerated.
     """
     root = _module(model)
-    report, plan = Report(type(root).__name__), dict[nn.Module, type[Swapped]]()
+    kernels = next(("{} ({})".format(*route(p.device, p.dtype)) for p in root.parameters()), "")
+    report, plan = Report(type(root).__name__, kernels), dict[nn.Module, type[Swapped]]()
     dropouts: list[nn.Module] = []
     to_restore: list[nn.Module] = []  # modules of encoders that must not be accelerated any more
     for name, module in root.named_modules():

@@ -127,10 +127,9 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """The settings, for `inject`, of an adapter folder that fastlora or PEFT wrote.
+    """The settings of an adapter folder, with targets by the weights' names.
 
-    The targets come from the names of the weights, all else from the configuration. Raises
-    UserError that names a setting which is not plain LoRA.
+    Raises UserError that names a setting which is not plain LoRA.
     """
     path = folder / CONFIG
     config = {key: value for key, value in read_json(path).items() if value is not None}

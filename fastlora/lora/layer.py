@@ -120,10 +120,7 @@ class LoRALinear(Linear):
         return self
 
     def add_adapter(self, name: str, config: LoraConfig, seed: int | None = None) -> None:
-        """Add an adapter of these settings.
-
-        Its initial weights depend only on its name, the layer's stream and the seed (None: drawn).
-        """
+        """Add an adapter; its weights follow from name, stream and seed (None: a random one)."""
         key = crc32(name.encode(), self.stream)
         seed = (draw_number() if seed is None else seed) ^ key
         # Not `self.weight`, because a parametrisation would be computed to get it.
@@ -173,10 +170,7 @@ class LoRALinear(Linear):
         return Choice(self.active)
 
     def terms(self, x: Tensor, column: int = 0) -> tuple[list[Term], Tensor | None]:
-        """The low-rank terms that act on an input [leading, ..., in], and the seed of their masks.
-
-        Raises UserError where the choice of adapters does not fit the input or what is merged.
-        """
+        """The terms that act on an input [leading, ..., in], and the seed of their masks."""
         if torch.compiler.is_compiling():
             choice = _uncompiled_choice(self) if self.scopes else self.default_choice()
         else:

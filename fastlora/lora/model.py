@@ -32,8 +32,7 @@ def inject(
     or parameters named in `train` (or by the end of their names) stay trainable. On a model that
     already has adapters, new ones are added; an adapter that a layer already has with the same
     settings is kept, and trainable parameters stay trainable. A single adapter is active; of
-    several, choose by `set_adapter` or `use_adapter`. Pass the whole model that you will save:
-    `save_pretrained` of a module that contains it would write W0.
+    several, choose by `set_adapter` or `use_adapter`. Pass the whole model that you will save.
 
     Returns the layers of these adapters by module name. Raises UserError, with nothing changed, for
     a target that matches nothing or cannot be adapted, and for a distributed model.
@@ -101,9 +100,8 @@ def merge(model: nn.Module, *adapters: str) -> None:
     """Fold adapters (by default the active ones) into the weights of the layers that have them.
 
     The sum is taken in fp32 or wider and rounded once. The state dict of a merged model has the
-    merged `weight`, and W0 as `base_weight`; loading it into an unmerged model loads W0.
-    Raises UserError, with nothing changed, for an unknown name, where something is merged already,
-    where a layer's forward is not that of `nn.Linear`, and where a sum is not finite.
+    merged `weight`, and W0 as `base_weight`; loading it into an unmerged model loads W0. UserError,
+    with nothing changed, where that is impossible, and where a sum is not finite.
     """
     layers = lora_layers(model)
     check_names(layers.values(), adapters)
@@ -195,8 +193,7 @@ def use_adapter(
 def pack(model: nn.Module) -> None:
     """Let a model's frozen linear layers keep packed copies of their weights.
 
-    Use it only if you know when the weights change: after a write that PyTorch does not count
-    (through `.data`, NumPy or a collective operation), call `pack` again.
+    After a write that PyTorch does not count (see `Packed`), call `pack` again.
     """
     for module in model.modules():
         if isinstance(module, Linear):
@@ -260,10 +257,7 @@ def _merged_weight(layer: LoRALinear, names: Sequence[str]) -> Tensor:
 
 
 def _save_pretrained(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-    """transformers' `save_pretrained` with the active adapters merged into what is written.
-
-    Any reader of the folder gets the trained weights; a model with adapters gets W0 and them back.
-    """
+    """transformers' `save_pretrained` with the active adapters merged into what is written."""
     if keywords.get("state_dict") is not None:
         raise UserError("save_pretrained got a state_dict, into which no adapter can be merged")
     _check_tied(module)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastlora.kernels import Linear, Packed, Term, copies_of, is_small, lora_grouped
+from fastlora.kernels import Linear, Packed, Term, lora_grouped
+from fastlora.kernels.ops import copies_of, is_small
 from fastlora.lora.layer import PLAIN, LoRALinear
 
 OURS = (LoRALinear.forward,)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -34,6 +33,7 @@ from optuna.trial import FrozenTrial, TrialState
 from fastlora.console import Log
 from fastlora.data.batches import subset
 from fastlora.data.reading import TaskData
+from fastlora.devices import synchronized_time
 from fastlora.errors import Diverged, Interrupted, RunError, UserError
 from fastlora.files import write_json
 from fastlora.lora.config import TARGETS
@@ -183,7 +183,7 @@ class Search:
 
         Raises TrialPruned if its score on an earlier share is not in the best third.
         """
-        start, scores = time.perf_counter(), []
+        start, scores = synchronized_time(self.setup.device), []
         setup = self.setup.narrow(self.configure(self.setup.config, settings))
         setup = replace(setup, dev=self.dev(0, inf if stage == "ranks" else SHORT_DEV))
         for share in SHARES[stage]:
@@ -196,7 +196,7 @@ class Search:
                     trial.set_user_attr("ranks", list(ranks.items()))
             except Diverged:
                 scores.append(DIVERGED)
-            seconds = time.perf_counter() - start
+            seconds = synchronized_time(self.setup.device) - start
             row = {"stage": stage, "trial": trial.number, **settings, "first score": scores[0]}
             results = {"share": share, "score": scores[-1], "seconds": seconds}
             trial.set_user_attr("row", row | results)

@@ -1,8 +1,7 @@
 """Route "reference": PyTorch's own products, term by term.
 
-On a CPU, oneDNN's GEMM takes 0.78 to 0.97 of the time of `F.linear`, which uses PyTorch's BLAS. On
-a weight packed in oneDNN's blocks it mostly takes up to 6% less again (two AVX-512 cores, 128 to
-4,096 rows, MiniLM's and BERT-base's projections, fp32 and bf16).
+On a CPU, oneDNN's GEMM takes 0.78 to 0.97 of the time of `F.linear`, and on a weight packed in
+oneDNN's blocks up to 6% less again (two AVX-512 cores, MiniLM's and BERT-base's projections).
 """
 
 from collections.abc import Iterator
@@ -52,10 +51,7 @@ def backward(
 def _terms(
     call: Call, saved: Tensor, x: Tensor | None, y: Tensor
 ) -> Iterator[tuple[Term, Tensor, Tensor, Tensor, Tensor | None]]:
-    """Each term, its u [M_t, r] in the flat buffer, its rows of x, its block of y, and its mask.
-
-    The mask has x's dtype (0 drops), or is None without dropout. y may be the output's gradient.
-    """
+    """Each term, its u [M_t, r] in the buffer, rows of x, block of y (or g), and mask or None."""
     for t in call.terms:
         assert x is not None
         rows, rank = t.rows[1] - t.rows[0], t.lora_A.shape[0]

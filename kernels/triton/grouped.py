@@ -1,8 +1,7 @@
 """Tables that tell the kernels which rows and columns each low-rank term covers.
 
-Terms may cover any ranges of rows, even empty or overlapping ones. The rows are cut into segments
-in which the same terms apply, and one launch computes all of them. The `Pieces`, which depend on
-the layer only, and the tiles of rows, which depend on the batch only, are cached separately.
+Terms may cover any ranges of rows. The rows are cut into segments in which the same terms apply,
+and one launch computes all of them. `Pieces` depend on the layer, tiles of rows on the batch.
 """
 
 from collections.abc import Sequence
@@ -46,18 +45,15 @@ class Pieces:
     def __init__(self, shapes: tuple[tuple[Any, ...], ...], device: torch.device) -> None:
         table, scales, terms, offset = [], [], [], 0
         for term, (rank, column, width, stream, drop, scale) in enumerate(shapes):
-            # Streams are unsigned 32-bit numbers; the table is int32.
-            stream = (stream + 2**31) % 2**32 - 2**31
+            stream = (stream + 2**31) % 2**32 - 2**31  # unsigned, but the table is int32
             for first in range(0, padded(rank), RANK_BLOCK):
                 size = min(RANK_BLOCK, padded(rank) - first)
                 table.append((offset + first, size, column, width, stream, drop))
                 scales.append(scale)
                 terms.append(term)
             offset += padded(rank)
-        self.ranks = offset  # R, the width of u and v
         self.terms = tuple(terms)  # the term of each piece
-        # [P, 6], one row for each piece: its first column in u, v and the packed factors, its
-        # ranks, the first column and the width of its block, its stream and threshold.
+        # [P, 6]; see `load_piece`.
         self.table = torch.tensor(table, dtype=torch.int32, device=device)
         self.scales = torch.tensor(scales, dtype=torch.float32, device=device)  # [P], each one's c
         self.has_dropout = any(row[5] for row in table)
@@ -81,15 +77,15 @@ class Plan:
         self.blocks = tuning.config(tuning.capability(x.device), x.dtype, len(x))
         self.draws = dict(seed_ptr=call.seed, scales_ptr=self.pieces.scales)
 
-    def tiles(self, size: int) -> tuple[Tensor, int]:
+    def tiles(self, size: int) -> tuple[Tensor, Tensor, int]:
         """int32 [tiles, 2 + 2 * slots]: first row, end, and in each slot a piece and its first row.
 
-        A tile has up to `size` rows of one segment; an unused slot holds -1. The second result is
-        `slots`, the largest number of pieces that apply to a row.
+        A tile has up to `size` rows of one segment; an unused slot holds -1. Also returns fp32
+        [P, tiles * slots], 1 where a slot holds the piece, and `slots`, the most pieces of a row.
         """
         found = _tiles(self.ranges, self.pieces.terms, size, self.pieces.table.device)
         if (graph := self.call.copies.graph) is not None:  # its tables must outlive the caches
-            graph.append((self.pieces, found[0]))
+            graph.append((self.pieces, found))
         return found
 
     def launch(
@@ -103,7 +99,7 @@ class Plan:
         **constants: Any,
     ) -> None:
         """Run a kernel on the tiles, with the tables that all kernels take."""
-        (tiles, slots), pieces = self.tiles(size), self.pieces
+        (tiles, _, slots), pieces = self.tiles(size), self.pieces
         arguments = dict(tiles_ptr=tiles, pieces_ptr=pieces.table, **others)
         for name, matrix in matrices.items():
             strides = (0, 0) if matrix is None else matrix.stride()
@@ -118,7 +114,7 @@ class Plan:
 @lru_cache(maxsize=1024)
 def _tiles(
     ranges: tuple[tuple[int, int], ...], terms: tuple[int, ...], size: int, device: torch.device
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor, int]:
     cuts = sorted({row for ends in ranges for row in ends})
     segments = [
         (a, b, [p for p, t in enumerate(terms) if ranges[t][0] <= a and b <= ranges[t][1]])
@@ -130,4 +126,7 @@ def _tiles(
         entries += [-1, 0] * (slots - len(used))
         table += [(a, min(stop, a + size), *entries) for a in range(start, stop, size)]
     tiles = torch.tensor(table, dtype=torch.int32, device="cpu").view(-1, 2 + 2 * slots)
-    return tiles.to(device, non_blocking=True), slots  # without waiting: every new batch needs one
+    owners = tiles[:, 2::2].reshape(1, -1) == torch.arange(len(terms), device="cpu")[:, None]
+    # Without waiting, because every new batch needs them.
+    found = [table.to(device, non_blocking=True) for table in (tiles, owners.float())]
+    return found[0], found[1], slots

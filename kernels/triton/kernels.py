@@ -3,28 +3,26 @@
     lora_down     the down-projection u
     lora_add      the terms, added to the frozen part of the output
     lora_outer    dA (or dB) as partial sums over chunks of rows, and dx in the same pass
-    lora_reduce   the sum of these, without atomics: gradients are reproducible bit for bit
 
+A GEMM adds these up, without atomics: gradients are reproducible bit for bit.
 All kernels read tables (see `grouped.py`). A tile is up to BLOCK_M rows of one segment, with one
 slot for each piece that applies there; a piece is at most 64 ranks of one term.
 """
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels.triton import tuning
 from fastlora.kernels.triton.grouped import Plan
 
 
 @triton.jit
 def load_piece(pieces_ptr, piece, ALIGN: tl.constexpr):
-    """Offset and number of its ranks, first column and width of its block, stream, threshold.
+    """First column and number of its ranks, first column and width of its block, stream, threshold.
 
-    The alignment hints make loads vectorised; without them each element is a load of its own.
+    The alignment hints make loads vectorised.
     """
     base = pieces_ptr + piece * 6
     return (
@@ -57,8 +55,7 @@ def keep_bits(seed, stream, row, column, threshold, BLOCK_K: tl.constexpr):
     """The mask of rows `row` [BLOCK_M] and columns [column, column + BLOCK_K), as bits.
 
     int32 [BLOCK_M, BLOCK_K // 8]: bit j is set where column j of eight is kept; column and BLOCK_K
-    are multiples of 8. One Philox call gives eight 16-bit lanes, so a mask costs about 9
-    instructions an element, 57 with one call an element (`tl.rand`). It depends on no tile size.
+    are multiples of 8. One Philox call gives eight 16-bit lanes: about 9 instructions an element.
     """
     group = column // 8 + tl.arange(0, BLOCK_K // 8)
     c0 = (group[None, :] + row[:, None] * 0).to(tl.uint32)
@@ -204,13 +201,13 @@ def lora_outer(
         seed = tl.load(seed_ptr)
     for slot in range(SLOTS):
         piece = tl.load(chunk_ptr + 2 + 2 * slot)
+        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
         if piece >= 0:
             origin = tl.load(chunk_ptr + 3 + 2 * slot)
             offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
             column0, depth, scale = 0, K, tl.load(scales_ptr + piece)
             if IN_BLOCK:
                 column0, depth, scale = column, width, 1.0
-            acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
             if HAS_DX:
                 a = load_tile(a_ptr, offset + rank, stride_a0, k, stride_a1, rank < ranks, k < K)
             for first in range(start, stop, BLOCK_M):
@@ -234,59 +231,31 @@ def lora_outer(
                         part = load_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K)
                     branch += part.to(tl.float32)
                     store_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K, branch)
-            partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
-            store_tile(partial_ptr, partial_row, K, k, 1, rank < ranks, k < K, acc * scale)
+            acc *= scale
+        partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
+        store_tile(partial_ptr, partial_row, K, k, 1, rank >= 0, k < K, acc)
         # Wait: the next slot reads dx that other threads of this program have written.
         tl.debug_barrier()
 
 
-@triton.jit
-def lora_reduce(
-    partial_ptr, d_ptr, tiles_ptr, pieces_ptr,
-    PARTIALS, K,
-    SLOTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """d [R, K] = sum of each piece's partials, a program for each row of d and block of columns."""
-    piece, rank = tl.program_id(0) // BLOCK_R, tl.program_id(0) % BLOCK_R
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-    offset, ranks = tl.load(pieces_ptr + piece * 6), tl.load(pieces_ptr + piece * 6 + 1)
-    if rank < ranks:
-        for first in range(0, PARTIALS, BLOCK_C):
-            i = first + tl.arange(0, BLOCK_C)
-            entry = tiles_ptr + (i // SLOTS) * (2 + 2 * SLOTS) + 2 + 2 * (i % SLOTS)
-            mine = tl.load(entry, mask=i < PARTIALS, other=-1) == piece
-            acc += load_tile(partial_ptr, i.to(tl.int64) * BLOCK_R + rank, K, k, 1, mine, k < K)
-        d_row = (offset + rank).to(tl.int64) * K
-        tl.store(d_ptr + d_row + k, tl.sum(acc, 0), mask=k < K)
-
-
 def outer(
     plan: Plan, x: Tensor, v: Tensor, A: Any = None, base: Any = None, dx: Any = None, span: int = 0
-) -> Tensor:
-    """dA [R, K] fp32 from x [M, K] and v [M, R] (two launches).
+) -> list[Tensor]:
+    """Each term's dA [r, K] fp32 from x [M, K] and v [M, R]: `lora_outer`, and a GEMM that sums up.
 
     With `base` [M, K] and A [R, K], also computes dx = base + c m * (v A). `base` may be dx itself,
     and must be if some rows have no term. With `span`, the width of the widest block, computes
-    dB^T [R, span] from x = the output's gradient and v = u instead.
+    dB^T [r, span] from x = the output's gradient and v = u instead.
     """
     pieces, blocks, K = plan.pieces, plan.blocks.outer, span or x.shape[1]
-    chunks, slots = plan.tiles(blocks.chunk)
-    partial = x.new_empty(len(chunks), slots, pieces.block_r, K, dtype=torch.float32)
+    owners = plan.tiles(blocks.chunk)[1]
+    partial = owners.new_empty(owners.shape[1], pieces.block_r * K)
     plan.launch(
         lora_outer, blocks, blocks.chunk, triton.cdiv(K, blocks.k),
         dict(x=x, v=v, a=A, b=base, dx=dx), dict(partial_ptr=partial, K=K, **plan.draws),
         BLOCK_K=blocks.k, HAS_DX=base is not None, IN_BLOCK=span > 0,
         HAS_DROPOUT=pieces.has_dropout and not span,
     )  # fmt: skip
-    d = x.new_empty(pieces.ranks, K, dtype=torch.float32)
-    tables = dict(tiles_ptr=chunks, pieces_ptr=pieces.table)
-    tuning.launch(
-        lora_reduce,
-        # Pieces come first, because only the first axis of a grid may exceed 65,535.
-        (len(pieces.terms) * pieces.block_r, triton.cdiv(K, blocks.k)),
-        dict(partial_ptr=partial, d_ptr=d, PARTIALS=len(chunks) * slots, K=K, **tables),
-        dict(SLOTS=slots, BLOCK_C=32, BLOCK_K=blocks.k, BLOCK_R=pieces.block_r),
-        blocks,
-    )
-    return d
+    sums = (owners @ partial).view(-1, K)  # [P * block_r, K]
+    first = [pieces.terms.index(term) * pieces.block_r for term in range(len(plan.call.terms))]
+    return [sums[i : i + len(t.lora_A)] for i, t in zip(first, plan.call.terms, strict=True)]

@@ -1,8 +1,7 @@
 """Routes "gemm" and "triton": the order in which a pass launches kernels and vendor GEMMs.
 
-Both keep u = c (m * x) A^T for backward and draw the masks again from the seed. If every term
-covers all rows, route "gemm" extends K and keeps [x | u]. Otherwise, and always on route "triton",
-the GEMM reads W0 as it is and kernels add the terms to y and dx.
+Both keep u = c (m * x) A^T for backward. If every term covers all rows, route "gemm" extends K and
+keeps [x | u]. Otherwise, and always on route "triton", kernels add the terms to y and dx.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,15 +59,16 @@ def backward(
         base = dx = grad @ call.weight if need_dx else None
     dA = outer(plan, x, v, A, base, dx)
     if fits_one_gemm(call.terms, M):
-        # Each term's product reads its own columns of the gradient only.
         half = grad.is_cuda and grad.dtype != torch.float32
         mm = partial(torch.mm, out_dtype=torch.float32) if half else torch.mm
         g, u = (grad, u) if half else (grad.float(), u.float())
         places = _places(call.terms)
-        return dx, [part for r, c in places for part in (dA[r], mm(g[:, c].T, u[:, r]))]
-    widest = max(term.lora_B.shape[0] for term in call.terms)
-    dB = outer(plan, grad, u, span=widest).T
-    return dx, _parts(dA, dB, [term._replace(column=0) for term in call.terms])
+        dB = [mm(g[:, columns].T, u[:, ranks]) for ranks, columns in places]  # reads these only
+    else:
+        widths = [len(term.lora_B) for term in call.terms]
+        sums = outer(plan, grad, u, span=max(widths))
+        dB = [part[:, :width].T for part, width in zip(sums, widths, strict=True)]
+    return dx, [part for pair in zip(dA, dB, strict=True) for part in pair]
 
 
 def _parts(A: Tensor, B: Tensor, terms: Sequence[Term]) -> list[Tensor]:
@@ -86,9 +86,8 @@ def _places(terms: Sequence[Term]) -> Iterator[tuple[slice, slice]]:
 def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tensor, Tensor]:
     """All terms' A [R, K], [W0 | B] [N, K + R] and B [N, R] in the compute type.
 
-    Without `extend`, the second is only B. If the weight's owner keeps the buffers, each forward
-    pass copies the factors into them, so changes of the factors need not be tracked. Two sets of
-    factors never share a buffer, so no other pass can overwrite what a backward pass will read.
+    Without `extend`, the second is B. If the weight's owner keeps the buffers, each forward pass
+    copies the factors into them. Each set of factors has its own, so no other pass overwrites it.
     """
     tensors, columns = call.factors, tuple(term.column for term in call.terms)
 
@@ -99,8 +98,7 @@ def _factors(call: Call, dtype: torch.dtype, extend: bool) -> tuple[Tensor, Tens
         if extend:
             packed[:, :K] = call.weight
         A, B = packed.new_zeros(R, K), packed[:, K * extend :]
-        # Filled here, before another thread can find the buffer.
-        torch._foreach_copy_(_parts(A, B, call.terms), tensors)
+        torch._foreach_copy_(_parts(A, B, call.terms), tensors)  # before another thread finds them
         return A, packed, B
 
     places = tuple((f.data_ptr(), f.shape, f.stride()) for f in tensors)

@@ -1,11 +1,9 @@
 """Block sizes and route per (capability, dtype, number of rows).
 
-A table replaces Triton's autotuning, which would measure during the user's first step, give other
-results each time, and not run in the interpreter. The shipped rows are guesses that compile without
-spills. `fastlora tune` (tuner.py) measures on the user's GPU; its results take precedence.
+A table replaces Triton's autotuning, which would measure in the user's first step and give other
+results each time. The shipped rows are guesses; what `fastlora tune` measures takes precedence.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -88,16 +86,8 @@ def launch(
     """Run `kernel` on `grid`. All launches come here, so that tests can count and capture them."""
     if all(grid):
         first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
-        # Triton launches on the current device.
-        with torch.cuda.device_of(first), compiling(capability(first.device)):
-            kernel[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
-
-
-def compiling(capability: int) -> AbstractContextManager[Any]:
-    """The context in which kernels for GPUs of a capability compile; see turing.py."""
-    if capability == 75:
         from fastlora.kernels.triton import turing
 
-        if not turing.problem():
-            return turing.compiling()
-    return nullcontext()
+        # Triton launches on the current device.
+        with torch.cuda.device_of(first), turing.compiling(capability(first.device)):
+            kernel[grid](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)

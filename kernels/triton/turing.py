@@ -1,17 +1,14 @@
 """Tensor cores on a T4 (sm_75) with stock Triton.
 
 Triton 3.4 and later silently compile `tl.dot` for sm_75 to scalar FMA with spills, at an eighth of
-the tensor cores' rate; Triton no longer supports the chip. The compiler still knows Turing's
-instruction, though: the pass that makes MMA layouts picks "version 2.0" for sm_80, and "2.1" is the
-layout of Turing's `mma.sync.m16n8k8`. So this hook replaces the TTGIR stage by the sm_80 one
-without pipelining (cp.async came with Ampere), and relabels layout and target in the module's text.
-Everything after that is stock. It acts on launches with `num_stages=1`, which the fp16 row for
-sm_75 has (fp32 has no tensor cores there).
+the tensor cores' rate. The compiler still knows Turing's instruction, though: "version 2.0" of MMA
+layouts is that of sm_80, and "2.1" that of Turing's `mma.sync.m16n8k8`. So this hook replaces the
+TTGIR stage by the sm_80 one without pipelining (cp.async came with Ampere), and relabels layout and
+target in the module's text. It acts on launches with `num_stages=1`, as the fp16 row for sm_75 has.
 
 Triton has one hook for the whole process, so it is in place only while a kernel of ours is launched
-on such a chip: `tuning.launch` enters `compiling` for that. Not only the first launch, which
-compiles, needs the hook: Triton 3.7 and later look up compiled kernels by the hook's cache key, and
-3.6 would go on using a kernel of the disk cache that was compiled without it.
+on such a chip, and not only to compile: Triton 3.7 and later look up compiled kernels by the hook's
+key, and 3.6 would go on using a kernel of the disk cache that was compiled without it.
 """
 
 import hashlib
@@ -27,7 +24,7 @@ from typing import Any
 import triton
 
 TESTED = ((3, 6), (3, 9))  # the versions that the tests compile with, first and last
-KERNELS = {"lora_down", "lora_add", "lora_outer", "lora_reduce"}
+KERNELS = {"lora_down", "lora_add", "lora_outer"}
 KEY = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of this version of the hook
 
 
@@ -42,8 +39,7 @@ def problem() -> str:
 class Hook:
     """Triton's stage hook, which first calls the one that was there before: see the module's text.
 
-    It does nothing without `users`, the threads that are in `compiling`, because another library
-    may have stored it as its predecessor and go on calling it.
+    It does nothing without `users`, threads in `compiling`: others may have stored it for good.
     """
 
     def __init__(self, earlier: Any = None, users: int = 1) -> None:
@@ -65,8 +61,11 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """Inside, our kernels compile for sm_75 with tensor cores. There must be no `problem`."""
+def compiling(capability: int) -> Iterator[None]:
+    """Inside, our kernels compile for sm_75 with tensor cores, unless there is a `problem`."""
+    if capability != 75 or problem():
+        yield
+        return
     runtime: Any = triton.knobs.runtime
     with _lock:
         hook = runtime.add_stages_inspection_hook

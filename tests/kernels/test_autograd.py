@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, same_mask
+from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, reference, same_mask
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from fastlora.kernels import Term, forced_route, lora_grouped, lora_linear
-from fastlora.kernels.reference import lora_grouped as reference
 
 # From within PyTorch's forward-mode derivatives.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

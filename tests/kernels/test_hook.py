@@ -47,16 +47,16 @@ def test_it_leaves_other_kernels_alone():
 
 def test_it_is_in_place_only_inside():
     before = current()
-    with tuning.compiling(75):
+    with turing.compiling(75):
         assert replaced(current())
-        with tuning.compiling(75):
+        with turing.compiling(75):
             assert replaced(current())
         assert replaced(current())
     assert current() is before
-    with pytest.raises(KeyError), tuning.compiling(75):
+    with pytest.raises(KeyError), turing.compiling(75):
         raise KeyError
     assert current() is before
-    with tuning.compiling(80):
+    with turing.compiling(80):
         assert current() is before
 
 
@@ -64,7 +64,7 @@ def test_its_key_is_the_same_each_time():
     """Triton keys compiled kernels by it: another key would compile them again."""
     keys = set()
     for _ in range(2):
-        with tuning.compiling(75):
+        with turing.compiling(75):
             keys.add(current()())
     assert len(keys) == 1
     assert all(keys.pop())
@@ -78,7 +78,7 @@ def test_it_chains_to_the_hook_that_was_there(monkeypatch):
         return "earlier", "hash"
 
     monkeypatch.setattr(RUNTIME, "add_stages_inspection_hook", earlier)
-    with tuning.compiling(75):
+    with turing.compiling(75):
         key, digest = current()()
         assert key.startswith("earlier")
         assert key != "earlier"
@@ -91,7 +91,7 @@ def test_it_chains_to_the_hook_that_was_there(monkeypatch):
 def test_a_hook_that_others_put_there_meanwhile_stays(monkeypatch):
     """It may call ours for good: by then, ours changes nothing."""
     monkeypatch.setattr(RUNTIME, "add_stages_inspection_hook", None)
-    with tuning.compiling(75):
+    with turing.compiling(75):
         ours = current()
 
         def theirs(*stage):
@@ -101,7 +101,7 @@ def test_a_hook_that_others_put_there_meanwhile_stays(monkeypatch):
     assert current() is theirs
     assert not replaced(ours)
     assert ours() == ("", "")
-    with tuning.compiling(75):
+    with turing.compiling(75):
         assert replaced(current())
     assert current() is theirs
 
@@ -112,14 +112,14 @@ def test_threads_that_launch_at_once():
     seen = []
 
     def first():
-        with tuning.compiling(75):
+        with turing.compiling(75):
             first_in.set()
             last_in.wait(10)
         first_out.set()
 
     def last():
         first_in.wait(10)
-        with tuning.compiling(75):
+        with turing.compiling(75):
             last_in.set()
             first_out.wait(10)
             seen.append(replaced(current()))
@@ -152,12 +152,13 @@ def test_an_untested_triton_compiles_without_it(monkeypatch):
     assert turing.problem() == ""
     monkeypatch.setattr(triton, "__version__", "3.3.1")
     assert "3.3.1" in turing.problem()
-    with tuning.compiling(75):
+    with turing.compiling(75):
         assert current() is before
 
 
 def test_asking_for_the_route_installs_nothing(monkeypatch):
     before = current()
+    monkeypatch.setenv("FASTLORA_SELF_CHECK", "0")
     monkeypatch.setattr(tuning, "capability", lambda _device: 75)
     # Answers are kept by device: these are nobody else's.
     assert "compile-stage hook" in route("cuda:98", torch.float16).why

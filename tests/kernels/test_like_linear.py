@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from oracle import DEVICE, DTYPES, NAMES, SEED, judge, make, same_mask
+from oracle import DEVICE, DTYPES, NAMES, SEED, judge, make, reference, same_mask
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlora.kernels import Linear, Packed, Term, forced_route, lora_grouped, lora_linear
-from fastlora.kernels.reference import lora_grouped as reference
 
 M, K, N, R = 14, 16, 24, 4
 ROUTES = pytest.mark.parametrize("route", NAMES)

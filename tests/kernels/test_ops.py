@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import reference
 
 from fastlora.kernels import Term, forced_route, lora_grouped, lora_linear
-from fastlora.kernels.reference import lora_grouped as reference
 
 SEED = torch.tensor(99)
 

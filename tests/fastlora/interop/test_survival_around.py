@@ -17,6 +17,7 @@ from torch import nn
 
 import fastlora
 from fastlora.interop.swap import Swapped
+from fastlora.kernels import route
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastlora.accelerate")
 
@@ -37,6 +38,7 @@ def test_warnings_once(pair):
             "with output_hidden_states needs the padded batch"
         ]
     expected = ["fastlora: PeftModelForSequenceClassification"]
+    expected += ["  kernels: {} ({})".format(*route())]
     expected += ["  1 encoder on real tokens", "  4 LoRA layers of PEFT"]
     assert str(report).splitlines() == expected
 

@@ -332,7 +332,7 @@ def test_one_trial_in_three_goes_on(pretended, monkeypatch):
 
 def test_a_budget_ends_the_short_runs(pretended, monkeypatch):
     clock = iter(range(0, 1000, 4))  # a short run takes four seconds or eight
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(module, "synchronized_time", lambda device: next(clock))  # of finished work
     for _ in range(2):  # a search that has ended needs no more
         found = pretended.search(budget=timedelta(seconds=36), trials=12).run()
         stages = [trial["stage"] for trial in found["trials"]]

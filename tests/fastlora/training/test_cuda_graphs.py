@@ -119,7 +119,7 @@ def recorder(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork_rng(devices=()))
-    monkeypatch.setattr(ops, "_capturing", lambda x: bool(CAPTURING))
+    monkeypatch.setattr(ops, "is_capturing", lambda device: bool(CAPTURING))
     # The recorder watches operations, which a graph does not.
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
     monkeypatch.setattr(ops, "MIN_FUSED_WORK", 0)  # a GPU's products are fused however small

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from fastlora.kernels.call import Call, Term
 from fastlora.kernels.routes import implementation
-from fastlora.kernels.triton import tuning
+from fastlora.kernels.triton import tuning, turing
 
 KINDS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
@@ -49,7 +49,7 @@ def _compile(kernel, capability, signature, constants, aligned, warps, stages):
         attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = dict(num_warps=warps, num_stages=stages)
-    with tuning.compiling(capability):
+    with turing.compiling(capability):
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -82,7 +82,7 @@ def test_shipped_configuration(capability, dtype, row_name):
             cost = dropout_cost(capability, dtype, row, key, compiled, 32 * blocks.warps)
             alu = f"{cost:.1f}"
             assert cost <= ALU_LIMIT, f"{name} {flags}: {cost:.1f} instructions an element"
-        if capability == 75 and dtype == HALF and name != "lora_reduce":
+        if capability == 75 and dtype == HALF:
             classes = aot.loop_classes(compiled)
             time = "{:.0f} us ({})".format(*bound(name, c, classes, blocks.warps))
         dtype_name = tuning.DTYPE_NAMES[dtype]
@@ -92,7 +92,7 @@ def test_shipped_configuration(capability, dtype, row_name):
         )  # fmt: skip
         assert stack == 0, f"{name} {flags} spills {stack} bytes"
         assert compiled.metadata.shared <= SHARED_LIMIT[capability]
-        if dtype != SINGLE and name != "lora_reduce":
+        if dtype != SINGLE:
             assert mma, f"{name} {flags} has no tensor-core instruction"
 
 
@@ -106,7 +106,7 @@ def test_widest_tiles_of_ranks(capability, dtype, row_name):
         name = f"{kernel.__name__} {dict(constants)}"
         assert stack == 0, f"{name} spills {stack} bytes"
         assert compiled.metadata.shared <= SHARED_LIMIT[capability]
-        assert mma or dtype == SINGLE or kernel.__name__ == "lora_reduce", name
+        assert mma or dtype == SINGLE, name
 
 
 def test_table(capsys):
