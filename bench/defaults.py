@@ -4,8 +4,7 @@
 
 Trains SST, Quora, STS and CFIMDB together on MiniLM-L6, two epochs on parts of the files, with
 seeds 0, 1 and 2, and writes a table as `fastlora reproduce` does: OUT/defaults/defaults.csv.
-CFIMDB's reviews are long, so fewer of them are used. The same command continues where it stopped;
-it takes about 50 minutes on two CPU cores with native bf16.
+CFIMDB's reviews are long, so fewer of them are used. The same command continues where it stopped.
 """
 
 import argparse
