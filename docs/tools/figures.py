@@ -91,7 +91,7 @@ def training_ratios() -> Figure:
     rows = [row for row in table("fastlora against")[1:] if not row[0].startswith("fastlora")]
     figure = Figure((7.5, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    names = [f"{name} ({batches})" for name, batches, *_ in rows][::-1]
+    names = [f"{name} ({batches})".replace("`", "") for name, batches, *_ in rows][::-1]
     bars = axes.barh(names, [ratio(row[2]) for row in rows][::-1], color=BLUE)
     axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=8)
     axes.axvline(1, color=GREY, lw=1)
@@ -123,18 +123,18 @@ def batch_sizes() -> Figure:
 def real_tokens() -> Figure:
     """The same four sentences as a padded square, and as the rows that fastlora computes."""
     lengths = [9, 4, 6, 2]
-    figure, axes = blank(66, 18)
+    figure, axes = blank(66, 14)
     for row, length in enumerate(lengths):
         for column in range(max(lengths)):
             colour = BLUE if column < length else "white"
-            axes.add_patch(Rectangle((1 + 2.2 * column, 11 - 2.2 * row), 2, 2, fc=colour, ec=GREY))
+            axes.add_patch(Rectangle((1 + 2.2 * column, 8.5 - 2.2 * row), 2, 2, fc=colour, ec=GREY))
     for position in range(sum(lengths)):
         column, row = position % 11, position // 11
-        axes.add_patch(Rectangle((36 + 2.2 * column, 9 - 2.2 * row), 2, 2, fc=BLUE, ec=GREY))
+        axes.add_patch(Rectangle((36 + 2.2 * column, 6.5 - 2.2 * row), 2, 2, fc=BLUE, ec=GREY))
     total = len(lengths) * max(lengths)
-    axes.text(1, 15, f"padded: every layer computes {total} positions", fontsize=8)
-    axes.text(36, 15, f"real tokens: every layer computes {sum(lengths)}", fontsize=8)
-    arrow(axes, (23, 8), (34, 8))
+    axes.text(1, 12, f"padded: every layer computes {total} positions", fontsize=8)
+    axes.text(36, 12, f"real tokens: every layer computes {sum(lengths)}", fontsize=8)
+    arrow(axes, (23, 6), (34, 6))
     return figure
 
 
