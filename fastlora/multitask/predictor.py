@@ -102,12 +102,6 @@ def predictions(
     return {name: predictions_from(data.task, outputs[name]) for name, data in datasets.items()}
 
 
-def predicted_labels(data: TaskData, outputs: np.ndarray) -> list[str]:
-    """The predictions as text, from outputs [N, outputs]; RunError where one is not finite."""
-    check_finite(data, outputs)
-    return label_texts(data.task, predicted_values(data.task, outputs))
-
-
 def scores_of(
     datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray]
 ) -> dict[str, float | None]:
@@ -177,8 +171,10 @@ def class_tables(
 
 
 def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:
-    """Write a CSV of id, prediction and, where known, label; RunError as `predicted_labels`."""
-    header, columns = ["id", "prediction"], [data.ids, predicted_labels(data, outputs)]
+    """Write a CSV of id, prediction and, where known, label; RunError as `check_finite`."""
+    check_finite(data, outputs)
+    found = label_texts(data.task, predicted_values(data.task, outputs))
+    header, columns = ["id", "prediction"], [data.ids, found]
     if data.labels is not None:
         header.append(data.task.label)
         columns.append(label_texts(data.task, data.labels))

@@ -70,8 +70,9 @@ def write_report(
     places = [adapter_place(Path("adapter"), name).as_posix() for name in adapters]
     card = {"title": title, "subject": subject, "scores": scores, "settings": settings}
     with atomic_open(folder / "adapter" / "README.md") as file:
-        header = _card_header(base, bool(places))
-        file.write(pages.render("README.md", card_data=header, folders=places, **card))
+        local = Path(base).is_dir() or pages.without_folders(base) != base
+        hub = None if local else base  # the hub knows no local folder
+        file.write(pages.render("README.md", hub=hub, folders=places, **card))
 
 
 def throughput(result: Mapping[str, Any]) -> str:
@@ -142,17 +143,3 @@ def _confusion_table(data: TaskData, outputs: np.ndarray) -> pages.Block | None:
     rows = zip(names, counts.tolist(), strict=True)
     header = [f"{data.task.name}: label", *(f"predicted {name}" for name in names)]
     return pages.table(header, ([name, *(f"{n:,}" for n in row)] for name, row in rows))
-
-
-def _card_header(base: str, has_adapters: bool) -> str:
-    """The YAML header of a Hugging Face model card."""
-    # Imported here because it is slow, and only the end of a run writes a card.
-    from huggingface_hub import ModelCardData
-
-    local = Path(base).is_dir() or pages.without_folders(base) != base
-    data = ModelCardData(
-        base_model=None if local else base,  # the hub knows no local folder
-        library_name="peft" if has_adapters else "fastlora",
-        tags=["lora", "fastlora"] if has_adapters else ["fastlora"],
-    )
-    return data.to_yaml()
