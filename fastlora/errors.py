@@ -1,7 +1,8 @@
 """The errors that end a command; the command line turns them into exit codes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -18,6 +19,12 @@ class RunError(Exception):
 
 class Diverged(RunError):
     """A training loss is not finite."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name: the known one that it resembles, or nothing."""
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @contextmanager

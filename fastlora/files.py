@@ -49,12 +49,17 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def check_replaceable(path: Path, source: Path | None = None) -> None:
-    """Raise UserError if a path, or what it links to, is a folder, a device, a pipe or `source`."""
+    """Raise UserError if a path, or what it links to, is a folder, a device or a pipe.
+
+    With `source`, also if it is that file, or lies in no folder that exists.
+    """
     exists = path.exists() or os.path.islink(os.path.realpath(path))  # true for a link to itself
     if exists and not path.is_file():
         raise UserError(f"{path}: is not a regular file (expected the name of a file to write)")
     if exists and source and source.exists() and path.samefile(source):
         raise UserError(f"{path}: is the input itself (expected the name of a file to write)")
+    if source and not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; make it first, or name another file")
 
 
 @contextmanager

@@ -11,44 +11,23 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from fastlora.cli.options import (
-    OUTPUT,
-    ComputeFlags,
-    EvalFlags,
-    FileFlags,
-    PredictFlags,
-    SearchFlags,
-    TableFlags,
-    TrainFlags,
-    given,
-    settings_from,
-    to_number,
-)
+from fastlora.cli import options
+from fastlora.cli.options import OUTPUT, given, settings_from, to_number
 from fastlora.cli.process import command_stop
 from fastlora.data.infer import FileTask
 from fastlora.errors import UserError
 from fastlora.files import check_replaceable
 from fastlora.studies.paper_tables import TABLES
 from fastlora.training.config import SearchConfig
-from fastlora.training.inputs import (
-    adapter_folder,
-    find_data,
-    find_inputs,
-    rank_and_world,
-    with_file,
-)
+from fastlora.training.inputs import adapter_folder, find_data, find_inputs, with_file
 
 _FLAT = Parameter(name="*")
 _DASH = Parameter(allow_leading_hyphen=True)  # "-" is standard input or output
-ConfigFile = Annotated[
-    Path | None,
-    Parameter(group=OUTPUT, help="TOML file of a run's settings; flags given here win."),
-]
+ConfigFile = Annotated[Path | None, Parameter(group=OUTPUT, help="TOML settings file; flags win.")]
 Quiet = Annotated[bool, Parameter(group=OUTPUT, negative="", help="Print nothing but errors.")]
 RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder with heads.")]
-Encoder = Annotated[
-    str | None, Parameter(help="Folder or name of the encoder, if it moved since training.")
-]
+TaskName = Annotated[str | None, Parameter(help="Task, of a run of several.")]
+Encoder = Annotated[str | None, Parameter(help="Folder or name of an encoder that has moved.")]
 
 app = App(
     name="fastlora",
@@ -63,8 +42,8 @@ def train(
     *files: Annotated[
         Path, Parameter(help="CSV, TSV or JSONL file to train on, with --text and --label.")
     ],
-    own: Annotated[FileFlags, _FLAT] = FileFlags(),  # noqa: B008
-    settings: Annotated[TrainFlags, _FLAT] = TrainFlags(),  # noqa: B008
+    own: Annotated[options.FileFlags, _FLAT] = options.FileFlags(),  # noqa: B008
+    settings: Annotated[options.TrainFlags, _FLAT] = options.TrainFlags(),  # noqa: B008
     config: ConfigFile = None,
     resume: Annotated[
         Path | None, Parameter(group=OUTPUT, help="Run folder to continue, as it was started.")
@@ -104,8 +83,8 @@ def train(
 @app.command
 def search(
     *,
-    settings: Annotated[TrainFlags, _FLAT] = TrainFlags(),  # noqa: B008
-    limits: Annotated[SearchFlags, _FLAT] = SearchFlags(),  # noqa: B008
+    settings: Annotated[options.TrainFlags, _FLAT] = options.TrainFlags(),  # noqa: B008
+    limits: Annotated[options.SearchFlags, _FLAT] = options.SearchFlags(),  # noqa: B008
     config: ConfigFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -120,7 +99,6 @@ def search(
     choice was based on. The same command continues an interrupted search. Train
     with the settings found: fastlora-train --config FOLDER/best.toml
     """
-    _check_alone("search")
     how = SearchConfig(**given(limits))
     wanted = settings_from(settings, config)
     inputs = find_inputs(wanted, beside=config)
@@ -136,11 +114,14 @@ def search(
 def evaluate(
     run: RunFolder,
     *,
-    settings: Annotated[EvalFlags, _FLAT] = EvalFlags(),  # noqa: B008
+    settings: Annotated[options.EvalFlags, _FLAT] = options.EvalFlags(),  # noqa: B008
     split: Annotated[Literal["train", "dev", "test"], Parameter(help="Split to score.")] = "dev",
     model: Encoder = None,
 ) -> None:
-    """Score a finished run on labelled data; options default to those of the run."""
+    """Score a finished run, or RUN/checkpoints/step-N of one, on labelled data.
+
+    Options but --limit default to those of the run.
+    """
     file = adapter_folder(run).parent / "run.toml"
     how = settings_from(settings, file if file.is_file() else None)
     if how.data is not None:
@@ -154,6 +135,7 @@ def evaluate(
     tasks = trained.tasks.values()
     folder, _ = find_data(how.data, tasks)
     rules = {"pairs": trained.settings["pairs"], "quoting": how.quoting, "bad_rows": how.bad_rows}
+    rules["limit"] = settings.limit
     datasets = load_tasks(folder, tasks, split, trained.tokenizer, **rules)
     log = Log(quiet=False)
     log.line(f"{run} on {folder}")
@@ -178,7 +160,7 @@ def predict(
     format: Annotated[
         Literal["csv", "cs224n"], Parameter(help="cs224n: the course's submission file.")
     ] = "csv",
-    settings: Annotated[PredictFlags, _FLAT] = PredictFlags(),  # noqa: B008
+    settings: Annotated[options.PredictFlags, _FLAT] = options.PredictFlags(),  # noqa: B008
     model: Encoder = None,
 ) -> None:
     """Add predictions and probabilities to the rows of a file, which needs no labels.
@@ -208,9 +190,7 @@ def merge(
     run: RunFolder,
     out: Annotated[Path, Parameter(help="Folder to write; must not exist, or be empty.")],
     *,
-    task: Annotated[
-        str | None, Parameter(help="Task of the adapter, for a run with adapters per task.")
-    ] = None,
+    task: TaskName = None,
     model: Encoder = None,
 ) -> None:
     """Fold a run's adapter into its encoder and write a Hugging Face folder."""
@@ -226,7 +206,7 @@ def export(
     run: RunFolder,
     out: Annotated[Path, Parameter(help="Folder to write; must not exist, or be empty.")],
     *,
-    task: Annotated[str | None, Parameter(help="Task to export, of a run of several.")] = None,
+    task: TaskName = None,
     merged: Annotated[bool, Parameter(negative="", help="Export all weights, merged.")] = False,
     model: Encoder = None,
 ) -> None:
@@ -239,7 +219,7 @@ def export(
     from fastlora.runs.export import export as write_model
     from fastlora.runs.trained import load
 
-    write_model(load(run, "cpu", model), run, task, out, merged)
+    write_model(load(run, "cpu", model), task, out, merged)
     print(f"{'model' if merged else 'adapter'} of a sequence classifier in {out}")
 
 
@@ -251,23 +231,22 @@ def reproduce(
     ],
     /,
     *,
-    settings: Annotated[TableFlags, _FLAT] = TableFlags(),  # noqa: B008
+    settings: Annotated[options.TableFlags, _FLAT] = options.TableFlags(),  # noqa: B008
     seeds: Annotated[int, Parameter(help="Number of seeds, from 0.", converter=to_number)] = 1,
     out: Annotated[Path, Parameter(help="Folder of the runs and the tables.")] = Path("studies"),
     quiet: Quiet = False,
 ) -> None:
     """Run the rows of the paper's tables and compare our scores with the paper's.
 
+    fastlora reproduce table2 --data data/ --model minilm --limit 2000
+    fastlora reproduce all --data data/ --seeds 3 --out studies/full
+
     table1 has a frozen encoder and full fine-tuning, table2 one LoRA adapter for
     all tasks, and table3 to table5 an adapter for SST, Quora and STS alone. The
     same command continues where it stopped.
-
-        fastlora reproduce table2 --data data/ --model minilm --limit 2000
-        fastlora reproduce all --data data/ --seeds 3 --out studies/full
     """
     if seeds < 1:
         raise UserError(f"seeds is {seeds} (expected 1 or more)")
-    _check_alone("reproduce")
     names = tuple(TABLES) if "all" in tables else tuple(dict.fromkeys(tables))
     tasks = dict.fromkeys(task for name in names for task in TABLES[name].tasks)
     wanted = replace(settings_from(settings, None), tasks=tuple(tasks), out=out)
@@ -311,7 +290,7 @@ def doctor() -> None:
 @app.command
 def tune(
     *,
-    settings: Annotated[ComputeFlags, _FLAT] = ComputeFlags(),  # noqa: B008
+    settings: Annotated[options.ComputeFlags, _FLAT] = options.ComputeFlags(),  # noqa: B008
 ) -> None:
     """Measure the kernels' block sizes on this GPU and keep the fastest for later runs."""
     from fastlora.training import tuner
@@ -323,8 +302,3 @@ def tune(
         raise UserError(f"device is {device}: only a CUDA GPU has block sizes to tune")
     file = tuner.tune(device, DTYPES[precision], print)
     print(f"measured block sizes in {file}; runs on this machine use them")
-
-
-def _check_alone(command: str) -> None:
-    if rank_and_world()[1] > 1:
-        raise UserError(f"{command} runs in one process; start it without torchrun")

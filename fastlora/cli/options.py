@@ -90,7 +90,7 @@ TableFlags = _flags(
     *("data", "model", "bad_rows", "quoting", "limit", "epochs", "tokens_per_batch"),
     *("precision", "device"),
 )
-EvalFlags = _flags(TrainConfig, "data", "bad_rows", "quoting", "device")
+EvalFlags = _flags(TrainConfig, "data", "bad_rows", "quoting", "limit", "device")
 PredictFlags = _flags(TrainConfig, "quoting", "device")
 ComputeFlags = _flags(TrainConfig, "precision", "device")
 FileFlags = _flags(FileTask)

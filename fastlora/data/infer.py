@@ -5,7 +5,6 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from itertools import islice
 from os.path import commonpath
 from pathlib import Path
@@ -21,7 +20,7 @@ from fastlora.data.tasks import (
     task_from_table,
     without_missing,
 )
-from fastlora.errors import UserError
+from fastlora.errors import UserError, did_you_mean
 
 Kind = Literal["classification", "multilabel", "regression"]
 DEV_SHARE = 0.1  # of a file that comes without a dev file
@@ -76,7 +75,7 @@ def task_of_file(
     if how.kind is None and not any(isinstance(record.get(label), list) for record in records):
         cells = label_cells(path, replace(draft, label=label), quoting, bad_rows)
     table = {
-        "kind": how.kind or (_kind(cells) if cells else "multilabel"),
+        "kind": how.kind or (_kind(file, cells) if cells else "multilabel"),
         "columns": columns,
         "label": label,
         "files": {split: str(name.relative_to(folder)) for split, name in files.items()},
@@ -104,14 +103,16 @@ def _columns(file: Path, records: list[dict], how: FileTask) -> tuple[tuple[str,
     text = how.text.split(",") if isinstance(how.text, str) else how.text
     for name in (*text, how.label):
         if name not in names:
-            close = get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, names)
             raise UserError(f"{file} has no column {name!r}, but {', '.join(names)}{hint}")
     return tuple(text), how.label
 
 
-def _kind(cells: list[str]) -> str:
-    """Infer the kind of a task from its label cells."""
+def _kind(file: Path, cells: list[str]) -> str:
+    """Infer the kind of a task from its label cells; UserError where "a|b" leaves it open."""
+    if several := next((cell for cell in cells if len(split_names(cell)) > 1), None):
+        both = "--kind multilabel if these are several labels, --kind classification if one"
+        raise UserError(f"{file}: there is the label {several!r:.60}; pass {both}")
     numbers = {label_number(cell) for cell in without_missing(cells)}
     few = len(numbers) <= MOST_CLASSES and all(n is None or n.is_integer() for n in numbers)
     return "classification" if few or None in numbers else "regression"

@@ -271,6 +271,7 @@ def _course(stem: str) -> dict[str, str]:
 
 _ONE = ("sentence",)
 _PAIR = ("sentence1", "sentence2")
+COURSE_NAMES = {"para": "quora"}  # what the course calls a task of ours
 # The CS224N default project's tasks, under its own file and column names.
 BUILTIN: dict[str, Task] = {
     task.name: task

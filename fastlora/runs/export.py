@@ -21,11 +21,9 @@ from fastlora.devices import usual_modes
 from fastlora.errors import UserError
 from fastlora.files import atomic_folder, read_json, write_json
 from fastlora.lora.files import CONFIG, load_adapter, save_adapter
-from fastlora.multitask.files import adapter_place
 from fastlora.multitask.heads import LinearHead
 from fastlora.runs.trained import Trained, check_empty, merged_weights
 from fastlora.tensors import write_tensors
-from fastlora.training.inputs import adapter_folder
 
 # Powers of two, so that nothing is rounded, which also keep all values in fp16's range. The mean is
 # scaled to SMALL * LARGE * LARGE = 2^12, and the first token's state to SMALL.
@@ -39,7 +37,7 @@ PROBLEMS = {
 
 
 @usual_modes()
-def export(trained: Trained, run: Path, task: str | None, out: Path, merged: bool) -> None:
+def export(trained: Trained, task: str | None, out: Path, merged: bool) -> None:
     """Write a folder for AutoModelForSequenceClassification: all weights, or an adapter of PEFT.
 
     The base of the adapter is the run's encoder, built with the folder's config.json. A regression
@@ -62,8 +60,8 @@ def export(trained: Trained, run: Path, task: str | None, out: Path, merged: boo
         if merged:
             write_tensors(building / "model.safetensors", model.state_dict())
         else:
-            place = adapter_place(adapter_folder(run), adapters[0])
-            load_adapter(model.base_model, place, adapters[0])
+            save_adapter(net.encoder, building, adapters[0], heads=False)
+            load_adapter(model.base_model, building, adapters[0])
             model.requires_grad_(False)
             for module in added:  # `save_adapter` writes what is trainable
                 module.requires_grad_(True)

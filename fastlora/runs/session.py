@@ -19,18 +19,11 @@ from fastlora.files import atomic_folder, read_json, read_toml, write_json
 from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
 from fastlora.multitask import files as adapters
+from fastlora.multitask import predictor
 from fastlora.multitask.files import BaseInfo
 from fastlora.multitask.metrics import metrics
 from fastlora.multitask.model import MultitaskBert
-from fastlora.multitask.predictor import class_tables, predict, score_table, write_predictions
-from fastlora.runs.folder import (
-    SETTINGS,
-    default_folder,
-    describe_gpu,
-    fingerprints,
-    open_run,
-    write_config,
-)
+from fastlora.runs import folder as folders
 from fastlora.runs.report import throughput, trained_share, write_report
 from fastlora.training.checkpoint import check_finite, trainable
 from fastlora.training.config import TaskLoraConfig, TrainConfig
@@ -41,6 +34,7 @@ from fastlora.training.setup import Setup, build_model, find_route, prepare, to_
 from fastlora.training.stopping import Stop
 
 ENCODER = "encoder"
+WRITTEN = {"lora": "adapter and heads", "frozen": "heads", "full": "encoder and heads"}
 
 
 @usual_modes()
@@ -73,28 +67,29 @@ def run_prepared(
     """As `run_training`, from a prepared setup; with `brief`, only the progress bar is shown."""
     world = World(setup.device)
     log = Log(quiet or not world.first, brief)
-    folder = Path(setup.config.out or default_folder(setup.config))
+    folder = Path(setup.config.out or folders.default_folder(setup.config))
     with closing(world), training(setup):
         model, base, notes = _build(setup)
         counts = parameter_report(model)
         parts = f"LoRA {counts['lora']:,}, heads and others {counts['other trainable']:,}"
         share = f"{trained_share(counts)[1]:.2f}%: {parts}; frozen {counts['frozen']:,}"
         device, *others = run_description(setup, world)
-        banner = [device, ("trainable", share), *others, ("run", str(folder))]
-        banner += [("note", note) for note in notes]
+        banner, remarks = [device, ("trainable", share), *others], [("note", n) for n in notes]
         if dry_run:
-            log.fields(banner)
+            place = setup.config.out or "a new folder in runs/"
+            log.fields([*banner, ("run", f"{place} (dry run: nothing is written)"), *remarks])
             return None
-        hashes = fingerprints(setup, base.encoder_sha256, base.encoder_config_sha256)
+        hashes = folders.fingerprints(setup, base.encoder_sha256, base.encoder_config_sha256)
         setup = replace(setup, fingerprints=hashes)
-        with open_run(folder, setup.config, hashes) if world.first else nullcontext():
+        with folders.open_run(folder, setup.config, hashes) if world.first else nullcontext():
             world.barrier()
             if is_finished(folder):
                 return _report_finished(folder, setup.config.keep, log)
             if world.first:
                 log.file = folder / "train.log"
-                write_config(folder / SETTINGS, setup.config)  # some may change in a continued run
-            log.fields(banner)
+                # Some settings may change in a continued run.
+                folders.write_config(folder / folders.SETTINGS, setup.config)
+            log.fields([*banner, ("run", str(folder)), *remarks])
             to_compute(model, setup.config, setup.device)
             result = _train(Trainer(setup, model, folder, world, log), folder, base)
             world.barrier()
@@ -126,7 +121,7 @@ def is_finished(folder: Path) -> bool:
 
 def _report_finished(folder: Path, keep: str, log: Log) -> Result:
     """Print the scores of a finished run, and return its result; UserError for another `keep`."""
-    if (kept := read_toml(folder / SETTINGS).get("keep", keep)) != keep:
+    if (kept := read_toml(folder / folders.SETTINGS).get("keep", keep)) != keep:
         raise UserError(f"{folder}: this run is finished, with keep {kept!r}; use a new --out")
     record = read_result(folder)
     log.line(f"{folder}: this run is finished; its scores are:")
@@ -185,7 +180,7 @@ def run_description(setup: Setup, world: World) -> list[tuple[str, str]]:
     kernels, reason = find_route(device, setup.config.precision)
     hardware = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        hardware = describe_gpu(device.index or 0)
+        hardware = folders.describe_gpu(device.index or 0)
     if world.size > 1:
         hardware += f", {world.size} processes"
     examples = []
@@ -220,21 +215,21 @@ def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> N
             base = replace(base, encoder_sha256=adapters.fingerprint(model.encoder))
         adapters.save_all(building, model, base, settings)
     # A run that was stopped after its last step, and then continued, has predicted nothing yet.
-    outputs = trainer.outputs or predict(model, setup.dev, trainer.dev_features)
+    outputs = trainer.outputs or predictor.predict(model, setup.dev, trainer.dev_features)
     for name, data in setup.dev.items():
-        write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
+        predictor.write_predictions(folder / "predictions" / f"{name}-dev.csv", data, outputs[name])
     record: dict[str, Any] = {
         "history": trainer.progress.scores,
         "parameters": parameter_report(model),
-        "table": score_table(model, setup.dev, outputs, "dev"),
+        "table": predictor.score_table(model, setup.dev, outputs, "dev"),
         "metrics": {n: metrics(d.task, outputs[n], d.labels) for n, d in setup.dev.items()},
         **vars(result),
     }
     write_json(folder / "result.json", record)
     write_report(folder, setup, model.settings, outputs, record)
-    for table in (record["table"], *class_tables(setup.dev, outputs)):
+    for table in (record["table"], *predictor.class_tables(setup.dev, outputs)):
         log.table(*table)
     log.line(
-        f"{throughput(record)}; adapter and heads in {folder / 'adapter'}, report in "
+        f"{throughput(record)}; {WRITTEN[config.mode]} in {folder / 'adapter'}, report in "
         f"{folder / 'report.html'}"
     )

@@ -13,10 +13,10 @@ import torch
 from fastlora.bert.weights import load_encoder, save_encoder
 from fastlora.data.reading import Rows, TaskData, encode_rows
 from fastlora.data.source import Source, resolve
-from fastlora.data.tasks import Task
+from fastlora.data.tasks import COURSE_NAMES, Task
 from fastlora.data.tokenizer import Tokenizer
 from fastlora.devices import local_device, usual_modes
-from fastlora.errors import UserError
+from fastlora.errors import UserError, did_you_mean
 from fastlora.files import atomic_folder
 from fastlora.lora.files import read_config
 from fastlora.lora.model import merge, pack, unmerge
@@ -25,7 +25,8 @@ from fastlora.multitask.metrics import Prediction
 from fastlora.multitask.model import MultitaskBert
 from fastlora.multitask.predictor import predictions
 from fastlora.runs.session import ENCODER
-from fastlora.training.inputs import adapter_folder
+from fastlora.training.checkpoint import load_weights
+from fastlora.training.inputs import adapter_folder, checkpoint_of
 from fastlora.training.setup import PARTS
 from fastlora.training.tuner import use_measured_blocks
 
@@ -46,7 +47,8 @@ class Trained:
             return next(iter(self.tasks.values()))
         if name not in self.tasks:
             given = "no task is given" if name is None else f"task is {name!r}"
-            raise UserError(f"{given} (expected one of {', '.join(self.tasks)})")
+            hint = did_you_mean(COURSE_NAMES.get(str(name), str(name)), self.tasks)
+            raise UserError(f"{given} (expected one of {', '.join(self.tasks)}){hint}")
         return self.tasks[name]
 
     def predict(
@@ -83,7 +85,7 @@ class Trained:
 def load(
     path: str | Path, device: str | torch.device = "auto", model: str | Path | None = None
 ) -> Trained:
-    """Load a finished run from its folder, or from its adapter folder.
+    """Load a finished run from its folder, from its adapter folder, or as a checkpoint left it.
 
     In fp32, the logits are bit-equal to those of the model that was trained. `model` is the
     encoder's name or folder, by default that of the run. Raises UserError if a file is missing or
@@ -103,6 +105,8 @@ def load(
         names = adapters.adapter_names(settings["adapters"], tasks)
         net.adapt({name: read_config(adapters.adapter_place(folder, name)) for name in names})
     adapters.load_all(folder, net, tasks, base)
+    if checkpoint := checkpoint_of(path):
+        load_weights(checkpoint, net)
     net = net.to(local_device(str(device))).eval()
     pack(net.encoder)  # which is safe because nobody else changes its frozen weights
     return Trained(net, tokenizer, source, tasks, settings)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from statistics import mean
 from typing import Any
 
@@ -84,8 +85,10 @@ def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
         if before.get(name) != inputs.get(name)
     ]
     if changes:
+        command = f"fastlora-train --config {quote(str(path / 'run.toml'))} --out NEW_FOLDER"
+        anew = f", as in: {command} ..." if (path / "run.toml").is_file() else ""
         what = f"the run started with other inputs than these: {', '.join(changes)}"
-        raise UserError(f"{path}: {what}; restore what it started with, or use a new --out")
+        raise UserError(f"{path}: {what}; restore what it started with, or use a new --out{anew}")
 
 
 def start_checkpoints(folder: Path, began: bool) -> None:
@@ -195,9 +198,11 @@ def load_checkpoint(
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load the trained weights of a checkpoint; RunError if it is missing or damaged."""
     if reason := _damage(path):
-        what = f"the best checkpoint is missing or damaged ({reason})"
+        what = f"the checkpoint is missing or damaged ({reason})"
         raise RunError(f"{path}: {what}; restore it, or keep the last weights with --keep last")
-    copy_tensors(path / WEIGHTS, read_tensors(path / WEIGHTS)[0], trainable(model))
+    stored = read_tensors(path / WEIGHTS)[0]
+    there = {name: p for name, p in model.named_parameters() if name in stored}
+    copy_tensors(path / WEIGHTS, stored, there)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -6,15 +6,16 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from fastlora.data import DEMO
 from fastlora.data.infer import FileTask, complete, task_of_file
 from fastlora.data.source import Source, resolve
-from fastlora.data.tasks import BUILTIN, Task, task_from_table
-from fastlora.errors import UserError
+from fastlora.data.tasks import BUILTIN, COURSE_NAMES, Task, task_from_table
+from fastlora.errors import UserError, did_you_mean
+from fastlora.files import read_json
 from fastlora.lora.config import TARGETS
 from fastlora.training.config import DEFAULT_TASKS, TrainConfig
 
@@ -76,7 +77,10 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
         files = ", ".join(known[n].files[split] for n in names for split in NEEDED)
         raise UserError(f"{folder}: holds no task's files (expected some of {files})")
     model, why_model = config.model, "as given"
-    if model is None:
+    if model is None and config.add_to:
+        model = read_json(adapter_folder(config.add_to) / "heads.json")["settings"]["model"]
+        why_model = "that of the run of --add-to"
+    elif model is None:
         demo = why_data.startswith("demo")
         model = "minilm" if demo else "bert-base-uncased"
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
@@ -100,11 +104,25 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter folder of a run folder, or `path` itself; UserError if it has no heads."""
-    for folder in (Path(path) / "adapter", Path(path)):
+    """The adapter folder of a run folder or of a run's checkpoint, or `path` itself.
+
+    Raises UserError if it has no heads.
+    """
+    run = checkpoint.parents[1] if (checkpoint := checkpoint_of(path)) else Path(path)
+    for folder in (run / "adapter", run):
         if (folder / "heads.json").is_file():
             return folder
+    if (run / "run.toml").is_file():
+        command = f"fastlora-train --resume {quote(str(run))}"
+        raise UserError(f"{path}: this run is not finished; continue it first: {command}")
     raise UserError(f"{path}: holds no trained adapter and heads (expected a finished run folder)")
+
+
+def checkpoint_of(path: str | Path) -> Path | None:
+    """The checkpoint, RUN/checkpoints/step-N, that a path names; None if it names none."""
+    full = Path(path).absolute()
+    named = full.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", full.name)
+    return full if named and full.is_dir() else None
 
 
 def find_data(
@@ -138,9 +156,8 @@ def has_files(folder: Path, task: Task) -> bool:
 
 def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:
     if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        if what == "task" and not close:
+        hint = did_you_mean(COURSE_NAMES.get(name, name), known)
+        if what == "task" and not hint:
             own = f"train on its file: fastlora-train {name}.csv --text COLUMN --label COLUMN"
             hint = f"; describe it as [task.{name}] in a file for --config, or {own}"
         raise UserError(f"{what} {name!r} is none of {', '.join(known)}{hint}")

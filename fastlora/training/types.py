@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, did_you_mean
 from fastlora.lora.config import check
 
 # By a setting's type: the types of values that are accepted, and their name in messages.
@@ -46,8 +45,7 @@ def check_keys(table: Mapping[str, Any], known: Mapping[str, Any], where: str = 
     """
     for key in table:
         if key not in known:
-            close = get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected {', '.join(known)}"
+            hint = did_you_mean(key, known)[2:] or f"expected {', '.join(known)}"
             raise UserError(f"{where}{key} is no setting ({hint})")
     return {key: as_type(f"{where}{key}", value, known[key]) for key, value in table.items()}
 

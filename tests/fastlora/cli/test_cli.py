@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fastlora.cli import main
 from fastlora.cli.options import TrainFlags, settings_from
 from fastlora.console import Log
-from fastlora.files import read_toml
+from fastlora.files import read_toml, write_json
+from fastlora.training.checkpoint import _digests
 
 TRAIN = [sys.executable, "-m", "fastlora.cli", "train"]
 
@@ -74,6 +76,7 @@ def test_quiet_prints_nothing(tiny_model, tiny_data, tmp_path, capsys):
         (["--dropout", "1"], "dropout is 1.0 (expected 0 <= p < 1)"),
         (["--targets", "quary"], "did you mean 'query'?"),
         (["--tasks", "ssst"], "did you mean 'sst'?"),
+        (["--tasks", "para"], "did you mean 'quora'?"),
         (["--tasks", "tickets"], "[task.tickets] in a file for --config, or train on its file: "),
         (["--tasks", "cfimdb"], "ids-cfimdb-train.csv: no such file"),
         (["--data", "nowhere"], "nowhere: no such folder"),
@@ -251,6 +254,60 @@ def test_eval(finished, tiny_data, capsys):
         assert re.search(rf"^{task}\s+\w+\s+{re.escape(number)}\s", trained, re.M)
 
 
+def test_eval_of_a_checkpoint_and_of_a_part(finished, tiny_data, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    *_, last = sorted((run / "checkpoints").glob("step-*"))
+    code, out, _ = call(["eval", run], capsys)
+    assert code == 0 and call(["eval", last], capsys)[1].splitlines()[1:] == out.splitlines()[1:]
+    trained = load_file(last / "model.safetensors")
+    moved = {name: value + name.startswith("heads.") for name, value in trained.items()}
+    save_file(moved, last / "model.safetensors")
+    assert call(["eval", last], capsys)[0] == 1  # it is not what was saved
+    write_json(last / "MANIFEST.json", _digests(last))
+    assert call(["eval", last], capsys)[1].splitlines()[1:] != out.splitlines()[1:]
+    code, out, _ = call(["eval", run, "--limit", "5"], capsys)
+    assert code == 0 and re.search(r"^sst .* 5$", out, re.M)
+    code, _, err = call(["eval", run, "--limit", "0"], capsys)
+    assert code == 2 and "limit is 0 (expected 1 or more)" in err
+    shutil.rmtree(run / "adapter")
+    for path in (run, last):
+        code, _, err = call(["eval", path], capsys)
+        assert code == 2 and f"continue it first: fastlora-train --resume {run}\n" in err
+
+
+def test_a_finished_run_with_more_epochs_says_what_to_do(finished, capsys):
+    code, _, err = call(["train", "--resume", finished, "--epochs", "6"], capsys)
+    assert code == 2 and "the setting epochs (not set -> 6)" in err
+    assert f"fastlora-train --config {finished}/run.toml --out NEW_FOLDER" in err
+
+
+def test_add_to_takes_the_runs_encoder(tiny_data, tiny_model, tmp_path, capsys):
+    flags = ["train", "--data", tiny_data, "--adapters", "per-task", "--max-steps", "1"]
+    first = [*flags, "--model", tiny_model, "--tasks", "sst", "--out", tmp_path / "first"]
+    assert call(first, capsys)[0] == 0
+    code, out, err = call(
+        [*flags, "--add-to", tmp_path / "first", "--tasks", "sts", "--dry-run"], capsys
+    )
+    assert code == 0, err
+    assert f"{tiny_model} (that of the run of --add-to)" in out
+
+
+def test_a_dry_run_makes_no_folder(tiny_model, tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(["train", "--model", tiny_model, "--data", tiny_data, "--dry-run"], capsys)
+    assert code == 0 and "a new folder in runs/ (dry run: nothing is written)" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_modules_in_the_current_folder_are_not_taken(tmp_path):
+    """As kernels/ would be in a checkout, in place of Hugging Face's package."""
+    (tmp_path / "cyclopts.py").write_text("raise ImportError('this is not cyclopts')")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    command = [*TRAIN, "--data", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere: no such folder" in done.stderr
+
+
 def test_eval_reads_what_the_run_was_trained_on(finished, tiny_data, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, out, _ = call(["eval", finished], capsys)
@@ -303,6 +360,13 @@ def test_predict_writes_neither_over_its_input_nor_to_a_folder(
     assert file.read_text() == "sentence\ngood\n" and list(tmp_path.iterdir()) == [file]
 
 
+def test_predict_makes_no_folder_of_a_mistyped_name(finished, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text("sentence\ngood\n")
+    flags = ["predict", finished, tmp_path / "new.csv", "--task", "sst", "--out"]
+    code, _, err = call([*flags, tmp_path / "mistyped" / "out.csv"], capsys)
+    assert code == 2 and "mistyped: no such folder" in err and not (tmp_path / "mistyped").exists()
+
+
 def test_predict_reads_a_pipe(finished, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     write = "open('pipe', 'w').write('sentence\\na good film\\n')"
@@ -317,7 +381,9 @@ def test_predict_names_the_tasks(finished, tmp_path, capsys):
     code, _, err = call(["predict", finished, tmp_path / "new.csv"], capsys)
     assert code == 2 and "0 columns named 'task'" in err and "with --task" in err
     code, _, err = call(["predict", finished, tmp_path / "new.csv", "--task", "stt"], capsys)
-    assert code == 2 and "expected one of sst, quora, sts" in err
+    assert code == 2 and "expected one of sst, quora, sts); did you mean 'sts'?" in err
+    code, _, err = call(["predict", finished, tmp_path / "new.csv", "--task", "para"], capsys)
+    assert code == 2 and "did you mean 'quora'?" in err
     code, _, err = call(["predict", finished, tmp_path / "no.csv", "--task", "sst"], capsys)
     assert code == 2 and "no.csv: no such file" in err
 

@@ -171,3 +171,13 @@ def test_files_may_lie_beside_the_settings(tmp_path, tiny_model):
     config = TrainConfig(task={"tickets": table}, model=tiny_model, tasks=("tickets",))
     found = find_inputs(config, beside=tmp_path / "my.toml")
     assert found.folder == tmp_path and found.why_data == "my.toml lies beside the task files"
+
+
+def test_several_labels_in_a_cell_need_a_kind(tmp_path):
+    file = write(tmp_path, ["bill", "bug|bill", "bug", ""] * 10)
+    message = r"the label 'bug.bill'; pass --kind multilabel if .*, --kind classification if one"
+    with pytest.raises(UserError, match=message):
+        find(file)
+    assert find(file, kind="multilabel")[1].labels == ("bill", "bug")
+    file = write(tmp_path, ["bill", "bug|bill"] * 20)
+    assert find(file, kind="classification")[1].labels == ("bill", "bug|bill")

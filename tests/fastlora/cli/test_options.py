@@ -45,7 +45,7 @@ def integer_options():
 @pytest.mark.parametrize(("command", "flag"), list(integer_options()))
 @pytest.mark.parametrize("value", ["1.5", "2.0", "1e3", "nan"])
 def test_no_command_rounds_a_number(command, flag, value):
-    before = {"reproduce": ["table1"], "predict": ["run", "file"]}.get(command, [])
+    before = {"eval": ["run"], "reproduce": ["table1"], "predict": ["run", "file"]}.get(command, [])
     with pytest.raises(CycloptsError, match=f"{flag}"):
         app([command, *before, flag, value], exit_on_error=False, print_error=False)
 

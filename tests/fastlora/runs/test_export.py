@@ -66,7 +66,7 @@ def test_transformers_and_peft_compute_the_same_logits(joint, tiny_model, tmp_pa
     wanted = expected(trained, texts, task)
     for merged in (False, True):
         out = tmp_path / f"merged {merged}"
-        export(trained, joint, task, out, merged)
+        export(trained, task, out, merged)
         config = AutoConfig.from_pretrained(out)
         model = AutoModelForSequenceClassification.from_pretrained(
             out if merged else tiny_model, config=config
@@ -85,7 +85,7 @@ def test_transformers_and_peft_compute_the_same_logits(joint, tiny_model, tmp_pa
 @pytest.mark.parametrize("task", ["sst", "many", "quora", "sts"])
 def test_a_pipeline_gives_the_probabilities_by_name(joint, tmp_path, task):
     trained = load(joint, "cpu")
-    export(trained, joint, task, tmp_path / "out", merged=True)
+    export(trained, task, tmp_path / "out", merged=True)
     pipe = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None)
     texts = inputs = [text for text in TEXTS[:3] if text]  # it drops a second text that is empty
     if task in ("quora", "sts"):
@@ -108,13 +108,13 @@ def test_what_has_no_such_form_says_so(make, joint, tmp_path):
         ("stt", True, "expected one of sst, quora"),
     ):
         with pytest.raises(UserError, match=message):
-            export(both, separate, task, tmp_path / "out", merged)
-    export(both, separate, "sst", tmp_path / "out", merged=True)
+            export(both, task, tmp_path / "out", merged)
+    export(both, "sst", tmp_path / "out", merged=True)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     found = logits_of(model, tmp_path / "out", TEXTS)
     assert (found - expected(both, TEXTS, "sst")).abs().max() < 1e-5
     with pytest.raises(UserError, match="not empty"):
-        export(both, separate, "sst", tmp_path / "out", merged=True)
+        export(both, "sst", tmp_path / "out", merged=True)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "full"])
@@ -122,15 +122,15 @@ def test_a_run_without_adapters_is_exported_merged(make, tmp_path, mode):
     run = make(tasks=("sst",), mode=mode, lr=None)
     trained = load(run, "cpu")
     with pytest.raises(UserError, match="has 0 adapters"):
-        export(trained, run, None, tmp_path / "out", merged=False)
-    export(trained, run, None, tmp_path / "out", merged=True)
+        export(trained, None, tmp_path / "out", merged=False)
+    export(trained, None, tmp_path / "out", merged=True)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     found = logits_of(model, tmp_path / "out", TEXTS)
     assert (found - expected(trained, TEXTS, "sst")).abs().max() < 1e-5
 
 
 def test_the_labels_have_their_names(joint, tmp_path):
-    export(load(joint, "cpu"), joint, "sst", tmp_path / "out", merged=False)
+    export(load(joint, "cpu"), "sst", tmp_path / "out", merged=False)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {str(i): str(i) for i in range(5)}
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -142,7 +142,7 @@ def test_onnx_computes_the_same_logits(joint, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     trained, out = load(joint, "cpu"), tmp_path / "out"
-    export(trained, joint, "sst", out, merged=True)
+    export(trained, "sst", out, merged=True)
     model = AutoModelForSequenceClassification.from_pretrained(out).eval()
     batch = AutoTokenizer.from_pretrained(out)(TEXTS[:3], padding=True, return_tensors="pt")
     free = {name: {0: torch.export.Dim("n"), 1: torch.export.Dim("s")} for name in batch}

@@ -202,6 +202,8 @@ def test_report_without_an_adapter(tiny_config, mode):
     folder = run(tiny_config(mode=mode))
     text = read(folder / "report.md")
     assert "LoRA" not in text
+    parts = "heads" if mode == "frozen" else "encoder and heads"
+    assert f"; {parts} in " in read(folder / "train.log").splitlines()[-1]
     assert {p.name for p in folder.glob("plots/*")} == {"training.png", "predictions.png"}
     card = read(folder / "adapter" / "README.md")
     assert "peft" not in card

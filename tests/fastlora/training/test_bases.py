@@ -106,7 +106,7 @@ def test_a_run_from_the_first_token_to_the_merged_folder(base, tiny_config, tiny
     logits = predict(trained.model, {"quora": trained.encode(pairs, "quora")})["quora"]
     batch = again(TEXTS, TEXTS[::-1], max_length=40, padding=True, truncation=True, **tensors)
     for merged in (True, False):
-        export(trained, config.out, "quora", out := tmp_path / f"merged {merged}", merged)
+        export(trained, "quora", out := tmp_path / f"merged {merged}", merged)
         classes = transformers.AutoConfig.from_pretrained(out)
         classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
             out if merged else base, config=classes

@@ -102,7 +102,7 @@ def test_the_callers_modes_change_nothing_and_are_left_alone(tiny_config, tmp_pa
         run_training(config, quiet=True)
         trained = load(config.out, "cpu")
         merge_encoder(trained, "sst", tmp_path / f"{name} merged")
-        export(trained, config.out, "sst", tmp_path / f"{name} exported", merged=True)
+        export(trained, "sst", tmp_path / f"{name} exported", merged=True)
         return trained.model.state_dict(), trained.predict(["a good film"])
 
     state, *others = outcome("usual")
