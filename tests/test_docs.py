@@ -1,7 +1,7 @@
 """What the pages of the site show runs as it stands, or says why it is not run.
 
 A page's fenced `python` and `sh` blocks run from top to bottom in one folder, in which the files of
-docs/data lie. A comment before a block changes that:
+docs/data and the folder examples/ lie. A comment before a block changes that:
 
     <!-- not run: needs a GPU -->      the reason is given, and the block is skipped
     <!-- exits 2 -->                   the last command ends with this code, the others with 0
@@ -143,6 +143,7 @@ def test_the_blocks_of_a_page_run(name, tmp_path, monkeypatch, capfd):
     pytest.importorskip("matplotlib")
     for file in (DOCS / "data").iterdir():
         shutil.copy(file, tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # as in a clone of the repository
     monkeypatch.chdir(tmp_path)
     # Plots have all their parts but are not drawn, which would take most of so small a run.
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file: file.write(b"PNG"))
@@ -179,6 +180,15 @@ def test_a_ratio_on_any_page_stands_on_the_page_of_figures():
         if not name.startswith(("log/", "tables/", "performance")):
             text = page.read_text(encoding="utf-8")
             assert {*FIGURE.findall(text)} <= measured, name
+
+
+def test_home_and_the_readme_have_the_same_figures():
+    home, readme = PAGES["index.md"], ROOT / "README.md"
+    rows = [
+        [line for line in page.read_text(encoding="utf-8").splitlines() if "x |" in line]
+        for page in (home, readme)
+    ]
+    assert rows[0] == rows[1] and rows[0]
 
 
 def test_the_tickets_are_those_that_the_script_writes(tmp_path, monkeypatch):

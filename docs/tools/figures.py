@@ -16,6 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 PERFORMANCE = Path(__file__).parents[1] / "performance.md"
 BLUE, ORANGE, GREY, PALE = "#3f51b5", "#ef6c00", "#9e9e9e", "#e8eaf6"
+WIDTH = 5.0  # inches: with letters of 10 points, a phone shows them in a readable size
 
 
 def table(first_cell: str) -> list[list[str]]:
@@ -40,10 +41,10 @@ def ratio(cell: str) -> float:
     return float(found[1])
 
 
-def blank(width: float, height: float) -> tuple[Figure, Axes]:
+def blank(height: float) -> tuple[Figure, Axes]:
     """A figure for a drawing whose unit is a tenth of an inch."""
-    figure = Figure((width / 10, height / 10), layout="constrained")
-    axes = figure.add_subplot(xlim=(0, width), ylim=(0, height), aspect="equal")
+    figure = Figure((WIDTH, height / 10), layout="constrained")
+    axes = figure.add_subplot(xlim=(0, 10 * WIDTH), ylim=(0, height), aspect="equal")
     axes.axis("off")
     return figure, axes
 
@@ -51,7 +52,7 @@ def blank(width: float, height: float) -> tuple[Figure, Axes]:
 def box(axes: Axes, x: float, y: float, w: float, h: float, text: str, colour: str = PALE) -> None:
     """A rounded box with a text of one or two lines."""
     axes.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0.3", fc=colour, ec=BLUE, lw=1))
-    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=8)
+    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center")
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
@@ -62,25 +63,28 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 
 def data_flow() -> Figure:
     """The way of a batch from a file to a run folder."""
-    figure, axes = blank(78, 26)
-    axes.add_patch(Rectangle((22, 1), 32, 24, fc="none", ec=GREY, ls="--"))
-    axes.text(38, 22.5, "multitask: one pass for all tasks", ha="center", fontsize=8)
-    box(axes, 1, 10, 8, 5, "file\nCSV, JSONL")
-    box(axes, 12, 10, 8, 5, "data\ntokens")
-    box(axes, 24, 14, 12, 5, "bert\nreal tokens only")
-    box(axes, 40, 14, 12, 5, "lora\n$W_0x + s\\,BAx$")
-    box(axes, 40, 3, 12, 5, "kernels\nCPU or Triton")
-    box(axes, 24, 3, 12, 5, "heads\none a task")
-    box(axes, 56.5, 10, 9, 5, "training\nloss, AdamW")
-    box(axes, 68.5, 10, 8.5, 5, "runs\nreport")
+    figure, axes = blank(41)
+    axes.add_patch(Rectangle((0.5, 9.5), 49, 22, fc="none", ec=GREY, ls="--"))
+    axes.text(2, 29, "multitask: one pass for all tasks", va="center")
+    for x, y, text in [
+        (1, 35, "file\nCSV, TSV, JSONL"),
+        (29, 35, "data\ntasks, tokens, batches"),
+        (2, 21, "bert\nencoder on real tokens"),
+        (28, 21, "lora\n$W_0x + s\\,BAx$"),
+        (2, 11.5, "heads\none for each task"),
+        (28, 11.5, "kernels\nCPU or Triton"),
+        (1, 1, "training\nloss, AdamW"),
+        (29, 1, "runs\nadapter, scores, report"),
+    ]:
+        box(axes, x, y, 20, 5, text)
     for start, end in [
-        ((9.3, 12.5), (11.7, 12.5)),
-        ((20.3, 12.5), (23.5, 15.5)),
-        ((36.3, 16.5), (39.7, 16.5)),
-        ((46, 13.7), (46, 8.4)),
-        ((30, 13.7), (30, 8.4)),
-        ((54, 12.5), (56.2, 12.5)),
-        ((65.8, 12.5), (68.2, 12.5)),
+        ((21.4, 37.5), (28.6, 37.5)),
+        ((39, 34.6), (39, 31.9)),
+        ((22.4, 23.5), (27.6, 23.5)),
+        ((38, 20.6), (38, 17)),
+        ((12, 20.6), (12, 17)),
+        ((11, 9.1), (11, 6.5)),
+        ((21.4, 3.5), (28.6, 3.5)),
     ]:
         arrow(axes, start, end)
     return figure
@@ -88,23 +92,27 @@ def data_flow() -> Figure:
 
 def training_ratios() -> Figure:
     """How much longer other trainers take, by the table on training."""
-    rows = [row for row in table("fastlora against")[1:] if not row[0].startswith("fastlora")]
-    figure = Figure((7.5, 3.4), layout="constrained")
+    rows = [row for row in table("fastlora against")[1:] if not row[0].startswith("fastlora")][::-1]
+    figure = Figure((WIDTH, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    names = [f"{name} ({batches})".replace("`", "") for name, batches, *_ in rows][::-1]
-    bars = axes.barh(names, [ratio(row[2]) for row in rows][::-1], color=BLUE)
-    axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=8)
+    bars = axes.barh(range(len(rows)), [ratio(row[2]) for row in rows], 0.4, color=BLUE)
+    axes.bar_label(bars, fmt="%.2fx", padding=3)
+    for place, (name, batches, *_) in enumerate(rows):
+        text = axes.text(0.03, place + 0.28, f"{name} ({batches})".replace("`", ""), va="bottom")
+        text.set_bbox({"fc": "white", "ec": "none", "pad": 1})
     axes.axvline(1, color=GREY, lw=1)
-    axes.set_xlabel("time of the other side / time of fastlora (machine C, two CPU cores, fp32)")
+    axes.set_yticks([])
+    axes.set_xlim(0, 4.8)
+    axes.set_ylim(-0.5, len(rows) - 0.1)
+    axes.set_xlabel("time of the other side / time of fastlora\n(machine C, two CPU cores, fp32)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
     return figure
 
 
 def batch_sizes() -> Figure:
     """What `accelerate` gives by the number of sentences in a batch."""
     heading, *rows = table("sentences in a batch, random order")
-    figure = Figure((6.5, 3), layout="constrained")
+    figure = Figure((WIDTH, 3), layout="constrained")
     axes = figure.add_subplot(xscale="log")
     for (name, *cells), colour in zip(rows, (BLUE, ORANGE), strict=True):
         axes.plot(
@@ -113,7 +121,7 @@ def batch_sizes() -> Figure:
     axes.axhline(1, color=GREY, lw=1)
     axes.set_xticks([int(n) for n in heading[1:]], heading[1:])
     axes.minorticks_off()
-    axes.set_xlabel("sentences in a batch, random order (machine D, two CPU cores, fp32)")
+    axes.set_xlabel("sentences in a batch, random order\n(machine D, two CPU cores, fp32)")
     axes.set_ylabel("PEFT's time / accelerated")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -123,61 +131,62 @@ def batch_sizes() -> Figure:
 def real_tokens() -> Figure:
     """The same four sentences as a padded square, and as the rows that fastlora computes."""
     lengths = [9, 4, 6, 2]
-    figure, axes = blank(66, 14)
+    figure, axes = blank(15)
     for row, length in enumerate(lengths):
         for column in range(max(lengths)):
             colour = BLUE if column < length else "white"
-            axes.add_patch(Rectangle((1 + 2.2 * column, 8.5 - 2.2 * row), 2, 2, fc=colour, ec=GREY))
+            axes.add_patch(Rectangle((1 + 2.2 * column, 7.5 - 2.2 * row), 2, 2, fc=colour, ec=GREY))
     for position in range(sum(lengths)):
-        column, row = position % 11, position // 11
-        axes.add_patch(Rectangle((36 + 2.2 * column, 6.5 - 2.2 * row), 2, 2, fc=BLUE, ec=GREY))
+        column, row = position % 9, position // 9
+        axes.add_patch(Rectangle((29 + 2.2 * column, 7.5 - 2.2 * row), 2, 2, fc=BLUE, ec=GREY))
     total = len(lengths) * max(lengths)
-    axes.text(1, 12, f"padded: every layer computes {total} positions", fontsize=8)
-    axes.text(36, 12, f"real tokens: every layer computes {sum(lengths)}", fontsize=8)
-    arrow(axes, (23, 6), (34, 6))
+    axes.text(1, 10.7, f"padded:\n{total} positions in each layer")
+    axes.text(29, 10.7, f"real tokens:\n{sum(lengths)} positions in each layer")
+    arrow(axes, (22, 5), (28, 5))
     return figure
 
 
 def matrix(axes: Axes, x: float, y: float, w: float, h: float, text: str, colour: str) -> None:
     """A matrix as a rectangle, with its name."""
     axes.add_patch(Rectangle((x, y), w, h, fc=colour, ec="black", lw=0.8))
-    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=9)
+    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center")
 
 
 def extended_k() -> Figure:
     """The forward pass of route gemm: the low-rank product inside the frozen GEMM."""
-    figure, axes = blank(60, 22)
-    matrix(axes, 2, 6, 12, 12, "x", PALE)
-    matrix(axes, 14, 6, 2.5, 12, "u", ORANGE)
-    axes.text(19, 12, "times", ha="center", va="center", fontsize=8)
-    matrix(axes, 22, 5.5, 12, 12, "$W_0^T$", PALE)
-    matrix(axes, 22, 3, 12, 2.5, "$B^T$", ORANGE)
-    axes.text(37, 12, "=", ha="center", va="center", fontsize=12)
-    matrix(axes, 40, 6, 12, 12, "y", PALE)
-    axes.text(
-        2, 19.5, "one GEMM with K + r in place of K: y never travels to memory twice", fontsize=8
-    )
-    axes.text(2, 0.8, "$u = c\\,(m * x)A^T$ is written beside x by a small kernel", fontsize=8)
+    figure, axes = blank(22)
+    matrix(axes, 0.5, 7, 11, 11, "x", PALE)
+    matrix(axes, 11.5, 7, 2.8, 11, "u", ORANGE)
+    axes.text(16.2, 12.5, "\u00d7", ha="center", va="center")
+    matrix(axes, 18, 8.4, 11, 9.6, "$W_0^T$", PALE)
+    matrix(axes, 18, 5.6, 11, 2.8, "$B^T$", ORANGE)
+    axes.text(31.5, 12.5, "=", ha="center", va="center")
+    matrix(axes, 34, 7, 11, 11, "y", PALE)
+    axes.text(0.5, 19.5, "one GEMM with K + r in place of K")
+    axes.text(0.5, 0.8, "$u = c\\,(m * x)A^T$, written beside x by a small kernel")
     return figure
 
 
 def backward() -> Figure:
     """The kernel for dx and dA: both read one pass over the gradient and redraw the mask."""
-    figure, axes = blank(64, 22)
-    box(axes, 1, 14, 12, 5, "g (from above)")
-    box(axes, 1, 3, 12, 5, "x, u, seed\n(kept)")
-    box(axes, 20, 14, 16, 5, "one GEMM\n$gW_0$ and $v = gB$")
-    box(axes, 20, 3, 16, 5, "mask m\nredrawn from the seed")
-    box(axes, 43, 14, 19, 5, "$dx = gW_0 + c\\,m*(vA)$")
-    box(axes, 43, 8.3, 19, 4, "$dA = c\\,v^T(m*x)$")
-    box(axes, 43, 2.5, 19, 4, "$dB = g^Tu$")
+    figure, axes = blank(28)
+    box(axes, 1, 21.5, 14, 5.5, "gradient g\n(from above)")
+    box(axes, 19, 21.5, 12, 5.5, "$dB = g^Tu$")
+    box(axes, 35, 21.5, 14, 5.5, "x, u, seed\n(kept)")
+    box(axes, 1, 11.5, 19, 5.5, "one GEMM\n$gW_0$ and $v = gB$")
+    box(axes, 27, 11.5, 22, 5.5, "$m * x$, with the mask m\nredrawn from the seed")
+    axes.add_patch(Rectangle((0.4, 0.2), 49.2, 7.3, fc="none", ec=GREY, ls="--"))
+    box(axes, 1, 1, 21, 5.5, "$dx = gW_0 + c\\,m*(vA)$")
+    box(axes, 30, 1, 19, 5.5, "$dA = c\\,v^T(m*x)$")
     for start, end in [
-        ((13.3, 16.5), (19.7, 16.5)),
-        ((36.3, 16.5), (42.7, 16.5)),
-        ((36.3, 15), (42.7, 10.8)),
-        ((36.3, 6), (42.7, 9.8)),
-        ((13.3, 5.5), (19.7, 5.5)),
-        ((13.3, 4), (42.7, 4)),
+        ((15.4, 24.2), (18.6, 24.2)),
+        ((34.6, 24.2), (31.4, 24.2)),
+        ((8, 21.1), (8, 17.4)),
+        ((42, 21.1), (42, 17.4)),
+        ((8, 11.1), (8, 6.9)),
+        ((17, 11.1), (33, 6.9)),
+        ((33, 11.1), (17, 6.9)),
+        ((42, 11.1), (42, 6.9)),
     ]:
         arrow(axes, start, end)
     return figure
