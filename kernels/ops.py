@@ -5,8 +5,10 @@ Else the reference runs, in differentiable operations: without rows, with a trai
 subclasses, the meta device, export, `torch.func`, forward-mode derivatives, and dispatch modes.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from fastlora.kernels.routes import forced, route
 from fastlora.kernels.selfcheck import is_capturing
 from fastlora.kernels.triton import tuning
 
-MIN_FUSED_WORK = 40_000_000  # multiply-adds on a CPU below which plain PyTorch is faster
+# Multiply-adds on a CPU below which plain PyTorch computes, unless the environment names a route.
+MIN_FUSED_WORK = 0 if os.environ.get("FASTLORA_ROUTE") else 40_000_000
 
 
 def lora_grouped(
@@ -119,9 +122,12 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if is_small(input, self.out_features):
-            return super().forward(input)
-        return lora_grouped(input, self.weight, self.bias, (), packed=self.packed_for(input))
+        parts: Any = self._parameters  # PyTorch's look-ups by name cost more than all else here
+        plain = "weight" in parts and "bias" in parts  # else parametrised
+        weight, bias = (parts["weight"], parts["bias"]) if plain else (self.weight, self.bias)
+        if is_small(input, self.out_features) or torch.compiler.is_compiling():
+            return nn.functional.linear(input, weight, bias)
+        return lora_grouped(input, weight, bias, (), packed=self.packed_for(input))
 
     def packed_for(self, input: Tensor) -> Packed | None:
         """The packed copies that a product with this input uses."""
@@ -135,8 +141,7 @@ def _check(x: Tensor, weight: Tensor, terms: Sequence[Term]) -> None:
     for term in terms:
         A, B = term.lora_A.shape, term.lora_B.shape
         if A[1] != K or A[0] != B[1]:
-            found = f"lora_A is {tuple(A)} and lora_B {tuple(B)}"
-            raise ValueError(f"{found} (expected [r, {K}] and [N, r])")
+            raise ValueError(f"lora_A is {[*A]}, lora_B {[*B]} (expected [r, {K}] and [N, r])")
         if (end := term.column + B[0]) > N:
             raise ValueError(f"lora_B's rows reach column {end} of y (expected at most {N})")
 
@@ -150,8 +155,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def is_small(x: Tensor, out_features: int) -> bool:
     """Whether the product is so small that plain PyTorch is faster."""
-    small = x.numel() * out_features < MIN_FUSED_WORK
-    return small and x.is_cpu and not torch.compiler.is_compiling() and not forced()
+    # While torch.compile traces, a look at the number of rows would limit it.
+    small = not torch.compiler.is_compiling() and x.numel() * out_features < MIN_FUSED_WORK
+    return small and x.is_cpu and not forced.get()
 
 
 def copies_of(x: Tensor, packed: Packed | None, *tensors: Tensor) -> Copies:

@@ -20,7 +20,7 @@ from fastlora.kernels.cpu import route as cpu_route
 from fastlora.kernels.triton import tuning
 
 ROUTES = ("reference", "gemm", "triton")
-_forced: ContextVar[str] = ContextVar("forced route", default="")
+forced: ContextVar[str] = ContextVar("forced route", default="")
 _warn_once = lru_cache(maxsize=64)(warnings.warn)
 
 
@@ -72,10 +72,10 @@ def route(
     The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one; ValueError if it
     cannot run here or fails its self-check. By default the reference replaces kernels that fail.
     """
-    device, name = torch.device(device), forced()
+    device, name = torch.device(device), forced.get() or os.environ.get("FASTLORA_ROUTE", "")
     if name not in ("", *ROUTES):
         raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(ROUTES)})")
-    if _forced.get():
+    if forced.get():
         return Route(name, "forced")
     chosen = _detect(device, dtype, large)
     if name:
@@ -96,16 +96,11 @@ def route(
     return Route("reference", why)
 
 
-def forced() -> str:
-    """The route forced by `forced_route` or FASTLORA_ROUTE, or ""."""
-    return _forced.get() or os.environ.get("FASTLORA_ROUTE", "")
-
-
 @contextmanager
 def forced_route(name: str) -> Iterator[None]:
     """Make `lora_grouped` take a route in this thread, for tests and benchmarks."""
-    token = _forced.set(name)
+    token = forced.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)

@@ -1,4 +1,1 @@
-"""Models of PEFT, transformers and sentence-transformers, accelerated in place.
-
-Only this package knows these libraries. Its public names are those of `fastlora` itself.
-"""
+"""Accelerates models of PEFT, transformers and sentence-transformers; no other room knows them."""

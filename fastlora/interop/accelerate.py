@@ -18,7 +18,7 @@ from fastlora.interop.swap import Swapped, SwappedDropout, SwappedLinear, swap, 
 from fastlora.kernels import route
 from fastlora.lora.layer import LoRALinear
 
-_ZEROS = "states at padding are zeros from now on: if your code reads them (as a mean without the "
+_ZEROS = "states at padding may be zeros from now on: if your code reads them (a mean without the "
 _ZEROS += "mask does), call accelerate(model, real_tokens=False)"
 
 
@@ -57,7 +57,7 @@ def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
     state dicts and PEFT's methods stay as they are. A call that needs PEFT's own forward or the
     padded batch runs as before, and a warning says so once.
 
-    States at padding become zeros. So by default an encoder runs on real tokens where fastlora
+    States at padding may become zeros. So by default an encoder runs on real tokens where fastlora
     knows that no head reads them; pass `real_tokens=True` if yours does not, and False to keep all
     encoders as they are. Call it again when a head has been replaced or adapters were added.
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from fastlora.bert.attention import attention
 from fastlora.bert.layout import Layout
-from fastlora.interop.swap import Swapped, own_class, warn_compiled
+from fastlora.interop.swap import Swapped, own_class, warn
 from fastlora.kernels import drop, is_ordinary
 from fastlora.lora.layer import LoRALinear
 from fastlora.lora.together import project_together
 
-MIN_PACKED_TOKENS = 48  # of a batch without padding, from which this pays
+MIN_PADDING = 6  # tokens of padding from which packing pays
+MIN_PACKED_TOKENS = 96  # tokens from which it pays without padding: ours is the faster dropout
 # Arguments that no layer reads; any other argument needs the padded batch.
 _UNREAD = {"position_ids", "return_dict", "num_items_in_batch"}
 # Modules whose hooks are harmless here: those of transformers act only if a call asks for hidden
@@ -31,7 +32,7 @@ _CAPTURING = "transformers.utils.output_capturing"
 _HARMLESS = (_CAPTURING, "fastlora.lora.layer")
 # Modules of PyTorch that treat each token by itself.
 _BY_TOKEN = (nn.Dropout, nn.Identity, nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh)
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.ParameterList, nn.Embedding)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.ParameterList, nn.Embedding)
 
 
 class SelfAttention(Swapped):
@@ -88,17 +89,17 @@ class Encoder(Swapped):
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the encoder's own forward, with zeros at padding."""
+        """As the encoder's own forward, with zeros at padding where it runs on real tokens."""
+        layout: Layout | str = ""
         if torch.compiler.is_compiling():
-            warn_compiled(type(self).__name__)
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        if attention_mask is None and hidden_states.shape[:2].numel() < MIN_PACKED_TOKENS:
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        layout = self._layout(hidden_states, attention_mask, args, kwargs)
-        if isinstance(layout, str):
+            warn(type(self).__name__)
+        else:
+            layout = self._layout(hidden_states, attention_mask, args, kwargs)
+        if isinstance(layout, Layout):
+            return self._run(hidden_states, layout, kwargs)
+        if layout:
             self.warn_fallback(layout)
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        return self._run(hidden_states, layout, kwargs)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     def _run(self, padded: Tensor, layout: Layout, kwargs: dict) -> Any:
         tokens = layout.unpad(padded).unsqueeze(0)
@@ -107,19 +108,26 @@ class Encoder(Swapped):
         return found
 
     def _layout(self, x: Tensor, mask: Any, args: tuple, kwargs: dict) -> Layout | str:
-        """Where the real tokens are, or why this call needs the padded batch."""
+        """Where the real tokens are, or why this call takes the padded batch ("": it is faster)."""
         asked = {k for k, v in kwargs.items() if v is not None and v is not False}
         given = sorted(asked - _UNREAD)
         if args or given:
             return f"a call with {', '.join(given) or 'more inputs'} needs the padded batch"
         config = config_of(self)
-        if why := why_padded(config) or _why_not_packed(self):
+        if why := why_padded(config):
             return why
         if nn.modules.module._has_any_global_hook():
             return "hooks on all modules expect the padded batch"
         if not is_ordinary(x):
             return "the input is empty, on neither CPU nor CUDA, or under a function transform"
-        return layout_of(mask, x, getattr(config, "_attn_implementation", None))
+        layout = layout_of(mask, x, getattr(config, "_attn_implementation", None))
+        if isinstance(layout, str):
+            return layout
+        size = layout.batch * layout.length
+        tokens = size if layout.index is None else len(layout.index)
+        if size - tokens < MIN_PADDING and (not self.training or tokens < MIN_PACKED_TOKENS):
+            return ""
+        return _why_not_packed(self) or layout
 
 
 class MPNetEncoder(Encoder):
@@ -233,7 +241,7 @@ def _why_not_packed(module: nn.Module) -> str:
 @cache
 def _is_trusted(kind: Any) -> bool:
     """Whether modules of this class treat each token alone, or are attention that we know."""
-    if issubclass(kind, (nn.Linear, LoRALinear)) or own_class(kind) in _BY_TOKEN + _CONTAINERS:
+    if issubclass(kind, (nn.Linear, LoRALinear)) or own_class(kind) in _BY_TOKEN + CONTAINERS:
         return True
     if kind_of(kind) in ATTENTIONS:
         return issubclass(kind, Swapped)

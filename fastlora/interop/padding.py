@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastlora.interop.encoders import kind_of
+from fastlora.interop.encoders import CONTAINERS, kind_of
 from fastlora.interop.swap import own_class
 
 # Ends of the class names of transformers' models whose heads read no states at padding. Token
 # classification is not among them: its loss counts padding unless its label is -100.
 _SAFE = ("Model", "ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
-_EXCEPT = ("LMHeadModel",)
 # Classes that a head may consist of, besides those of transformers and PEFT.
-_HEADS = {nn.Linear, nn.Dropout, nn.LayerNorm, nn.Embedding, nn.Tanh}
-_HEADS |= {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}
+_HEADS = {nn.Linear, nn.Dropout, nn.LayerNorm, nn.Tanh, *CONTAINERS}
 # sentence-transformers' models, and its modules that read the encoder's states with the mask.
 _SENTENCES = {"SentenceTransformer", "CrossEncoder", "SparseEncoder", "Transformer", "Router"}
 _SENTENCES |= {"Pooling", "Normalize", "Dense", "Dropout", "LayerNorm", "SpladePooling"}
@@ -66,7 +64,7 @@ def _around(root: nn.Module, name: str) -> list[nn.Module]:
 
 def _ignores_padding(module: nn.Module) -> bool:
     kind = kind_of(type(module))
-    return kind.endswith(_SAFE) and not kind.endswith(_EXCEPT)
+    return kind.endswith(_SAFE) and not kind.endswith("LMHeadModel")
 
 
 def _reads_with_mask(module: nn.Module) -> bool:

@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora.interop.swap import Swapped, SwappedDropout, own_class, warn_compiled
+from fastlora.interop.swap import Swapped, SwappedDropout, own_class, warn
 from fastlora.kernels import MOST, Dropout, Linear, Term, lora_grouped
+from fastlora.kernels.ops import is_small
 from fastlora.lora.layer import LoRALinear
 from fastlora.lora.together import Product, call_is_plain, has_hooks
 
@@ -34,22 +35,24 @@ class PeftLinear(Swapped):
     If a call is more than plain LoRA, PEFT's own forward runs.
     """
 
+    out_features: int
     scaling: dict[str, float]
     active_adapters: list[str]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""
+        found: Product | str = ""
         if torch.compiler.is_compiling():
-            warn_compiled(type(self).__name__)
-            return super().forward(x, *args, **kwargs)
-        if args or kwargs:
-            found: Product | str = f"a call with {', '.join(kwargs) or 'more inputs'}"
-        else:
+            warn(type(self).__name__)
+        elif args or kwargs:
+            found = f"a call with {', '.join(kwargs) or 'more inputs'}"
+        elif not is_small(x, self.out_features):
             found = self.plan(x)
-        if isinstance(found, str):
+        if isinstance(found, Product):
+            return lora_grouped(x, *found)
+        if found:
             self.warn_fallback(found)
-            return super().forward(x, *args, **kwargs)
-        return lora_grouped(x, *found)
+        return super().forward(x, *args, **kwargs)
 
     def product(self, x: Tensor, column: int) -> Product | None:
         """The layer's part of a joint product in `project_together`; None if its call does more."""

@@ -32,13 +32,7 @@ class Swapped(nn.Module):
         warned = vars(self)["_warned"]
         if reason not in warned:
             warned.add(reason)
-            self.warn(type(self).__name__, reason)
-
-    @staticmethod
-    def warn(name: str, reason: str) -> None:
-        """Warn that modules of this class run their own forward."""
-        text = f"fastlora.accelerate does not apply to a call of {name}, run as before: {reason}"
-        warnings.warn(text, stacklevel=4)
+            warn(type(self).__name__, reason)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle cannot find the class by its name.
@@ -46,10 +40,11 @@ class Swapped(nn.Module):
         return (_new, (type(self).__mro__[1], type(self).swapped_from), *rest)
 
 
-@torch.compiler.assume_constant_result
-def warn_compiled(name: str) -> None:
-    """Warn, while a model is compiled, that modules of this class run their own forward in it."""
-    Swapped.warn(name, "a compiled model uses the module's own forward")
+@torch.compiler.assume_constant_result  # so it also warns while torch.compile traces
+def warn(name: str, reason: str = "a compiled model uses the module's own forward") -> None:
+    """Warn that a call of a module of this class runs the module's own forward."""
+    text = f"fastlora.accelerate does not apply to a call of {name}, run as before: {reason}"
+    warnings.warn(text, stacklevel=4)
 
 
 class SwappedLinear(Swapped, Linear):
@@ -75,8 +70,8 @@ class SwappedDropout(Swapped, Dropout):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Drop elements of `input`; if it has few elements, by PyTorch's own dropout."""
-        if input.numel() < MIN_FAST_DROPOUT:
-            return nn.Dropout.forward(self, input)
+        if not self.training or input.numel() < MIN_FAST_DROPOUT:
+            return torch.dropout(input, self.p, self.training)
         return super().forward(input)
 
 
@@ -109,14 +104,12 @@ def swap_back(modules: Iterable[nn.Module]) -> None:
     for module in swapped:
         name, forward = type(module).__name__, vars(module).get("forward")
         if "swapped_from" not in vars(type(module)):
-            raise UserError(
-                f"a {name} cannot be restored: its class has changed since (it was parametrised or "
-                "sharded); undo that first"
-            )
-        if not (forward is None or _is_ours(module, forward) or "_old_forward" in vars(module)):
-            raise UserError(
-                f"a {name} cannot be restored: its forward has been replaced since; undo that first"
-            )
+            why = "its class has changed since (it was parametrised or sharded)"
+        elif not (forward is None or _is_ours(module, forward) or "_old_forward" in vars(module)):
+            why = "its forward has been replaced since"
+        else:
+            continue
+        raise UserError(f"a {name} cannot be restored: {why}; undo that first")
     for module in swapped:
         base = type(module).swapped_from
         for name in _FORWARDS:

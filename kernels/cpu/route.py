@@ -66,7 +66,7 @@ def _terms(
 def _product(x: Tensor, bias: Tensor | None, call: Call, *, transposed: bool = False) -> Tensor:
     """x W^T + b [M, N] of x [M, K]; with `transposed` x W [M, K] of x [M, N]. No autograd."""
     weight = call.weight.T if transposed else call.weight
-    in_onednn = (
+    if not (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and call.weight.is_contiguous()
@@ -74,8 +74,7 @@ def _product(x: Tensor, bias: Tensor | None, call: Call, *, transposed: bool = F
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
-    if not in_onednn:
+    ):
         return F.linear(x, weight, bias)
     onednn = torch.ops.mkldnn
     if call.copies.kept is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import DEVICE, NAMES, SEED
 
-from fastlora.kernels import Packed, Term, forced_route, lora_grouped, lora_linear
+from fastlora.kernels import Linear, Packed, Term, forced_route, lora_grouped, lora_linear
 from fastlora.kernels.autograd import lora, lora_backward
 
 ROUTES = pytest.mark.parametrize("route", NAMES)
@@ -126,6 +126,15 @@ def test_export(route, stop):
         assert not [n for n in program.graph.nodes if "fastlora" in str(n.target)]
         (other,) = tensors((31, 8))
         torch.testing.assert_close(program.module()(other), layer(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Linear, Adapted])
+def test_export_with_few_rows_and_many(kind):
+    """However many rows decide between two forms in eager mode: an exported program has one."""
+    layer = kind(1000, 1000).requires_grad_(False) if kind is Linear else Adapted(None)
+    x = torch.randn(5, 1000 if kind is Linear else 8)
+    rows = torch.export.Dim("rows", min=2, max=1_000_000)
+    torch.export.export(layer, (x,), dynamic_shapes=({0: rows},))
 
 
 # Route "triton" saves and packs as "gemm" does for a term without all rows (7).

@@ -5,12 +5,14 @@ import copy
 import pytest
 from models import plain_model, with_lora
 
+from fastlora.interop import encoders
 from fastlora.kernels import forced_route
 
 
 @pytest.fixture(autouse=True)
-def fused():
-    """The fused form on small inputs, too, which plain PyTorch computes otherwise."""
+def fused(monkeypatch):
+    """The fused form and packed tokens on small inputs, too, which run as before otherwise."""
+    monkeypatch.setattr(encoders, "MIN_PADDING", 0)
     with forced_route("reference"):
         yield
 

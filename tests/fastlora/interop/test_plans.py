@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import fastlora
+from fastlora.bert.layout import Layout
+from fastlora.interop import encoders
 from fastlora.kernels import forced_route
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastlora.accelerate")
@@ -58,3 +60,26 @@ def test_each_call_sees_what_has_changed(pair, route):
             torch.testing.assert_close(found, expected, **EXACT)
             assert last is None or not torch.equal(found, last)
             last = found
+
+
+def test_little_padding_keeps_the_padded_batch(pair, monkeypatch):
+    """Packing takes time, too; while training it saves PyTorch's slow dropout."""
+    monkeypatch.setattr(encoders, "MIN_PADDING", 3)
+    monkeypatch.setattr(encoders, "MIN_PACKED_TOKENS", 20)
+    ours, theirs = pair
+    fastlora.accelerate(ours)
+    packed = []
+
+    def note(module, inputs, kwargs):
+        mask = inputs[1] if len(inputs) > 1 else kwargs["attention_mask"]
+        packed.append(isinstance(mask, Layout))
+
+    note.__module__ = "fastlora.lora.layer"  # a hook of this module asks for no padded batch
+    encoder(ours).layer[0].attention.self.register_forward_pre_hook(note, with_kwargs=True)
+    for lengths, training in [((9, 9), True), ((9, 7), True), ((9, 6), True), ((11, 9), True)]:
+        assert_alike(ours, theirs, batch(lengths=lengths), **EXACT)
+        ours.eval()
+        ours(**batch(lengths=lengths))
+        ours.train(training)
+    #      training and evaluation of: no padding, 2, 3, and 2 with 20 tokens
+    assert packed == [False, False, False, False, True, True, True, False]
