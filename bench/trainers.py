@@ -48,6 +48,7 @@ class Job:
         """SST, Quora and STS, query and value adapted; a constant rate, so any number of steps."""
         config = TrainConfig(
             r=RANK,
+            targets=("query", "value"),
             mode="full" if full else "lora",
             tasks=("sst", "quora", "sts"),
             data=self.data,

@@ -26,10 +26,10 @@ from fastlora.training.stopping import Stop
 
 NOTES = """\
 Scores are those on the dev files, with the standard deviation over seeds. The paper's encoder is
-BERT-base. The paper does not give its learning rate: the rows use this library's default, except
-the last, which uses the course's and is left out of the comparison. Of an adapter for one task, it
-gives the best score and its dropout but not its rank: each rank shows the score. Trainable
-parameters include the heads. Seconds are of training steps, without loading and evaluation."""
+BERT-base. The paper does not give its learning rate: adapters use 2e-3, and the last row the
+course's, which is left out of the comparison. Of an adapter for one task, the paper gives the best
+score and its dropout but not its rank: each rank shows the score. Trainable parameters include the
+heads. Seconds are of training steps, without loading and evaluation."""
 SEARCH_NOTES = """\
 The trials are scored on one half of the dev examples, full runs on the other, which no choice was
 based on. The error of a rank is the standard error of the difference from the best rank's score."""

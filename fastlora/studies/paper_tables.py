@@ -1,8 +1,8 @@
 """The paper's tables as data: rows of settings, and the scores that the paper gives for them.
 
-The paper does not give its learning rate, so rows use this library's default. The last row of each
-table uses 1e-5, the rate of the course that the paper was written for. This module does not import
-PyTorch, so that a mistake in a command is reported at once.
+The paper adapts query and value. It does not give its learning rate: the rows of adapters use 2e-3,
+and the last row of each table 1e-5, the rate of the course that the paper was written for. This
+module does not import PyTorch, so that a mistake in a command is reported at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from fastlora.training.config import DEFAULT_TASKS
 
 RANKS, ALPHAS, DROPOUTS = (2, 4, 8, 16, 32, 64), (16, 32), (0.0, 0.05, 0.1, 0.2)
+LORA = {"targets": ("query", "value"), "lr": 2e-3}
 COURSE, COURSE_RATES = "lr 1e-5", {"lr": 1e-5, "head_lr": 1e-5}
 
 
@@ -51,14 +52,20 @@ SHARED = {  # by rank and alpha
     (64, 32): _paper(0.420, 0.686, 0.272),
 }
 SHARED_ROWS = [
-    Row(f"r{r}-alpha{a}", f"r={r}", f"alpha {a}", {"r": r, "alpha": a}, SHARED.get((r, a), {}))
+    Row(
+        f"r{r}-alpha{a}",
+        f"r={r}",
+        f"alpha {a}",
+        LORA | {"r": r, "alpha": a},
+        SHARED.get((r, a), {}),
+    )
     for r, a in product(RANKS, ALPHAS)
 ]
 
 
 def _task_table(task: str, paper: float = 0.0, paper_dropout: float = 0.0) -> Table:
     """The rows of one task's adapter; `paper` is the best score, which is for query and value."""
-    rows, alone = [], {"adapters": "per-task"}
+    rows, alone = [], LORA | {"adapters": "per-task"}
     for targets, dropout, r in product((("value",), ("query", "value")), DROPOUTS, RANKS):
         known = paper > 0 and len(targets) == 2 and dropout == paper_dropout
         name = f"r{r}-{'-'.join(targets)}-dropout{dropout:g}"
@@ -76,14 +83,14 @@ TABLES = {
         [
             Row("frozen", "frozen", "heads", {"mode": "frozen"}, _paper(0.447, 0.692, 0.277)),
             Row("full", "full", "fine-tuning", {"mode": "full"}, _paper(0.405, 0.761, 0.168)),
-            Row("lora-r8", "LoRA", "shared, r=8", {}, SHARED[8, 16]),
+            Row("lora-r8", "LoRA", "shared, r=8", LORA, SHARED[8, 16]),
             Row("full-lr1e-5", "full", COURSE, {"mode": "full", **COURSE_RATES}),
         ],
     ),
     "table2": Table(
         "one LoRA adapter for all tasks, on query and value",
         DEFAULT_TASKS,
-        [*SHARED_ROWS, Row("r8-lr1e-5", "r=8", COURSE, COURSE_RATES)],
+        [*SHARED_ROWS, Row("r8-lr1e-5", "r=8", COURSE, LORA | COURSE_RATES)],
     ),
     "table3": _task_table("sst", 0.452, 0.1),
     "table4": _task_table("quora", 0.702, 0.2),

@@ -14,7 +14,7 @@ from fastlora.lora.config import ALL, TARGETS, LoraConfig, check
 from fastlora.training.types import as_type, check_keys, check_types, types_of
 
 DEFAULT_TASKS = ("sst", "quora", "sts")
-DEFAULT_LR = {"lora": 2e-3, "full": 5e-5, "frozen": 2e-3}
+DEFAULT_LR = {"lora": 1e-3, "full": 5e-5, "frozen": 2e-3}
 DEFAULT_HEAD_LR = 1e-3
 COUNTS = "epochs max_steps tokens_per_batch accumulate limit patience eval_every save_every"
 LORA_SETTINGS = ("r", "alpha", "dropout", "rslora", "targets")
@@ -67,7 +67,7 @@ class TrainConfig:
         alpha: Scale of the update, which is multiplied by alpha / r.
         dropout: Dropout on the update's input, 0 <= p < 1.
         rslora: Multiply the update by alpha / sqrt(r) instead (rsLoRA).
-        targets: Layers to adapt: query,key,value,output,intermediate,ffn_output, or all.
+        targets: Layers to adapt, of query,key,value,output,intermediate,ffn_output; by default all.
         adapters: One adapter for all tasks, one for each, or both together.
         add_to: Finished run with adapters per task, to which other tasks are added.
         mode: What trains: adapters and heads, heads alone, or all weights.
@@ -84,7 +84,7 @@ class TrainConfig:
         max_steps: Stop after this many steps.
         tokens_per_batch: Most tokens of a step, without padding, in all processes together.
         accumulate: Parts of a step (gradient accumulation), to save memory.
-        lr: Peak learning rate; by default lora 2e-3, full 5e-5, frozen 2e-3.
+        lr: Peak learning rate; by default lora 1e-3, full 5e-5, frozen 2e-3.
         head_lr: Peak learning rate of the heads; by default 1e-3, or --lr when frozen.
         lora_plus: The learning rate of each B is that of A times this (LoRA+).
         weight_decay: AdamW's weight decay, of matrices alone.
@@ -109,7 +109,7 @@ class TrainConfig:
     alpha: float = 16.0
     dropout: float = 0.1
     rslora: bool = False
-    targets: tuple[str, ...] = ("query", "value")
+    targets: tuple[str, ...] = tuple(TARGETS)
     adapters: Literal["shared", "per-task", "shared+per-task"] = "shared"
     add_to: Path | None = None
     mode: Literal["lora", "frozen", "full"] = "lora"

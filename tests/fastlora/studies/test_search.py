@@ -27,6 +27,7 @@ from fastlora.training.setup import prepare
 from fastlora.training.stopping import Stop
 
 HOW = SearchConfig(trials=3)
+GIVEN = {"lr": 2e-3, "targets": ("query", "value")}  # where searches start
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,6 +49,7 @@ def search(config, stop=None):
 def searched(small, tiny_model, tiny_data, tmp_path_factory):
     """The configuration of a finished search, which tests leave as it is."""
     config = TrainConfig(
+        **GIVEN,
         r=4,
         tasks=("sts",),
         data=tiny_data,
@@ -221,7 +223,7 @@ class Pretended:
 
 @pytest.fixture
 def pretended(tiny_config, tmp_path, monkeypatch):
-    setup = prepare(config := tiny_config(tasks=("sts",)), find_inputs(config))
+    setup = prepare(config := tiny_config(tasks=("sts",), **GIVEN), find_inputs(config))
     return Pretended(setup, tmp_path, monkeypatch)
 
 
@@ -380,7 +382,8 @@ def test_equal_scores_keep_the_settings_given(pretended, monkeypatch):
 
 
 def test_each_tasks_adapter(tiny_config, pretended):
-    config = tiny_config(tasks=("sst", "sts"), adapters="per-task", sts=TaskLoraConfig(r=3))
+    tasks, own = ("sst", "sts"), TaskLoraConfig(r=3)
+    config = tiny_config(tasks=tasks, adapters="per-task", sts=own, **GIVEN)
     search(config)
     best, found = read_toml(config.out / "best.toml"), read_json(config.out / "search.json")
     assert best["adapters"] == "per-task" and best["r"] == 4

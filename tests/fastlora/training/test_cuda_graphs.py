@@ -163,7 +163,9 @@ def test_graphs_train_as_plain_steps_do(tiny_config, recorder, route):
 
 
 def test_graphs_scale_losses_of_half_precision(tiny_config, recorder):
-    config = tiny_config(tokens_per_batch=64, lr=1e-2, warmup=0.0, max_steps=100)
+    # Few targets, so that the roundings of fp16 do not add up.
+    settings = {"lr": 1e-2, "targets": ("query", "value")}
+    config = tiny_config(tokens_per_batch=64, warmup=0.0, max_steps=100, **settings)
     check_graphs(replace(config, device="cpu", precision="fp16"), "reference")
 
 

@@ -59,7 +59,7 @@ def test_a_tasks_gradients_do_not_change_in_company(still, others):
     for parameter in trainer.parameters:  # B = 0 would leave A without a gradient
         torch.nn.init.normal_(parameter, std=0.1)
     by_itself, in_company = gradients(sst), gradients(np.concatenate([rest, sst]))
-    assert len(by_itself) == 2 * 2 * 2 + 2
+    assert len(by_itself) == 2 * 6 * 2 + 2  # A and B of two layers' matrices, and the head
     for name, gradient in by_itself.items():
         torch.testing.assert_close(in_company[name], gradient, rtol=1e-4, atol=1e-6)
         assert gradient.abs().max() > 0
