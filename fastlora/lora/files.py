@@ -68,10 +68,8 @@ def save_adapter(
     check_names(layers.values(), (name,))
     own = {module: layer for module, layer in layers.items() if name in layer.settings}
     if wrapped := [m for m in own if not m or m.split(".")[0] in ("module", "_orig_mod")]:
-        raise UserError(
-            f"layer {wrapped[0]!r} has no name in PEFT's format (expected the model itself: not a "
-            "single layer, and not wrapped in DistributedDataParallel or torch.compile)"
-        )
+        whole = "expected the model itself: not one layer, nor wrapped as by torch.compile or DDP"
+        raise UserError(f"layer {wrapped[0]!r} has no name in PEFT's format ({whole})")
     tensors = _factors(own, name)
     modules = _trained_modules(model) if heads else []
     for module in modules:
@@ -120,9 +118,8 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
     if not own:
         # Anchored, because a bare name also matches longer names that end in it.
         targets = tuple(f"^{re.escape(module)}$" for module in modules)
-        own = inject(model, {adapter: replace(config, targets=targets)})
-        for tensor in heads.values():
-            tensor.requires_grad_(isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
+        new = [t for t in heads.values() if isinstance(t, nn.Parameter) and t.is_floating_point()]
+        own = inject(model, {adapter: replace(config, targets=targets)}, train=new)
     copy_tensors(folder / WEIGHTS, tensors, _factors(own, adapter) | heads)
 
 
@@ -193,10 +190,8 @@ def _trained_modules(model: nn.Module) -> list[str]:
     inside = tuple(f"{name}." for name in found)
     for name, parameter in model.named_parameters():
         if parameter in trained and not name.startswith(inside):
-            raise UserError(
-                f"parameter {name!r} is trainable, but neither in an adapter nor in a module that "
-                "is trainable as a whole: PEFT's format has no place for it"
-            )
+            what = f"parameter {name!r} is trainable, but neither in an adapter nor in a module"
+            raise UserError(f"{what} that is trainable as a whole: PEFT has no place for it")
     return found
 
 

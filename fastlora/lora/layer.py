@@ -156,10 +156,8 @@ class LoRALinear(Linear):
         base_forward = self.base_forward or partial(self.base_class.forward, self)
         y = base_forward(input, *args, **kwargs)
         if terms and y.shape != (*input.shape[:-1], self.out_features):
-            raise UserError(
-                f"{self.base_class.__name__} returns {list(y.shape)} for an input "
-                f"{list(input.shape)} (expected [..., {self.out_features}] to add adapters to)"
-            )
+            found = f"{self.base_class.__name__} returns {list(y.shape)} for {list(input.shape)}"
+            raise UserError(f"{found} (expected [..., {self.out_features}] to add adapters to)")
         return add_terms(y, input, terms, seed) if terms else y
 
     def default_choice(self) -> Choice:
@@ -189,14 +187,11 @@ class LoRALinear(Linear):
             if name in self.settings and start != stop:
                 A, B, settings = self.lora_A[name], self.lora_B[name], self.settings[name]
                 if A.device != x.device:  # PyTorch would compute with meta tensors without an error
-                    raise UserError(
-                        f"adapter {name!r} lies on {A.device}, its input on {x.device} (expected "
-                        "one device; if the model is offloaded, call inject after that)"
-                    )
+                    where = f"adapter {name!r} lies on {A.device}, its input on {x.device}"
+                    raise UserError(f"{where} (if the model is offloaded, call inject after that)")
                 p = settings.dropout if self.training else 0.0
                 # A layer's adapter draws the same masks whichever others act in the same call.
-                stream = self.streams[name]
-                terms.append(Term(A, B, settings.scale, p, stream, start, stop, column))
+                terms.append(Term(A, B, settings.scale, p, self.streams[name], start, stop, column))
         return terms, choice.seed
 
     def _check_merged(self, x: Tensor, choice: Choice) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
+from warnings import warn
 from zlib import crc32
 
 import torch
@@ -14,39 +15,39 @@ from torch import Tensor, nn
 
 from fastlora.errors import UserError
 from fastlora.kernels import Linear, Packed
+from fastlora.lora import targets
 from fastlora.lora.config import LoraConfig
 from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number, lora_layers, lora_parameters
 from fastlora.lora.routing import Segment, active_adapters, adapter_names, check_names, pick, scope
-from fastlora.lora.targets import check_layer, check_model, target_names, trained_parameters
 
 # Attributes that `inject` sets: which parameters were trainable before, and a parent's settings.
 _BEFORE, _NESTED = "_trained_before_inject", "_nested_before_inject"
 
 
 def inject(
-    model: nn.Module, config: LoraConfig | Mapping[str, LoraConfig], *, train: Sequence[str] = ()
+    model: nn.Module, config: LoraConfig | Mapping[str, LoraConfig], *, train: targets.Train = ()
 ) -> dict[str, LoRALinear]:
     """Freeze `model`, its heads too, and put LoRA on its target linear layers, in place.
 
     `model` is any module; `config` are one adapter's settings, or {adapter name: settings}. Modules
-    or parameters named in `train` (or by the end of their names) stay trainable. On a model that
-    already has adapters, new ones are added; an adapter that a layer already has with the same
-    settings is kept, and trainable parameters stay trainable. A single adapter is active; of
-    several, choose by `set_adapter` or `use_adapter`. Pass the whole model that you will save.
+    or parameters named in `train` (or by the end of their names) stay trainable; a warning names a
+    new head that does not. On a model that has adapters, new ones are added; one that a layer has
+    with the same settings is kept, and trainable parameters stay trainable. A single adapter is
+    active; of several, choose by `set_adapter` or `use_adapter`. Pass the whole model to be saved.
 
     Returns the layers of these adapters by module name. Raises UserError, with nothing changed, for
     a target that matches nothing or cannot be adapted, and for a distributed model.
     """
     configs = dict(config) if isinstance(config, Mapping) else {DEFAULT: config}
-    check_model(model, configs)
-    kept = trained_parameters(model, train)
+    targets.check_model(model, configs)
+    kept = targets.trained_parameters(model, train)
     plan = [
         (name, adapter, settings.for_layer(name))
         for adapter, settings in configs.items()
-        for name in target_names(model, settings, kept)
+        for name in targets.target_names(model, settings, kept)
     ]
     for name, adapter, settings in plan:
-        check_layer(model, name, adapter, settings)
+        targets.check_layer(model, name, adapter, settings)
     layers, seed = lora_layers(model), draw_number()
     known = adapter_names(layers.values())
     injected: dict[str, LoRALinear] = {}
@@ -73,6 +74,10 @@ def inject(
             parameter.requires_grad_(False)
     for parameter in kept:
         parameter.requires_grad_(True)
+    heads = {name: m for name, m in model.named_children() if name in targets.NEW_HEADS}
+    if new := [name for name, head in heads.items() if targets.is_untrained(head)]:
+        what = f"inject froze {' and '.join(new)} of {type(model).__name__}, which looks random"
+        warn(f"{what}; to train it, too: inject(model, config, train={tuple(new)})", stacklevel=2)
     changed, active = injected, next((layer.active for layer in layers.values()), None)
     if configs.keys() - {*known}:  # with a new name, none is chosen any more
         changed = lora_layers(model)
@@ -113,10 +118,8 @@ def merge(model: nn.Module, *adapters: str) -> None:
             raise UserError(f"adapter {' and '.join(layer.merged)} is merged already: unmerge it")
         W = layer._parameters.get("weight")  # an offloaded one is on the meta device
         if own and not (layer.base_is_plain and type(W) is nn.Parameter and not W.is_meta):
-            raise UserError(
-                f"layer {name!r} cannot be merged: {layer.base_class.__name__} is not a plain "
-                "linear layer whose weight is in memory"
-            )
+            why = f"{layer.base_class.__name__} is no plain linear layer with its weight in memory"
+            raise UserError(f"layer {name!r} cannot be merged: {why}")
         if own:
             weights[name] = own, _merged_weight(layer, own)
             if not weights[name][1].isfinite().all() and layer.weight.isfinite().all():
@@ -278,7 +281,5 @@ def _check_tied(module: nn.Module) -> None:
         # The W0 of a merged layer is not among the model's parameters.
         others = owned[id(layer.base_parameter[0])] if layer.merged else owned[id(layer.weight)] - 1
         if others > 0:
-            raise UserError(
-                f"the weight of {name!r} is tied to another, and merging would break the tie: the "
-                "other would be saved (expected save_adapter, or targets without this layer)"
-            )
+            why = f"the weight of {name!r} is tied to another, which would be saved in its place"
+            raise UserError(f"{why} (expected save_adapter, or targets without this layer)")

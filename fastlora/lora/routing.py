@@ -138,10 +138,8 @@ def choice_of(layer: LoRALinear) -> Choice:
         return layer.default_choice()
     noted = getattr(_checkpoint_frame(), "fastlora_choices", {}).get(layer)
     if noted is None:
-        raise UserError(
-            "a LoRALinear is recomputed in backward and cannot know its adapters in the forward "
-            "pass (expected a torch checkpoint with use_reentrant=False, not nested, of one choice)"
-        )
+        what = "a LoRALinear is recomputed in backward, where its adapters in forward are unknown"
+        raise UserError(f"{what} (expected checkpoint(use_reentrant=False), not nested)")
     return noted
 
 

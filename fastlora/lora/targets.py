@@ -12,8 +12,10 @@ from fastlora.kernels import Linear
 from fastlora.lora.config import ALL, FAMILIES, TARGETS, LoraConfig, check, is_target
 from fastlora.lora.layer import ADDED, LoRALinear
 
-# A linear layer whose name has one of these parts belongs to a head.
-HEADS = ("classifier", "pre_classifier", "score", "lm_head", "qa_outputs", "cls", "heads")
+# Names of heads; transformers adds the first ones to an encoder, with random weights.
+NEW_HEADS = ("classifier", "pre_classifier", "score", "qa_outputs")
+HEADS = (*NEW_HEADS, "lm_head", "cls", "heads")
+Train = Sequence[str | nn.Parameter]  # names of modules or parameters, or their ends; parameters
 
 
 def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
@@ -22,16 +24,16 @@ def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:
     check(len(configs) > 0, "config", configs, "the settings of one adapter or more")
     for name, settings in configs.items():
         kind = f"{type(settings).__module__}.{type(settings).__name__}"
-        check(isinstance(settings, LoraConfig), "config", kind, "fastlora.LoraConfig")
+        ours = "fastlora.LoraConfig, which has PEFT's spellings; accelerate takes PEFT's models"
+        check(isinstance(settings, LoraConfig), "config", kind, ours)
         ok = isinstance(name, str) and name != "" and "." not in name
         check(ok, "adapter name", name, "a non-empty string without dots")
         if hasattr(nn.ParameterDict(), name):
             raise UserError(f"adapter {name!r}: PyTorch's modules use this name; choose another")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise UserError("the model has lazy layers without shapes (expected a forward pass first)")
-    wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-    sharded = [p for p in model.parameters() if hasattr(p, "device_mesh")]
-    if wrapped or sharded:
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if wrapped or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise UserError("the model is distributed already; inject first, then wrap or shard it")
 
 
@@ -53,12 +55,19 @@ def check_layer(model: nn.Module, name: str, adapter: str, settings: LoraConfig)
         raise UserError(f"layer {name!r} cannot be adapted: {problem}")
 
 
-def trained_parameters(model: nn.Module, names: Sequence[str]) -> set[nn.Parameter]:
-    """The parameters with these names (or ends of names), and those of modules with these names."""
-    kept: set[nn.Parameter] = set()
+def is_untrained(head: nn.Module) -> bool:
+    """Whether all of a head is frozen and looks random, because its biases are zero."""
+    own = [*head.parameters()]
+    used = any(p.requires_grad or p.is_meta or (p.ndim < 2 and p.any()) for p in own)
+    return len(own) > 0 and not used
+
+
+def trained_parameters(model: nn.Module, names: Train) -> set[nn.Parameter]:
+    """The parameters given, or with these names (or ends of names), or in modules with such."""
+    kept = {given for given in names if isinstance(given, nn.Parameter)}
     every = model.named_parameters(remove_duplicate=False)  # tied ones by all names
     parameters = [(n, p) for n, p in every if p.is_floating_point() or p.is_complex()]
-    for end in (names,) if isinstance(names, str) else names:
+    for end in (names,) if isinstance(names, str) else [n for n in names if n not in kept]:
         # A parameter's name contains the names of the modules around it.
         found = {p for name, p in parameters if f".{end}." in f".{name}."}
         if not found:

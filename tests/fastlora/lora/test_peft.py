@@ -14,6 +14,7 @@ from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
 from fastlora.bert.weights import load_encoder
 from fastlora.data.source import resolve
+from fastlora.errors import UserError
 from fastlora.lora.config import TARGETS
 from fastlora.lora.files import read_config
 
@@ -180,3 +181,22 @@ def test_minilm_with_peft(tmp_path):
     save_adapter(train(model), tmp_path, base_model=source.name)
     theirs = transformers.BertModel.from_pretrained(source.folder)
     close(output(their_reading(theirs, tmp_path)), output(model))
+
+
+def test_a_new_head_that_stays_frozen_gives_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match=r"froze classifier of Bert.* train=\('classifier',\)\)"):
+        inject(model := classifier(), LoraConfig(r=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject(model, LoraConfig(r=4), train=("classifier",))
+        save_adapter(model, tmp_path)
+        load_adapter(classifier(), tmp_path)  # which makes the head trainable
+        torch.nn.init.normal_((pretrained := classifier()).classifier.bias)
+        inject(pretrained, LoraConfig(r=4))
+        (without := classifier()).classifier = torch.nn.Identity()
+        inject(without, LoraConfig(r=4))
+
+
+def test_settings_of_peft_itself_are_refused_with_a_hint():
+    with pytest.raises(UserError, match=r"'peft.*LoraConfig' .*fastlora.LoraConfig.*accelerate"):
+        inject(classifier(), peft.LoraConfig(r=4))
