@@ -32,7 +32,7 @@ docs: $(VENV)/.docs links
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	! grep -rnE --include='*.py' '^(from|import) (kernels|bert)\b' fastlora kernels bert tests bench examples
+	! grep -rnE --include='*.py' '^(from|import) (kernels|bert)\b' fastlora kernels bert tests bench examples tools
 	! grep -rnE --include='*.py' 'make_block_ptr|tl\.advance' fastlora kernels bert
 
 # mypy and mkdocstrings find packages by folder, so they read a tree of links that is laid out as
@@ -52,7 +52,7 @@ format: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find fastlora kernels bert tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+	find fastlora kernels bert tests bench examples tools -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp per set of packages: a second call installs nothing until the files on the right change.
 $(VENV)/.base: pyproject.toml constraints.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -137,8 +138,25 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object to a file that appears only when it is complete."""
     with atomic_open(path) as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(json.dumps(value, indent=2) + "\n")
+
+
+def json_sha256(value: Mapping[str, Any]) -> str:
+    """sha256 of a JSON object."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object as `write_json`, with its sha256, by which a damage is noticed."""
+    write_json(path, {**value, "own_sha256": json_sha256(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` has written; UserError if it has changed since then."""
+    value = read_json(path)
+    if value.pop("own_sha256", None) != json_sha256(value):
+        raise UserError(f"{path}: has changed since it was saved; copy the run again")
+    return value
 
 
 def read_toml(file: Path) -> dict[str, Any]:

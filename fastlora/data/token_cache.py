@@ -82,5 +82,4 @@ def _write(file: Path, data: TaskData) -> None:
     arrays: dict[str, Any] = {"labels": data.labels}
     for i, column in enumerate(data.columns):
         arrays |= {f"{name}{i}": getattr(column, name) for name in _ARRAYS}
-    text = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
-    np.savez(file, metadata=text, **arrays)
+    np.savez(file, metadata=np.frombuffer(json.dumps(metadata).encode(), np.uint8), **arrays)

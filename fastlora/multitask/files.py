@@ -7,7 +7,6 @@ them all, and of the encoder and tokenizer that the weights belong to.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from fastlora.bert.config import BertConfig
 from fastlora.data.tasks import Task, task_from_table
 from fastlora.errors import UserError
-from fastlora.files import read_json, write_json
+from fastlora.files import json_sha256, read_json, read_sealed, write_sealed
 from fastlora.lora import files as lora
 from fastlora.lora.layer import DEFAULT
 from fastlora.multitask.model import MultitaskBert
@@ -56,18 +55,13 @@ def fingerprint(encoder: nn.Module) -> str:
 
 def config_fingerprint(config: BertConfig) -> str:
     """sha256 over an encoder's configuration."""
-    return _json_sha256(asdict(config))
-
-
-def _json_sha256(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return json_sha256(asdict(config))
 
 
 def _file_sha256(path: Path) -> str:
     """sha256 over what a JSON or safetensors file says, however it is written."""
-    return (
-        _json_sha256(read_json(path)) if path.suffix == ".json" else _sha256(read_tensors(path)[0])
-    )
+    is_json = path.suffix == ".json"
+    return json_sha256(read_json(path)) if is_json else _sha256(read_tensors(path)[0])
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -110,7 +104,7 @@ def save_all(
         "settings": settings,
         "sha256": {str(f.relative_to(folder)): _file_sha256(f) for f in files},
     }
-    write_json(folder / HEADS_INFO, {**info, "own_sha256": _json_sha256(info)})
+    write_sealed(folder / HEADS_INFO, info)
 
 
 def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
@@ -124,12 +118,9 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     if info.get("format") != FORMAT:
         expected = f"{FORMAT}, of this fastlora: train again, or use the version it was saved by"
         raise UserError(f"{path}: format is {info.get('format')!r:.80} (expected {expected})")
-    own_sha256 = info.pop("own_sha256", None)
-    changed = [path] if own_sha256 != _json_sha256(info) else []
-    stored = {} if changed else info["sha256"]
-    changed += [folder / name for name in stored if _file_sha256(folder / name) != stored[name]]
-    if changed:
-        raise UserError(f"{changed[0]}: has changed since it was saved; copy the run again")
+    for name, sha256 in read_sealed(path)["sha256"].items():
+        if _file_sha256(file := folder / name) != sha256:
+            raise UserError(f"{file}: has changed since it was saved; copy the run again")
     tasks = {name: task_from_table(name, table) for name, table in info["tasks"].items()}
     return tasks, info["settings"]
 

@@ -13,9 +13,9 @@ from typing import Any
 from fastlora.data.infer import FileTask, Kind, task_of_file
 from fastlora.data.tasks import BUILTIN, check_name
 from fastlora.errors import UserError
-from fastlora.files import atomic_folder, read_json
+from fastlora.files import atomic_folder
 from fastlora.runs.folder import DATA, default_folder
-from fastlora.runs.session import run_training
+from fastlora.runs.session import read_result, run_training
 from fastlora.runs.trained import Trained, load
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import find_inputs, with_file
@@ -74,7 +74,7 @@ class Run:
     @cached_property
     def metrics(self) -> dict[str, dict[str, float | None]]:
         """All metrics that fit, by task."""
-        return read_json(self.folder / "result.json")["metrics"]
+        return read_result(self.folder)["metrics"]
 
     @cached_property
     def predictor(self) -> Trained:

@@ -15,7 +15,7 @@ from fastlora.console import Log
 from fastlora.data.tasks import BUILTIN, Task
 from fastlora.devices import usual_modes
 from fastlora.errors import Interrupted, UserError
-from fastlora.files import atomic_folder, read_json, read_toml, write_json
+from fastlora.files import atomic_folder, read_sealed, read_toml, write_sealed
 from fastlora.lora.files import read_config
 from fastlora.lora.model import parameter_report
 from fastlora.multitask import files as adapters
@@ -133,15 +133,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     """The content of result.json in the folder of a finished run; UserError if it is damaged."""
     if not is_finished(folder):
         raise UserError(f"{folder}: holds no finished run (expected the folder of one)")
-    record = read_json(folder / "result.json")
-    try:  # what readers of it compute
-        sum(record[field.name] for field in fields(Result)[1:])
-        sum(score or 0.0 for score in record["scores"].values())
-        trained_share(record["parameters"])
-        Log(quiet=True).table(*record["table"])
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{folder / 'result.json'}: is not a run's result ({error!r})") from None
-    return record
+    return read_sealed(folder / "result.json")
 
 
 def _build(setup: Setup) -> tuple[MultitaskBert, BaseInfo, list[str]]:
@@ -225,7 +217,7 @@ def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> N
         "metrics": {n: metrics(d.task, outputs[n], d.labels) for n, d in setup.dev.items()},
         **vars(result),
     }
-    write_json(folder / "result.json", record)
+    write_sealed(folder / "result.json", record)
     write_report(folder, setup, model.settings, outputs, record)
     for table in (record["table"], *predictor.class_tables(setup.dev, outputs)):
         log.table(*table)

@@ -73,4 +73,4 @@ def test_a_damaged_result_is_one_line(runs, tmp_path, capsys, key):
     file = tmp_path / "a" / "result.json"
     file.write_text(json.dumps(read_json(file) | {key: ["?"]}))
     code, printed = compare(capsys, tmp_path / "a", runs / "b")
-    assert code == 2 and "is not a run's result" in " ".join(printed.split())
+    assert code == 2 and "has changed since it was saved" in " ".join(printed.split())
