@@ -7,6 +7,18 @@ SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 
 
+def from_bf16(raw):
+    """uint16 bits of bf16 numbers -> float32."""
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bf16(value):
+    """float32 -> uint16 bits of the nearest bf16 numbers, ties to even."""
+    raw = np.ascontiguousarray(value).view(np.uint32)
+    nearest = (raw + 0x7FFF + (raw >> 16 & 1)) >> 16
+    return np.where(np.isnan(value), 0x7FFF, nearest).astype(np.uint16)
+
+
 class Arithmetic:
     """The part of a thread block that computes: needs `regs`, `n`, `bits`, `read` and `write`."""
 
@@ -118,12 +130,13 @@ class Arithmetic:
 
     def convert(self, parts, dst, rest):
         to, source = parts[-2], parts[-1]
-        if to == "f16x2":  # the first operand is the high half
-            pair = np.stack([self.read(rest[1], source), self.read(rest[0], source)], 1).astype(
-                np.float16
-            )
+        if to in ("f16x2", "bf16x2"):  # the first operand is the high half
+            pair = np.stack([self.read(rest[1], source), self.read(rest[0], source)], 1)
+            pair = to_bf16(pair) if to == "bf16x2" else pair.astype(np.float16)
             return self.write(dst, np.ascontiguousarray(pair).view(np.uint32)[:, 0])
         value = self.read(rest[0], source)
+        if to == "bf16":
+            return self.write(dst, to_bf16(value))
         types = {"u": UNSIGNED, "b": UNSIGNED, "s": SIGNED, "f": FLOAT}[to[0]]
         if source[0] == "f" and to[0] in "us":
             value = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[parts[1]](

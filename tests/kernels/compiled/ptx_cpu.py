@@ -1,7 +1,8 @@
 """Runs a compiled kernel's PTX on the CPU with NumPy, one thread block at a time in lockstep.
 
-It checks the numbers of machine code whose GPU is absent, a T4's `mma.sync.m16n8k8` for one. The
-layouts of fragments are those of the PTX ISA manual, "Matrix fragments".
+It checks the numbers of machine code whose GPU is absent: a T4's `mma.sync.m16n8k8`, and from
+sm_80 on `m16n8k16`, bf16, and copies that run until they are waited for. The layouts of fragments
+are those of the PTX ISA manual, "Matrix fragments".
 
 Limits: branches must be uniform within a block; only instructions that Triton emits for kernels
 like ours are known, any other raises NotImplementedError.
@@ -12,7 +13,7 @@ import struct
 
 import numpy as np
 import torch
-from compiled.ptx_alu import FLOAT, SIGNED, UNSIGNED, Arithmetic
+from compiled.ptx_alu import FLOAT, SIGNED, UNSIGNED, Arithmetic, from_bf16
 
 BASE = 1 << 20
 SPECIAL = (
@@ -68,6 +69,7 @@ class Block(Arithmetic):
         self.heap, self.params, self.n = heap, params, threads
         self.shared = np.full(max(shared_bytes, 16) + 64, 0xFF, np.uint8)  # NaN until written
         self.active = np.ones(threads, bool)
+        self.copies = [[]]  # groups of copies that may still run; the last one is open
 
     def bits(self, operand, width):
         if operand in self.regs:
@@ -85,6 +87,8 @@ class Block(Arithmetic):
         return np.full(self.n, value & ((1 << width) - 1), UNSIGNED[width])
 
     def read(self, operand, kind):
+        if kind == "bf16":
+            return from_bf16(self.bits(operand, 16))
         letter, width = kind[0], int(kind[1:])
         raw = self.bits(operand, width)
         return raw if letter in "ub" else raw.view((SIGNED if letter == "s" else FLOAT)[width])
@@ -126,6 +130,24 @@ class Block(Arithmetic):
             )
             memory[(index + i * size)[self.active, None] + np.arange(size)] = raw[self.active]
 
+    def copy(self, op, dst=None, src=None, size=None, filled=None):
+        """cp.async: what it copies arrives at the latest moment, when a wait demands it."""
+        if "commit_group" in op:
+            self.copies.append([])
+        elif "wait_group" in op:
+            while len(self.copies) > int(dst) + 1:
+                for where, data in self.copies.pop(0):
+                    self.shared[where] = data
+        else:
+            size, to, start = int(size, 0), self.address(dst, 32), self.address(src, 64) - BASE
+            real = self.bits(filled or str(size), 32).astype(np.int64)  # zeros fill the rest
+            at = np.arange(size)
+            if ((to | np.where(real > 0, start, 0)) % size)[self.active].any():
+                raise ValueError(f"misaligned address: {op}")
+            inside = at < real[:, None]
+            data = np.where(inside, self.heap[np.where(inside, start[:, None] + at, 0)], 0)
+            self.copies[-1].append(((to[:, None] + at)[self.active], data[self.active]))
+
     def ldmatrix(self, op, dst, src):
         index, half = self.address(src, 32).reshape(-1, 32), self.shared[:-64].view(np.uint16)
         lane = np.arange(32)
@@ -139,14 +161,15 @@ class Block(Arithmetic):
 
     def mma(self, op, d, a, b, c):
         k = 16 if "k16" in op else 8
-        if ".f32.f16.f16.f32" not in op:
+        brain = ".f32.bf16.bf16.f32" in op
+        if not (brain or ".f32.f16.f16.f32" in op):
             raise NotImplementedError(op)
         lane = np.arange(32)
         g, t, warps = lane // 4, lane % 4, self.n // 32
 
         def halves(reg):
-            pairs = self.bits(reg, 32).view(np.float16).reshape(warps, 32, 2)
-            return pairs.astype(np.float32)
+            raw = self.bits(reg, 32).view(np.uint16).reshape(warps, 32, 2)
+            return from_bf16(raw) if brain else raw.view(np.float16).astype(np.float32)
 
         A, B, C = (np.zeros((warps, *s), np.float32) for s in ((16, k), (k, 8), (16, 8)))
         for j, reg in enumerate(a):
@@ -194,13 +217,14 @@ class Block(Arithmetic):
                 continue
             elif op.startswith("ld.param"):
                 self.write(args[0], self.params[args[1].strip("[]")])
-            elif op.startswith(("ldmatrix", "mma", "shfl", "ld.", "st.")):
+            elif op.startswith(("ldmatrix", "mma", "shfl", "ld.", "st.", "cp.async")):
                 name = {
                     "ldmatrix": "ldmatrix",
                     "mma": "mma",
                     "shfl": "shuffle",
                     "ld": "load",
                     "st": "store",
+                    "cp": "copy",
                 }[op.split(".")[0]]
                 getattr(self, name)(op, *args)
             elif op.startswith("cvta"):

@@ -1,4 +1,4 @@
-"""Every shipped configuration compiled for T4, A100 and H100, with no GPU: what the compiler made.
+"""Every shipped configuration compiled for GPUs from T4 to Blackwell, with none: what that made.
 
 Prints a table: registers, spills, shared memory, tensor-core instruction, instructions a dropout
 element, and for the T4 the bound from bytes, tensor cores and issue for M = 4096, H = 768, r = 32.
@@ -19,8 +19,10 @@ CASES = [
     (80, SINGLE, "any/fp32"),
     *[(90, dtype, row) for dtype in (HALF, BRAIN) for row in ("90/small", "90")],
     (90, SINGLE, "any/fp32"),
+    *[(chip, BRAIN, "any") for chip in (89, 100, 120)],
 ]
-SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
+SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+SHARED_LIMIT |= {100: 227 << 10, 120: 99 << 10}
 ALU_LIMIT = 12
 M, H, R = 4096, 768, 32
 # A T4: SMs, clock, DRAM bytes/s, fp16 tensor FLOP/s; instructions an SM issues and its integer

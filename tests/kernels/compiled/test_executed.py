@@ -1,6 +1,7 @@
-"""The T4's code path without a T4: each kernel's sm_75 PTX, executed on the CPU.
+"""A GPU's code path without the GPU: each kernel's PTX, executed on the CPU.
 
-Whole routes run so, small and odd shapes, and are judged as every other route is.
+Whole routes run so, small and odd shapes, and are judged as every other route is: as compiled for
+a T4, and for an A100 and an L4, where copies run in the background and bf16 has tensor cores.
 """
 
 import pytest
@@ -12,24 +13,35 @@ from fastlora.kernels import Term
 from fastlora.kernels.triton import tuning
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="PTX is run where no GPU is")
-ROW = tuning.SHIPPED["75/fp16"]
+T4 = (75, torch.float16, "75/fp16")
+# The rows "any", "80/small" and "80" copy for two and for three turns of the loop.
+NEWER = [(80, torch.float16, "80"), (80, torch.bfloat16, "80/small"), (89, torch.bfloat16, "any")]
 
 
 @pytest.fixture
-def executed():
-    """Names of the kernels that ran from their PTX."""
-    names = []
+def chip(request):
+    """Capability, dtype, and the name of the row of block sizes."""
+    return getattr(request, "param", T4)
+
+
+@pytest.fixture
+def executed(chip):
+    """Names of the kernels that ran from their PTX, and whether they copy in the background."""
+    names, (capability, _, row) = [], chip
 
     def execute(kernel, grid, arguments, constants, blocks):
-        compiled = aot.compile_launch(75, kernel, arguments, constants, blocks)
-        assert ".target sm_75" in compiled.asm["ptx"]
+        compiled = aot.compile_launch(capability, kernel, arguments, constants, blocks)
+        ptx = compiled.asm["ptx"]
+        assert f".target sm_{capability}" in ptx
+        assert ("m16n8k16" if capability >= 80 else "m16n8k8") in ptx
         names.append(kernel.__name__)
+        names.extend(["a copy in the background"] * ("cp.async" in ptx))
         if not all(grid):
             return
         passed = aot.passed(kernel, arguments)
         ptx_cpu.run(compiled.asm["ptx"], grid, passed, compiled.metadata.shared)
 
-    with aot.launches_to(execute, 75, ROW):
+    with aot.launches_to(execute, capability, tuning.SHIPPED[row]):
         yield names
 
 
@@ -43,6 +55,16 @@ def test_one_projection(executed, route, M, K, N, r, p):
     check(route, inputs, lambda f: [Term(*f[0], 0.5, p, stream=7)], torch.float16)
     assert {"lora_down", "lora_outer"} <= set(executed)
     assert ("lora_add" in executed) == (route == "triton")
+
+
+@pytest.mark.parametrize("chip", NEWER, indirect=True)
+@pytest.mark.parametrize("route", ["gemm", "triton"])
+@pytest.mark.parametrize(("M", "K", "N", "r", "p"), [(37, 272, 208, 16, 0.1), (5, 33, 41, 5, 0.5)])
+def test_one_projection_on_newer_gpus(executed, chip, route, M, K, N, r, p):
+    inputs = make(M, K, N, [(r, N)])
+    check(route, inputs, lambda f: [Term(*f[0], 0.5, p, stream=7)], chip[1])
+    assert {"lora_down", "lora_outer"} <= set(executed)
+    assert ("a copy in the background" in executed) == (K % 16 == 0)  # they are of 16 bytes
 
 
 @pytest.mark.parametrize("route", ["gemm", "triton"])
