@@ -132,7 +132,8 @@ def inspect(kernel):
     """Registers and stack, and tensor-core instructions."""
     usage = dump(kernel, "-res-usage")
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    mma = sorted(set(re.findall(r"(?:wg)?mma[\w.]*?\.m\d+n\d+k\d+|tcgen05\.mma", kernel.asm["ptx"])))
+    kinds = r"(?:wg)?mma[\w.]*?\.m\d+n\d+k\d+|tcgen05\.mma"
+    mma = sorted(set(re.findall(kinds, kernel.asm["ptx"])))
     return registers, stack, mma
 
 
