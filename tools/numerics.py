@@ -119,7 +119,7 @@ def main() -> int:
     for seed in range(first, first + count):
         what, check = case_of(seed)
         try:
-            with time_limit(120):
+            with time_limit(600):
                 check()
         except (Exception, TimeUp) as error:
             tally.add("wrong", f"{what}: {error!r:.300}")
