@@ -68,8 +68,8 @@ def rows(texts, tmp_path_factory):
 def test_pipeline(compare, trained, texts, rows, tmp_path):
     from transformers import pipeline
 
-    model, config = trained
-    export(model, config.out, "sst", tmp_path / "merged", merged=True)
+    model, _ = trained
+    export(model, "sst", tmp_path / "merged", merged=True)
     other = pipeline("text-classification", str(tmp_path / "merged"), device="cpu")
     labels = [found["label"] for found in other(texts[:500], batch_size=BATCH, truncation=True)]
     compare(
