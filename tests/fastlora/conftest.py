@@ -1,8 +1,6 @@
-"""A tiny random BERT and tiny task files, so that a whole run takes a second or two."""
+"""Fixtures of all tests of fastlora: a tiny model and data, so that a whole run takes seconds."""
 
-import csv
 import os
-import random
 import subprocess
 import time
 from importlib.util import find_spec
@@ -10,14 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from tiny import write_data, write_model
 
 from fastlora.data.source import resolve
 from fastlora.training.config import TrainConfig
-
-NOUNS = ["film", "dog", "cat", "boat", "runs", "sings", "sleeps", "sees", "red", "blue"]
-WORDS = [*NOUNS, "the", "a", "good", "bad", "fine", "not", "very", ".", "?"]
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -78,61 +72,13 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A Hugging Face folder: 2 layers of width 32, dropout as in BERT."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(VOCAB),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.1,  # at 0.02 so narrow a model attends to nothing
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
-    return folder
-
-
-def _sentence(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))
-
-
-def _rows(name: str, count: int, rng: random.Random) -> list[list]:
-    rows = []
-    for i in range(count):
-        a, b = _sentence(rng), _sentence(rng)
-        if name == "sst":
-            rows.append([i, f"x{i}", a, min(4, a.count("good") * 2 + a.count("fine"))])
-        elif name == "quora":
-            b = a if rng.random() < 0.5 else b
-            rows.append([i, f"x{i}", a, b, float(a == b)])
-        else:
-            shared = len(set(a.split()) & set(b.split())) / len(set(a.split()))
-            rows.append([i, f"x{i}", a, b, round(5 * shared, 2)])
-    return rows
-
-
-HEADERS = {
-    "sst": ["", "id", "sentence", "sentiment"],
-    "quora": ["", "id", "sentence1", "sentence2", "is_duplicate"],
-    "sts": ["", "id", "sentence1", "sentence2", "similarity"],
-}
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """CS224N files of 96 training and 24 dev rows a task."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = random.Random(0)
-    for name, header in HEADERS.items():
-        for split, count in (("train", 96), ("dev", 24)):
-            stem = "ids-sst" if name == "sst" else name
-            with (folder / f"{stem}-{split}.csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-                writer.writerow(header)
-                writer.writerows(_rows(name, count, rng))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
