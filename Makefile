@@ -12,7 +12,7 @@ help:
 	@echo "make test    environment, install, and pytest (quick: make test ARGS=\"-m 'not slow'\")"
 	@echo "make bench   pytest bench/ --benchmark-only (DATA=folder of the CS224N files)"
 	@echo "make docs    the documentation site, in build/site (a warning is an error)"
-	@echo "make lint    ruff check, ruff format --check, mypy, banned imports"
+	@echo "make lint    ruff check, ruff format --check, mypy, bandit, banned imports"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the environment and everything built (runs/ stays)"
 
@@ -32,6 +32,7 @@ docs: $(VENV)/.docs links
 lint: $(VENV)/.dev types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --recursive fastlora kernels bert --skip B101
 	! grep -rnE --include='*.py' '^(from|import) (kernels|bert)\b' fastlora kernels bert tests bench examples tools
 	! grep -rnE --include='*.py' 'make_block_ptr|tl\.advance' fastlora kernels bert
 

@@ -15,6 +15,12 @@ from rich.text import Text
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on without output when its reader is gone, because a run's work is not in it."""
+        self.quiet = True
+
+
 class Log:
     """Writes lines and tables to the terminal and, where `file` is set, to a run's train.log.
 
@@ -23,7 +29,7 @@ class Log:
 
     def __init__(self, quiet: bool, brief: bool = False) -> None:
         # Without highlighting and wrapping, lines are the same in a pipe and easy to search.
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.brief = brief
         self.file: Path | None = None
 
@@ -63,12 +69,10 @@ class Bar:
 
     def __init__(self, log: Log, total: int, done: int) -> None:
         self.log, self.total, self.last = log, total, time.monotonic()
-        bar = (BarColumn(), "{task.completed}/{task.total}")
+        bar = ("step", BarColumn(), "{task.completed}/{task.total}")
         times = (TimeElapsedColumn(), TimeRemainingColumn(), "{task.fields[status]}")
         hidden = log.console.quiet or not log.console.is_terminal
-        self.progress = Progress(
-            "step", *bar, *times, console=log.console, transient=True, disable=hidden
-        )
+        self.progress = Progress(*bar, *times, console=log.console, transient=True, disable=hidden)
         self.task = self.progress.add_task("step", total=total, completed=done, status="")
         self.progress.start()
 

@@ -22,7 +22,7 @@ def exit_code(arguments: list[str]) -> int:
         from fastlora.cli.commands import app
 
         try:
-            app(arguments, exit_on_error=False, print_error=False)
+            app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()
         except BrokenPipeError:
             # The code of a process that SIGPIPE ends. Output that is still buffered is discarded.
@@ -41,6 +41,7 @@ def exit_code(arguments: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """The `fastlora` command."""
     given = sys.argv[1:] if arguments is None else arguments
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None if closed
     # A path may have characters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # torchrun needs "--" before our flags, and some Pythons pass it on.

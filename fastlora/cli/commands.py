@@ -135,8 +135,7 @@ def evaluate(
     tasks = trained.tasks.values()
     folder, _ = find_data(how.data, tasks)
     rules = {"pairs": trained.settings["pairs"], "quoting": how.quoting, "bad_rows": how.bad_rows}
-    rules["limit"] = settings.limit
-    datasets = load_tasks(folder, tasks, split, trained.tokenizer, **rules)
+    datasets = load_tasks(folder, tasks, split, trained.tokenizer, **rules, limit=settings.limit)
     log = Log(quiet=False)
     log.line(f"{run} on {folder}")
     outputs = predictor.predict(trained.model, datasets)

@@ -85,11 +85,8 @@ def _flags(settings: type, *names: str, **how: Any) -> Any:
 _TEXT = "Replaces the common value for this task."
 _TaskFlags = _flags(TaskLoraConfig, group=_GROUPS["sst"], help=_TEXT)
 TrainFlags = _flags(TrainConfig)
-TableFlags = _flags(
-    TrainConfig,
-    *("data", "model", "bad_rows", "quoting", "limit", "epochs", "tokens_per_batch"),
-    *("precision", "device"),
-)
+_OF_TABLES = "data model bad_rows quoting limit epochs tokens_per_batch precision device"
+TableFlags = _flags(TrainConfig, *_OF_TABLES.split())
 EvalFlags = _flags(TrainConfig, "data", "bad_rows", "quoting", "limit", "device")
 PredictFlags = _flags(TrainConfig, "quoting", "device")
 ComputeFlags = _flags(TrainConfig, "precision", "device")

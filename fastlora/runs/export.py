@@ -48,10 +48,8 @@ def export(trained: Trained, task: str | None, out: Path, merged: bool) -> None:
     chosen, net = trained.task(task), trained.model
     head, adapters = net.heads[chosen.name], net.adapters(chosen.name)
     if not isinstance(head, LinearHead):
-        raise UserError(
-            f"task {chosen.name!r} encodes the two texts of a pair separately, which no sequence "
-            "classifier does (expected a run with --pairs joint)"
-        )
+        what = f"task {chosen.name!r} encodes the two texts of a pair separately, which no sequence"
+        raise UserError(f"{what} classifier does (expected a run with --pairs joint)")
     if not merged and len(adapters) != 1:
         raise UserError(f"task {chosen.name!r} has {len(adapters)} adapters: only --merged fits")
     with merged_weights(trained, chosen.name) if merged else nullcontext():
@@ -80,7 +78,7 @@ def _sequence_classifier(
     # Imported here because it takes a second.
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(trained.source.folder)
+    config = AutoConfig.from_pretrained(trained.source.folder)  # nosec B615
     config.num_hidden_layers += 1
     config.id2label = dict(enumerate(task.labels or [task.label]))
     config.label2id = {label: index for index, label in config.id2label.items()}

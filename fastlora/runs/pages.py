@@ -99,14 +99,9 @@ def render(template: str, **values: Any) -> str:
     # Imported here because only the end of a command writes a page.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    how: Any = dict.fromkeys(("trim_blocks", "lstrip_blocks", "keep_trailing_newline"), True)
+    how |= {"loader": FileSystemLoader(TEMPLATES), "undefined": StrictUndefined}
+    environment = Environment(autoescape=select_autoescape(["html"]), **how)
     environment.filters["markdown"] = _markdown
     return environment.get_template(template).render(values)
 

@@ -41,10 +41,8 @@ def write_report(
     base, environment = setup.inputs.source.name, read_json(folder / "env.json")
     settings = pages.code(tomlkit.dumps(pages.without_folders(setup.config.to_table())))
     trained, share = trained_share(result["parameters"])
-    subject = (
-        f"{MODES[setup.config.mode]} {pages.without_folders(base)}, trained on "
-        f"{', '.join(setup.train)}"
-    )
+    what = f"{MODES[setup.config.mode]} {pages.without_folders(base)}"
+    subject = f"{what}, trained on {', '.join(setup.train)}"
     epochs = [
         [str(x["epoch"] + 1), str(x["step"]), *map(format_score, x["scores"].values())]
         for x in result["history"]
@@ -78,10 +76,8 @@ def write_report(
 def throughput(result: Mapping[str, Any]) -> str:
     """The steps, examples and seconds of a run, by its result, in words."""
     speed = result["examples"] / max(result["seconds"], 1e-9)
-    return (
-        f"{result['steps']:,} steps, {result['examples']:,} examples in {result['seconds']:.0f} s "
-        f"of training ({speed:.0f} examples/s)"
-    )
+    work = f"{result['steps']:,} steps, {result['examples']:,} examples"
+    return f"{work} in {result['seconds']:.0f} s of training ({speed:.0f} examples/s)"
 
 
 def trained_share(counts: Mapping[str, int]) -> tuple[int, float]:
@@ -134,9 +130,8 @@ def _scatter_plot(
 
 def _confusion_table(data: TaskData, outputs: np.ndarray) -> pages.Block | None:
     """How many examples of a classification have each label (rows) and prediction (columns)."""
-    names = data.task.labels
-    single = data.task.kind == "classification"
-    if not single or len(names) > MOST_CLASSES or data.labels is None:
+    names, kind = data.task.labels, data.task.kind
+    if kind != "classification" or len(names) > MOST_CLASSES or data.labels is None:
         return None
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (data.labels.astype(int), predicted_values(data.task, outputs)), 1)

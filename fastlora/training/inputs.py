@@ -85,8 +85,7 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
         model = "minilm" if demo else "bert-base-uncased"
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
     source = resolve(model)
-    if (local := Path(model).expanduser()).is_dir():
-        model = str(local.resolve())  # so that the run can go on from another directory
+    model = source.again
     out = os.fsencode(config.out or "").decode(errors="surrogateescape")
     for path in map(str, (folder, model, config.add_to, out)):
         if path != path.encode(errors="replace").decode():

@@ -407,6 +407,26 @@ def test_doctor(capsys):
     assert code == 0 and re.search(r"^kernels\s+reference", out, re.M)
 
 
+def test_without_a_reader_of_its_output_a_command_goes_on(tmp_path, monkeypatch):
+    def close_reader():
+        read, write = os.pipe()
+        os.close(read)
+        monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+
+    close_reader()
+    log = Log(quiet=False)
+    log.file = tmp_path / "train.log"
+    for text in ("one", "two"):
+        log.line(text)
+    assert log.file.read_text() == "one\ntwo\n"
+    close_reader()
+    with pytest.raises(SystemExit, match="141"):
+        main(["doctor"])
+    monkeypatch.setattr(sys, "stdout", None)  # closed before the start
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "nowhere"])
+
+
 def test_help_typo_and_missing_file_are_fast(tmp_path):
     """Each in half the time of importing torch, so none imports it."""
 

@@ -180,7 +180,7 @@ def test_a_copied_tokenizer_gives_the_same_tokens(tmp_path, name):
     folder = write(tmp_path / "model", FOLDERS[name])
     (folder / "model.safetensors").touch()
     (tmp_path / "copy").mkdir()
-    Source(folder, "model").copy_tokenizer(tmp_path / "copy")
+    Source(folder, "model", "model").copy_tokenizer(tmp_path / "copy")
     shutil.copy(folder / "config.json", tmp_path / "copy")
     check(tmp_path / "copy", folder)
 
