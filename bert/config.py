@@ -21,7 +21,7 @@ _SUPPORTED = {
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes and rates of one encoder, by default BERT's; ValueError for what no encoder has."""
+    """Sizes and rates of one encoder, by default BERT's; ValueError for impossible ones."""
 
     vocab_size: int
     hidden_size: int

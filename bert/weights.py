@@ -1,4 +1,4 @@
-"""The encoder's folder in Hugging Face layout, read and written."""
+"""Reads and writes an encoder's folder in Hugging Face layout."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ def memory_errors(device: torch.device, advice: str) -> Iterator[None]:
 
 @contextmanager
 def usual_modes() -> Iterator[None]:
-    """Run a block with PyTorch's modes of a new process, and restore the caller's at its end.
+    """Run a block in PyTorch's default modes, and restore the caller's modes at its end.
 
     The modes are the default dtype and device, autocast, `no_grad` and `inference_mode`.
     """

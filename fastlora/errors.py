@@ -22,7 +22,7 @@ class Diverged(RunError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message on an unknown name: the known one that it resembles, or nothing."""
+    """The end of a message on an unknown name: the known name that is close to it, or nothing."""
     close = get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

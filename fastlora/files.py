@@ -147,7 +147,7 @@ def json_sha256(value: Mapping[str, Any]) -> str:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object as `write_json`, with its sha256, by which a damage is noticed."""
+    """Write a JSON object with its own sha256, which shows later whether the file has changed."""
     write_json(path, {**value, "own_sha256": json_sha256(value)})
 
 

@@ -1,8 +1,8 @@
 """The operation's autograd, and the operation as an operator for `torch.compile`.
 
-Backward keeps x, u = c (m * x) A^T and the dropout mask's seed, but neither the mask nor the
-dropped x. Operators take flat lists only, so a call is passed as `_CALL` lists it: `factors` is A
-and B of each term in turn; `reals` and `ints` are the next two and the last four fields of `Term`.
+Forward keeps x, u = c (m * x) A^T and the seed of the dropout mask, but neither the mask nor
+the dropped x. Operators take flat lists only, so a call is passed as `_CALL` lists it: `factors` is
+A and B of each term in turn, `reals` and `ints` the next two and the last four fields of `Term`.
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ def is_ordinary(x: Tensor) -> bool:
 
 
 def threshold(p: float) -> int:
-    """The threshold below which a lane drops: p * 2^16, at most that of 1 - 2^-8 (see `MOST`)."""
+    """The threshold below which a lane drops: p * 2^16, at most that of `dropout.MOST`."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout is {p} (expected 0 <= p < 1)")
     return min(round(p * LANES), LANES - 256)
@@ -49,7 +49,7 @@ def keep_scale(p: float) -> float:
 
 
 class Term(NamedTuple):
-    """One adapter's low-rank update of rows [start, stop) of the output, leading dimensions flat.
+    """One adapter's low-rank update of rows [start, stop) of the output, flattened to 2-D.
 
     It adds to columns [column, column + N). The mask's rows count from `start`.
     """
@@ -117,7 +117,7 @@ class Packed:
 
     They are made again when a weight is another tensor, has moved or has a new version. After a
     write that PyTorch does not count, the owner calls `clear`; a `watched` one detects it by
-    hashing the weight at each use. Its copies and pickles are empty. Threads may share it.
+    hashing the weight at each use. Copying or pickling it gives an empty one. Threads may share it.
     """
 
     def __init__(self, watched: bool = False) -> None:

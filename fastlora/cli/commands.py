@@ -26,8 +26,8 @@ _DASH = Parameter(allow_leading_hyphen=True)  # "-" is standard input or output
 ConfigFile = Annotated[Path | None, Parameter(group=OUTPUT, help="TOML settings file; flags win.")]
 Quiet = Annotated[bool, Parameter(group=OUTPUT, negative="", help="Print nothing but errors.")]
 RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder with heads.")]
-TaskName = Annotated[str | None, Parameter(help="Task, of a run of several.")]
-Encoder = Annotated[str | None, Parameter(help="Folder or name of an encoder that has moved.")]
+TaskName = Annotated[str | None, Parameter(help="Task to write, if the run has several.")]
+EncoderName = Annotated[str | None, Parameter(help="Folder or name of the encoder, if it moved.")]
 
 app = App(
     name="fastlora",
@@ -46,7 +46,7 @@ def train(
     settings: Annotated[options.TrainFlags, _FLAT] = options.TrainFlags(),  # noqa: B008
     config: ConfigFile = None,
     resume: Annotated[
-        Path | None, Parameter(group=OUTPUT, help="Run folder to continue, as it was started.")
+        Path | None, Parameter(group=OUTPUT, help="Run folder to continue, with its settings.")
     ] = None,
     dry_run: Annotated[
         bool, Parameter(group=OUTPUT, negative="", help="Print what would run, then stop.")
@@ -116,11 +116,11 @@ def evaluate(
     *,
     settings: Annotated[options.EvalFlags, _FLAT] = options.EvalFlags(),  # noqa: B008
     split: Annotated[Literal["train", "dev", "test"], Parameter(help="Split to score.")] = "dev",
-    model: Encoder = None,
+    model: EncoderName = None,
 ) -> None:
     """Score a finished run, or RUN/checkpoints/step-N of one, on labelled data.
 
-    Options but --limit default to those of the run.
+    Options that are left out are those of the run, except --limit.
     """
     file = adapter_folder(run).parent / "run.toml"
     how = settings_from(settings, file if file.is_file() else None)
@@ -150,7 +150,7 @@ def predict(
     input: Annotated[Path, _DASH, Parameter(help="CSV, TSV or JSONL; - for text lines.")],
     *,
     task: Annotated[
-        str | None, Parameter(help="Task of the rows; else the only one, or their column `task`.")
+        str | None, Parameter(help="Task of all rows; else the only one, or the column `task`.")
     ] = None,
     out: Annotated[
         Path | None, _DASH, Parameter(help="File to write, or -; by default INPUT.predictions.csv.")
@@ -160,7 +160,7 @@ def predict(
         Literal["csv", "cs224n"], Parameter(help="cs224n: the course's submission file.")
     ] = "csv",
     settings: Annotated[options.PredictFlags, _FLAT] = options.PredictFlags(),  # noqa: B008
-    model: Encoder = None,
+    model: EncoderName = None,
 ) -> None:
     """Add predictions and probabilities to the rows of a file, which needs no labels.
 
@@ -190,7 +190,7 @@ def merge(
     out: Annotated[Path, Parameter(help="Folder to write; must not exist, or be empty.")],
     *,
     task: TaskName = None,
-    model: Encoder = None,
+    model: EncoderName = None,
 ) -> None:
     """Fold a run's adapter into its encoder and write a Hugging Face folder."""
     adapter_folder(run)
@@ -207,7 +207,7 @@ def export(
     *,
     task: TaskName = None,
     merged: Annotated[bool, Parameter(negative="", help="Export all weights, merged.")] = False,
-    model: Encoder = None,
+    model: EncoderName = None,
 ) -> None:
     """Write a task's model for transformers' AutoModelForSequenceClassification.
 

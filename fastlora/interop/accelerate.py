@@ -27,7 +27,7 @@ class Report:
     """What `accelerate` did. As a context manager, it undoes that at the end of the block."""
 
     model: str  # its class
-    kernels: str  # the route that computes it where it is now, why, and their self-check
+    kernels: str  # the route on the model's present device, why, and what the self-check found
     # By module name: what is accelerated, and why other modules are not.
     fused: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Report:
 
 
 def accelerate(model: Any, *, real_tokens: bool | None = None) -> Report:
-    """Let a model's LoRA layers run fused and its encoder on real tokens only, in place.
+    """Make a model faster in place: its LoRA layers run fused, its encoder on real tokens only.
 
     `model` is a `PeftModel`, a model of transformers (with `add_adapter` or without adapters), a
     `SentenceTransformer` or `CrossEncoder`, or a module that contains some of these. Parameters,

@@ -46,7 +46,7 @@ class SelfAttention(Swapped):
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """[1, T, H] and a `Layout` -> ([1, T, H], None); other masks: the own forward."""
+        """[1, T, H] and a `Layout` -> ([1, T, H], None); for other masks, as before."""
         if not isinstance(attention_mask, Layout):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         layers = [getattr(self, name) for name in self.names]
@@ -83,7 +83,7 @@ class MPNetAttention(SelfAttention):
 class Encoder(Swapped):
     """The stack of layers; it gets a padded batch and runs on its real tokens.
 
-    Differentiating twice, or for many gradients at once, through it raises RuntimeError.
+    Double backward, and batched gradients (`is_grads_batched`), through it raise RuntimeError.
     """
 
     def forward(

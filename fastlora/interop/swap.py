@@ -1,4 +1,4 @@
-"""Gives modules a class of ours in place, and their own class back.
+"""Changes modules' classes to classes of ours, in place, and back to their own.
 
 The new class is a subclass of the module's own and has its name, so that `isinstance`, parameters,
 state dicts and the place in the model stay what they were. Only `type(module)` changes.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastlora.errors import UserError
 from fastlora.kernels import Dropout, Linear, Packed
 
-MIN_FAST_DROPOUT = 16384  # from which the fast dropout is faster
+MIN_FAST_DROPOUT = 16384  # elements from which our dropout is faster
 _FORWARDS = ("forward", "_old_forward")  # the second is that of Hugging Face accelerate's hooks
 
 

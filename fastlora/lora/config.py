@@ -44,7 +44,7 @@ class LoraConfig:
 
     `targets` are names or ends of names of linear layers, regular expressions that match a whole
     name, short names of BERT's matrices (`TARGETS`), or "all": all linear layers but the head. None
-    means query and value, as the model's family calls them. `rank_pattern` and `alpha_pattern` map
+    means query and value, as the model's family names them. `rank_pattern` and `alpha_pattern` map
     regular expressions, which the end of a layer's name must match, to that layer's rank or alpha.
 
     PEFT's spellings, the last four fields, are accepted. Raises UserError if out of range.

@@ -91,7 +91,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
     """Load an adapter of fastlora or PEFT and the heads saved with it; UserError changes nothing.
 
     If the model does not have this adapter, `inject` adds it, and loaded heads become trainable.
-    Refuses settings that are not plain LoRA or not the model's, and tensors as `check_tensors`.
+    Refuses settings that are not plain LoRA or not the model's, and what `check_tensors` refuses.
     """
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)[0]
@@ -124,7 +124,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter: str = DEFAULT) -
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """The settings of an adapter folder, with targets by the weights' names.
+    """The settings of an adapter folder, with the targets that the weights' names show.
 
     Raises UserError that names a setting which is not plain LoRA.
     """

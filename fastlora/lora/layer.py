@@ -45,7 +45,7 @@ class LoRALinear(Linear):
     merged: tuple[str, ...] = ()  # the adapters that `weight` contains
     base_weight: Tensor  # W0, while something is merged
     base_parameter: list[nn.Parameter]  # the one that holds W0; it may be tied to another module
-    frozen_by_merge: list[nn.Parameter]  # the factors to make trainable again by `unmerge`
+    frozen_by_merge: list[nn.Parameter]  # the factors that `unmerge` makes trainable again
 
     def __init__(
         self,

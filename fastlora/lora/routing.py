@@ -48,7 +48,7 @@ class Choice(NamedTuple):
 class _Scope(NamedTuple):
     layers: frozenset[LoRALinear]
     choice: Choice
-    task: int  # number of the backward pass in which it was opened, or -1
+    graph_task: int  # number of the backward pass in which it was opened, or -1
 
 
 _lock = Lock()
@@ -122,8 +122,8 @@ def active_adapters(layer: LoRALinear) -> tuple[str, ...]:
 def choice_of(layer: LoRALinear) -> Choice:
     """The choice that applies to a layer now; UserError if that cannot be known."""
     covering = (s for s in reversed(_scopes.get()) if layer in s.layers)
-    innermost, task = next(covering, None), torch._C._current_graph_task_id()
-    if task == -1:
+    innermost, graph_task = next(covering, None), torch._C._current_graph_task_id()
+    if graph_task == -1:
         choice = innermost.choice if innermost else layer.default_choice()
         if innermost and (layer.training or torch.is_grad_enabled()):
             layer.was_scoped = True
@@ -132,7 +132,7 @@ def choice_of(layer: LoRALinear) -> Choice:
             noted[layer] = choice if noted.get(layer, choice) == choice else None
         return choice
     # In a backward pass: a scope was opened within it, or this is a recomputation.
-    if innermost is not None and innermost.task == task:
+    if innermost is not None and innermost.graph_task == graph_task:
         return innermost.choice
     if not layer.was_scoped:
         return layer.default_choice()

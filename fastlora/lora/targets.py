@@ -15,7 +15,7 @@ from fastlora.lora.layer import ADDED, LoRALinear
 # Names of heads; transformers adds the first ones to an encoder, with random weights.
 NEW_HEADS = ("classifier", "pre_classifier", "score", "qa_outputs")
 HEADS = (*NEW_HEADS, "lm_head", "cls", "heads")
-Train = Sequence[str | nn.Parameter]  # names of modules or parameters, or their ends; parameters
+Train = Sequence[str | nn.Parameter]  # parameters, or (ends of) names of modules and parameters
 
 
 def check_model(model: nn.Module, configs: Mapping[str, LoraConfig]) -> None:

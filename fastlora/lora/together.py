@@ -1,4 +1,4 @@
-"""Several layers of one input as one product, as query, key and value are."""
+"""Computes several layers with the same input, such as query, key and value, as one product."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class LinearHead(nn.Module):
         self.linear = nn.Linear(hidden, task.outputs)
         self.offset, self.factor = 0.0, 1.0
         if task.kind == "regression":
-            # With targets of variance 1, for which AdamW's step is of the right size.
+            # So the linear layer's targets have a variance of 1, which suits AdamW's step size.
             self.offset, self.factor = 0.5, SPREAD
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
@@ -71,8 +71,8 @@ class SimilarityHead(nn.Module):
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         """Two [n, H] -> [n, 1]."""
         features, cosine = pair_features(u, v)
-        # Of norm about 1: with a mean square of 1, one AdamW step on 2H weights moves the output
-        # across the whole range.
+        # Scaled to a norm of about 1, because with a mean square of 1 one AdamW step on 2H weights
+        # moves the output across the whole range.
         features = features / features.shape[-1] ** 0.5
         return self.slope * cosine + self.linear(self.dropout(features))
 

@@ -99,12 +99,12 @@ def metrics(task: Task, outputs: np.ndarray, labels: np.ndarray | None) -> dict[
         each = [_ratio(2 * h, e + p) for h, e, p in zip(hits, examples, predicted, strict=True)]
         defined = [value for value in each if value is not None]
         # Matthews as for several classes (Gorodkin 2004).
-        width = (n**2 - predicted @ predicted) * (n**2 - examples @ examples)
+        square = (n**2 - predicted @ predicted) * (n**2 - examples @ examples)
         found = {
             "accuracy": _ratio(hits.sum(), n),
             "macro_f1": _ratio(sum(defined), len(defined)),
             "micro_f1": _ratio(2 * hits.sum(), examples.sum() + predicted.sum()),
-            "matthews": _ratio(hits.sum() * n - predicted @ examples, max(width, 0) ** 0.5),
+            "matthews": _ratio(hits.sum() * n - predicted @ examples, max(square, 0) ** 0.5),
             **{f"f1:{name}": value for name, value in zip(task.labels, each, strict=True)},
         }
     fitting = (task.metric, *METRICS[task.kind], *(n for n in found if n.startswith("f1:")))

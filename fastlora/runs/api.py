@@ -30,10 +30,10 @@ class Dataset:
     """The examples of a task: N texts, or pairs of texts (a, b), and a label for each.
 
     Labels are names, booleans or whole numbers (classes), other numbers (a regression), or lists of
-    names (several labels); `kind` says otherwise. Without a dev split, a tenth of the examples is
-    one, of each class. `metric` and `class_weights` are those of a task's table.
+    names (several labels); `kind` says otherwise. Without dev examples, a tenth of each class is
+    the dev split. `metric` and `class_weights` are those of a task's table.
 
-    Raises UserError for what are no such texts or labels, and where they are not equally many.
+    Raises UserError for texts or labels of another kind, and if their numbers differ.
     """
 
     texts: Iterable[Text]
@@ -54,7 +54,7 @@ class Dataset:
         object.__setattr__(self, "splits", splits)
 
     def write(self, folder: Path, name: str) -> tuple[Path, FileTask]:
-        """Write a JSONL file of each split; returns that to train on, and what to learn from it."""
+        """Write a JSONL file of each split; returns the training file, and how to train on it."""
         files = {split: folder / f"{name}-{split}.jsonl" for split in self.splits}
         for split, file in files.items():
             file.write_text("\n".join(map(json.dumps, self.splits[split])), encoding="utf-8")
@@ -65,7 +65,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, and the dev score of each task by the weights that are kept."""
+    """A finished run: its folder, and each task's dev score with the weights that were kept."""
 
     folder: Path
     scores: dict[str, float | None]
@@ -153,7 +153,7 @@ def _with_datasets(config: TrainConfig, datasets: Mapping[str, Dataset]) -> Trai
 
 
 def _records(part: str, texts: Iterable[Any], labels: Iterable[Any]) -> list[dict[str, Any]]:
-    """The examples of a split in JSON's types; UserError for one that is none."""
+    """The examples of a split in JSON's types; UserError for one without a text or a label."""
     if isinstance(texts, str) or isinstance(labels, str):
         raise UserError(f"{part}texts and {part}labels are lists (expected no single string)")
     texts, labels = list(texts), list(labels)

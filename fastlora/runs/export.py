@@ -74,7 +74,7 @@ def export(trained: Trained, task: str | None, out: Path, merged: bool) -> None:
 def _sequence_classifier(
     trained: Trained, task: Task, head: LinearHead
 ) -> tuple[Any, list[nn.Module]]:
-    """The model of transformers, and those of its modules that the encoder does not have so."""
+    """The model of transformers, and those of its modules that differ from the encoder's."""
     # Imported here because it takes a second.
     from transformers import AutoConfig, AutoModelForSequenceClassification
 

@@ -85,7 +85,7 @@ class Trained:
 def load(
     path: str | Path, device: str | torch.device = "auto", model: str | Path | None = None
 ) -> Trained:
-    """Load a finished run from its folder, from its adapter folder, or as a checkpoint left it.
+    """Load a finished run by its folder, by its adapter folder, or with a checkpoint's weights.
 
     In fp32, the logits are bit-equal to those of the model that was trained. `model` is the
     encoder's name or folder, by default that of the run. Raises UserError if a file is missing or

@@ -71,12 +71,12 @@ class TrainConfig:
         adapters: One adapter for all tasks, one for each, or both together.
         add_to: Finished run with adapters per task, to which other tasks are added.
         mode: What trains: adapters and heads, heads alone, or all weights.
-        sst, cfimdb, quora, sts: Settings of the task's adapter that differ.
+        sst, cfimdb, quora, sts: Settings of the task's adapter that differ from the common ones.
         tasks: Tasks, comma-separated; by default sst, quora and sts, as in the paper.
         data: Folder of the task files; by default ./data, else the demo corpus.
         model: Folder, hub id, or minilm; by default bert-base-uncased (demo: minilm).
         pairs: Encode a pair as two sentences, or as one [CLS] a [SEP] b [SEP].
-        sampling: Draw a task of n examples by n (proportional), sqrt, uniform, or T for n^(1/T).
+        sampling: Share of a task of n examples: by n (proportional), sqrt, uniform, or T: n^(1/T).
         bad_rows: Whether a malformed row is an error, or skipped and counted.
         quoting: minimal: quotes in CSV and TSV files enclose fields; none: they are plain text.
         limit: Use at most this many examples of each file.
@@ -225,7 +225,7 @@ class SearchConfig:
     """How long a search of settings may take, and how many trials it has.
 
     Args:
-        budget: Time for the search, as 90s, 30m or 2h; short runs leave enough for the full ones.
+        budget: Time for the search, such as 30m or 2h; short runs leave enough for the full ones.
         trials: Short runs that choose learning rate and warmup, 1 to 18.
     """
 

@@ -79,7 +79,7 @@ class Trainer:
         # A scaler is initialised by its first loss, and a process may have none in the first step.
         self.scaler.scale(torch.zeros((), device=self.device))
         self.progress = Progress()
-        self.started: float | None = None  # when the steps began whose time `progress` lacks
+        self.started: float | None = None  # when the steps began that `progress.seconds` lacks
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
         weights = {n: class_weights(data.task, data.labels) for n, data in setup.train.items()}

@@ -53,7 +53,7 @@ class Setup:
     train: dict[str, TaskData]
     dev: dict[str, TaskData]
     device: torch.device
-    loaded: Loaded | None = None  # an encoder that runs copy; else each run loads it
+    loaded: Loaded | None = None  # an encoder to copy; None: each run loads one
     stop: Stop = field(default_factory=Stop)  # a request to stop
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # of settings and inputs
 

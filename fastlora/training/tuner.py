@@ -61,7 +61,7 @@ def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
 
 
 def load(file: Path) -> None:
-    """Load a file of `tune`, which goes before the built-in choices; UserError if it is none."""
+    """Load a file that `tune` wrote, in place of built-in choices; UserError for another file."""
     try:
         for key, row in read_json(file).items():
             kernels = {name: tuning.Blocks(**row[name]) for name in ("down", "add", "outer")}

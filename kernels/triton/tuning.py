@@ -16,7 +16,7 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes of a kernel: rows, columns, depth; rows that one partial sum covers; warps."""
+    """A kernel's tile: rows, columns, depth; rows in one partial sum; warps and stages."""
 
     m: int = 64
     n: int = 64
