@@ -147,7 +147,7 @@ def evaluate(
 @app.command
 def predict(
     run: RunFolder,
-    input: Annotated[Path, _DASH, Parameter(help="CSV, TSV or JSONL; - for text lines.")],
+    input: Annotated[Path, _DASH, Parameter(help="CSV, TSV or JSONL; - for lines of text.")],
     *,
     task: Annotated[
         str | None, Parameter(help="Task of all rows; else the only one, or the column `task`.")

@@ -51,7 +51,7 @@ def export(trained: Trained, task: str | None, out: Path, merged: bool) -> None:
         what = f"task {chosen.name!r} encodes the two texts of a pair separately, which no sequence"
         raise UserError(f"{what} classifier does (expected a run with --pairs joint)")
     if not merged and len(adapters) != 1:
-        raise UserError(f"task {chosen.name!r} has {len(adapters)} adapters: only --merged fits")
+        raise UserError(f"task {chosen.name!r} has {len(adapters)} adapters: only --merged works")
     with merged_weights(trained, chosen.name) if merged else nullcontext():
         model, added = _sequence_classifier(trained, chosen, head)
     with atomic_folder(out) as building:

@@ -76,7 +76,7 @@ class TrainConfig:
         data: Folder of the task files; by default ./data, else the demo corpus.
         model: Folder, hub id, or minilm; by default bert-base-uncased (demo: minilm).
         pairs: Encode a pair as two sentences, or as one [CLS] a [SEP] b [SEP].
-        sampling: Share of a task of n examples: by n (proportional), sqrt, uniform, or T: n^(1/T).
+        sampling: Share of a task of n examples: n (proportional), sqrt, uniform, or T for n^(1/T).
         bad_rows: Whether a malformed row is an error, or skipped and counted.
         quoting: minimal: quotes in CSV and TSV files enclose fields; none: they are plain text.
         limit: Use at most this many examples of each file.
@@ -236,7 +236,7 @@ class SearchConfig:
         check_types(self)
         check(1 <= self.trials <= 18, "trials", self.trials, "1 to 18")
         ok = self.budget is None or self.budget > timedelta(0)
-        check(ok, "budget", str(self.budget), "more than no time")
+        check(ok, "budget", str(self.budget), "more than 0 s")
 
 
 def _without_none(value: Any) -> Any:
