@@ -46,10 +46,9 @@ class Job:
 
     def setup(self, full: bool, graphs: bool = False) -> Setup:
         """SST, Quora and STS, query and value adapted; a constant rate, so any number of steps."""
+        lora = {"r": RANK, "targets": ("query", "value")}
         config = TrainConfig(
-            r=RANK,
-            targets=("query", "value"),
-            mode="full" if full else "lora",
+            **({"mode": "full"} if full else lora),
             tasks=("sst", "quora", "sts"),
             data=self.data,
             model=self.model,

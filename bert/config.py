@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, in_place_of
 from fastlora.files import read_json, write_json
 
 # The model types, and their classes in transformers. All but the first are RoBERTa by another name.
@@ -67,10 +67,8 @@ class BertConfig:
                 expected = " or ".join(map(repr, supported)) + "; fastlora.accelerate takes others"
                 raise UserError(f"{path}: {key} is {values[key]!r} (minBERT has {expected})")
         values = {"pad_token_id": int(values.get("model_type", "bert") != "bert")} | values
-        try:
+        with in_place_of((ValueError, TypeError, ArithmeticError), UserError, f"{path}: "):
             return cls(**{key: values[key] for key in cls.__annotations__ if key in values})
-        except (ValueError, TypeError, ArithmeticError) as error:
-            raise UserError(f"{path}: {error}") from error
 
     def to_json(self, path: str | Path) -> None:
         """Write a ``config.json`` that transformers reads."""

@@ -23,12 +23,15 @@ class Diverged(RunError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown name: the known name that is close to it, or nothing."""
-    close = get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    spelled = {other.lower(): other for other in known}
+    close = get_close_matches(name.lower(), spelled, n=1)
+    return f"; did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 @contextmanager
-def in_place_of(old: type[Exception], new: type[Exception], where: str = "") -> Iterator[None]:
+def in_place_of(
+    old: type[Exception] | tuple[type[Exception], ...], new: type[Exception], where: str = ""
+) -> Iterator[None]:
     """Raise `new` in place of `old`, with `where` before its text."""
     try:
         yield

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, in_place_of
 from fastlora.files import require
 
 
@@ -27,12 +27,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file; UserError if it is not one."""
     require(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            return tensors, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
+    unreadable = (OSError, SafetensorError), UserError, f"{path}: cannot be read as safetensors: "
+    with in_place_of(*unreadable), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        return tensors, file.metadata() or {}
 
 
 def copy_tensors(path: Path, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:

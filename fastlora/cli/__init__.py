@@ -17,9 +17,10 @@ def exit_code(arguments: list[str]) -> int:
     try:
         # Imported here, so that Ctrl-C during the import is an interruption like any other.
         from cyclopts import CycloptsError
-        from cyclopts.exceptions import UnusedCliTokensError
+        from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
 
         from fastlora.cli.commands import app
+        from fastlora.cli.options import name_here
 
         try:
             app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
@@ -31,6 +32,8 @@ def exit_code(arguments: list[str]) -> int:
         except (UserError, CycloptsError, RunError, OSError) as error:
             hint = "a list has commas, as in --tasks sst,quora,sts"
             text = f"{error} {hint * isinstance(error, UnusedCliTokensError)}"
+            if isinstance(error, UnknownOptionError):
+                text = name_here(str(error.token.keyword or error.token.value)) or text
             print("error:", " ".join(text.split()), file=sys.stderr)
             return 2 if isinstance(error, (UserError, CycloptsError)) else 1
     except (Interrupted, KeyboardInterrupt):

@@ -60,16 +60,20 @@ def train(
     fastlora-train --adapters per-task --sst.r 2 --sts.r 32 --data data/
     fastlora-train tickets.csv --text body --label queue
     """
-    if len(files) > 1 or not all(file.is_file() for file in files):
-        folder = files[0].is_dir() and f"{files[0]}: is a folder, which is given as --data"
-        what = folder or f"{files[0]}: no such file" if len(files) == 1 else "expected one FILE"
-        hint = "" if files[0].suffix else "; a list has commas, as in --tasks sst,quora,sts"
-        raise UserError(what + hint)
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder, which is given as --data {file}")
+        if file is not files[0] or not file.is_file():
+            what = "no such file" if file is files[0] else "a second FILE, of which one is expected"
+            raise UserError(f"{file}: {what}; a list has commas, as in --tasks sst,quora,sts")
     if given(own) and not files:
-        raise UserError(f"--{next(iter(given(own)))} needs a file: fastlora-train FILE.csv ...")
+        name = next(iter(given(own))).replace("_", "-")
+        raise UserError(f"--{name} needs a file: fastlora-train FILE.csv --text COLUMN ...")
     if resume is not None:
         if config is not None or files or "out" in given(settings):
             raise UserError("--resume names a run folder; leave out FILE, --config and --out")
+        if not (resume / "run.toml").is_file():
+            raise UserError(f"{resume}: holds no run to resume (expected a folder with run.toml)")
         settings, config = replace(settings, out=resume), resume / "run.toml"
     wanted, why = settings_from(settings, config), "as given"
     if files:
@@ -124,8 +128,6 @@ def evaluate(
     """
     file = adapter_folder(run).parent / "run.toml"
     how = settings_from(settings, file if file.is_file() else None)
-    if how.data is not None:
-        find_data(how.data, ())  # raises for a missing folder before torch is imported
     from fastlora.console import Log
     from fastlora.data.token_cache import load_tasks
     from fastlora.multitask import predictor
@@ -149,9 +151,7 @@ def predict(
     run: RunFolder,
     input: Annotated[Path, _DASH, Parameter(help="CSV, TSV or JSONL; - for lines of text.")],
     *,
-    task: Annotated[
-        str | None, Parameter(help="Task of all rows; else the only one, or the column `task`.")
-    ] = None,
+    task: TaskName = None,
     out: Annotated[
         Path | None, _DASH, Parameter(help="File to write, or -; by default INPUT.predictions.csv.")
     ] = None,

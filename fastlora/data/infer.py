@@ -69,6 +69,8 @@ def task_of_file(
     columns, label = _columns(file, records, how)
     # A link keeps its name, whose suffix says what the file is; the hub's files are such links.
     path, dev = (f.parent.resolve() / f.name for f in (file, Path(how.dev or file)))
+    if not dev.is_file():
+        raise UserError(f"{how.dev}: no such file (expected that of the dev split)")
     folder = Path(commonpath([path.parent, dev.parent]))
     files = {"train": path, **({"dev": dev} if how.dev else {})}
     cells = None
@@ -95,8 +97,11 @@ def _columns(file: Path, records: list[dict], how: FileTask) -> tuple[tuple[str,
     names = list(dict.fromkeys(name for record in records for name in record))
     if not how.text or not how.label:
         texts = {name: [str(record.get(name)) for record in records] for name in names}
-        text = max(names, key=lambda name: sum(map(len, texts[name])))
-        label = min(names, key=lambda name: (len(set(texts[name])) < 2, len(set(texts[name]))))
+        length = {n: sum(len(t) for t in texts[n] if label_number(t) is None) for n in names}
+        text = how.text or max(names, key=length.__getitem__)
+        text = text if isinstance(text, str) else ",".join(text)
+        variety = {n: len(set(texts[n])) for n in names if n != text}
+        label = how.label or min(variety, key=lambda n: (variety[n] < 2, variety[n]), default="...")
         command = shlex.join(["fastlora-train", str(file), "--text", text, "--label", label])
         ask = "name those of the texts (two are a pair) and of the labels, as in"
         raise UserError(f"{file} has the columns {', '.join(names)}; {ask}: {command}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from fastlora.data.tasks import Task, label_text, split_names
 from fastlora.data.tokenizer import Encoded, Tokenizer
-from fastlora.errors import UserError
+from fastlora.errors import UserError, in_place_of
 
 
 @dataclass(frozen=True)
@@ -215,16 +215,13 @@ def _csv_records(
         # strict: an unbalanced quote is an error; otherwise it would swallow the rows that follow.
         return csv.reader(lines(), delimiter=delimiter, quoting=quotes, strict=True)
 
-    try:
+    with in_place_of(csv.Error, UserError, f"{path}:1: the header's quotes do not balance: "):
         reader = new_reader()
         header: list[str] = next(reader, [])
-    except csv.Error as error:
-        raise UserError(f"{path}:1: the header's quotes do not balance: {error}") from None
     for name in required:
         if header.count(name) != 1:
             columns = f"{header.count(name)} columns named {name!r} in {header}"
-            hint = "; or name the rows' task with --task" if name == "task" else ""
-            raise UserError(f"{path}:1: {columns} (expected 1){hint}")
+            raise UserError(f"{path}:1: {columns} (expected 1)")
     # A repeated name gets the column's number as its suffix, so that no cell is lost.
     keys = [f"{name}.{i}" if name in header[:i] else name for i, name in enumerate(header)]
     line = reader.line_num

@@ -17,6 +17,8 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _JSON = ("tokenizer", "tokenizer_config", "added_tokens", "special_tokens_map", "vocab")
 _OTHER = ("vocab.txt", "merges.txt", "sentencepiece.bpe.model")
 TOKENIZER_FILES = (*(f"{name}.json" for name in _JSON), *_OTHER)
+# What sentence-transformers reads beside an encoder: pooling, normalisation, the longest text.
+MODULES = ("modules.json", "*sentence*.json", "[0-9]_*/*")
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
@@ -37,11 +39,13 @@ class Source:
         require(self.folder / "config.json")
         require(self.folder / "model.safetensors")
 
-    def copy_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer's files into the folder of another encoder."""
-        for name in TOKENIZER_FILES:
-            if (file := self.folder / name).exists():
-                shutil.copyfile(file, folder / name)
+    def copy_tokenizer(self, folder: Path, *others: str) -> None:
+        """Copy the tokenizer's files, and `others`, into the folder of another encoder."""
+        for pattern in (*TOKENIZER_FILES, *others):
+            for file in filter(Path.is_file, self.folder.glob(pattern)):
+                copy = folder / file.relative_to(self.folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def resolve(name: str | Path) -> Source:
@@ -69,7 +73,8 @@ def resolve(name: str | Path) -> Source:
         raise UserError(f"model {given!r} is no folder here; {remedy}, a hub id or minilm{hint}")
     from huggingface_hub import snapshot_download
 
-    files, commit = ["config.json", "model.safetensors", *TOKENIZER_FILES], revision or None
+    files = ["config.json", "model.safetensors", *TOKENIZER_FILES, *MODULES]
+    commit = revision or None
     try:
         found = snapshot_download(name, revision=commit, allow_patterns=files, etag_timeout=5)
     # The hub client raises its HTTP library's errors, and that library differs by version.

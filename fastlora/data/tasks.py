@@ -136,9 +136,9 @@ def task_from_table(name: str, table: Mapping[str, Any]) -> Task:
     check_name(name)
     given = {key: value for key, value in table.items() if value is not None}
     for key in given:
-        if key not in (known := _KEYS.get(str(table.get("kind")), table)):
+        if key not in (known := _KEYS.get(kind := str(table.get("kind")), table)):
             expected = ", ".join(known)
-            raise UserError(f"task {name!r}: unknown key {key!r} (expected {expected})")
+            raise UserError(f"task {name!r}: unknown key {key!r} of a {kind} (expected {expected})")
     for key, ok, expected in _rules(given):
         if not ok:
             raise UserError(f"task {name!r}: {key} is {table.get(key)!r} (expected {expected})")

@@ -20,6 +20,7 @@ TARGETS = {
     "ffn_output": "output.dense",
 }
 ALL = ("all", "all-linear")
+_INSTEAD = "inject(..., train=('classifier',)) trains a head; accelerate takes PEFT's models"
 # Default targets by model family: query and value, under the family's names.
 FAMILIES = (
     ("query", "value"),  # BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, ALBERT, ViT
@@ -46,7 +47,6 @@ class LoraConfig:
     name, short names of BERT's matrices (`TARGETS`), or "all": all linear layers but the head. None
     means query and value, as the model's family names them. `rank_pattern` and `alpha_pattern` map
     regular expressions, which the end of a layer's name must match, to that layer's rank or alpha.
-
     PEFT's spellings, the last four fields, are accepted. Raises UserError if out of range.
     """
 
@@ -61,6 +61,12 @@ class LoraConfig:
     lora_dropout: InitVar[float | None] = None
     target_modules: InitVar[str | Iterable[str] | None] = None
     use_rslora: InitVar[bool | None] = None
+
+    def __new__(cls, *_: Any, **settings: Any) -> LoraConfig:
+        """Raise UserError for a name that is no field, such as another one of PEFT's."""
+        other = min(settings.keys() - cls.__annotations__.keys(), default="")
+        check(not other, "a setting", other, f"{', '.join(cls.__annotations__)}; {_INSTEAD}")
+        return super().__new__(cls)
 
     def __post_init__(self, *spelled: Any) -> None:
         # PEFT's spellings, in the order of the fields above.
@@ -97,13 +103,11 @@ class LoraConfig:
 
     def for_layer(self, name: str) -> LoraConfig:
         """The settings of the layer of this name: the patterns are applied and removed."""
-
-        def pick(patterns: Mapping, otherwise: Any) -> Any:
-            matches = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name))
-            return next(matches, otherwise)
-
-        r, alpha = pick(self.rank_pattern, self.r), pick(self.alpha_pattern, self.alpha)
-        return replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+        found: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+        for setting, patterns in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            values = (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name))
+            found[setting] = next(values, getattr(self, setting))
+        return replace(self, **found)
 
 
 def _is_number(value: object) -> bool:

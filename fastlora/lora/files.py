@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, in_place_of
 from fastlora.files import read_json, write_json
 from fastlora.lora.config import TARGETS, LoraConfig, ends_with, is_target
 from fastlora.lora.layer import DEFAULT, LoRALinear, lora_layers, lora_parameters
@@ -141,11 +141,9 @@ def read_config(folder: Path) -> LoraConfig:
         raise UserError(f"{folder / WEIGHTS}: holds no LoRA weights")
     named = [t for t in TARGETS if any(is_target(module, t) for module in modules)]
     others = [m for m in modules if not any(is_target(m, target) for target in TARGETS)]
-    try:
+    with in_place_of(UserError, UserError, f"{path}: "):
         settings = {"lora_dropout": 0.0} | {key: config[key] for key in _READ & config.keys()}
         return LoraConfig(**settings, targets=(*named, *others))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _modules(tensors: Iterable[str]) -> list[str]:

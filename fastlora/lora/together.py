@@ -86,5 +86,4 @@ def call_is_plain(layer: nn.Linear) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call runs hooks or a forward that was set on the instance."""
-    own = vars(module)
-    return any(hooks(own)) or "forward" in own or _has_any_global_hook()
+    return any(hooks(vars(module))) or "forward" in vars(module) or _has_any_global_hook()

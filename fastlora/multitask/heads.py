@@ -84,13 +84,9 @@ def head_class(task: Task, pairs: str) -> type[nn.Module]:
     return SimilarityHead if task.kind == "regression" else PairHead
 
 
-def normalize(u: Tensor) -> Tensor:
-    """[n, H] scaled to a mean square of 1, so that a head learns equally fast on any encoder."""
-    return F.normalize(u, dim=-1) * u.shape[-1] ** 0.5
-
-
 def pair_features(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """[|u - v|, u * v] of the normalised states [n, 2H], and their cosine [n, 1]."""
-    u, v = normalize(u), normalize(v)
+    # With a mean square of 1, so that a head learns equally fast on any encoder.
+    u, v = (F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 for x in (u, v))
     product = u * v
     return torch.cat(((u - v).abs(), product), -1), product.mean(-1, keepdim=True)

@@ -20,7 +20,7 @@ import tomlkit
 import torch
 
 from fastlora.data.reading import TaskData
-from fastlora.errors import UserError
+from fastlora.errors import UserError, in_place_of
 from fastlora.files import atomic_open, naming, read_json, remove_leftovers, write_json
 from fastlora.multitask.files import HEADS_INFO
 from fastlora.training.checkpoint import check_inputs
@@ -92,7 +92,8 @@ def open_run(
             raise UserError(
                 f"{folder}: exists and holds other things (no {settings}); use a new --out"
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    with in_place_of(OSError, UserError, "the run's folder cannot be made: "):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for part in ("", "adapter", "plots", "predictions"):
             remove_leftovers(folder / part)

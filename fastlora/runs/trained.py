@@ -12,7 +12,7 @@ import torch
 
 from fastlora.bert.weights import load_encoder, save_encoder
 from fastlora.data.reading import Rows, TaskData, encode_rows
-from fastlora.data.source import Source, resolve
+from fastlora.data.source import MODULES, Source, resolve
 from fastlora.data.tasks import COURSE_NAMES, Task
 from fastlora.data.tokenizer import Tokenizer
 from fastlora.devices import local_device, usual_modes
@@ -128,6 +128,7 @@ def merged_weights(trained: Trained, task: str) -> Iterator[None]:
 def merge_encoder(trained: Trained, task: str | None, out: Path) -> None:
     """Write the encoder with a task's adapters merged, in fp32, as a Hugging Face folder.
 
+    It has the modules of a SentenceTransformer, such as pooling, if the run's encoder has them.
     `task` may be None if all tasks share one adapter. Raises UserError if the run has no such
     adapter, or if `out` is not empty.
     """
@@ -138,7 +139,7 @@ def merge_encoder(trained: Trained, task: str | None, out: Path) -> None:
         task = next(iter(trained.tasks))
     with merged_weights(trained, trained.task(task).name), atomic_folder(out) as building:
         save_encoder(trained.model.encoder, building)
-        trained.source.copy_tokenizer(building)
+        trained.source.copy_tokenizer(building, *MODULES)
 
 
 def check_empty(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fastlora.console import Log, format_score, format_scores
+from fastlora.console import Log, format_scores
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.multitask.predictor import write_rows
 from fastlora.runs import pages
@@ -27,7 +27,7 @@ from fastlora.training.stopping import Stop
 NOTES = """\
 Scores are those on the dev files, with the standard deviation over seeds. The paper's encoder is
 BERT-base. The paper does not give its learning rate: adapters use 2e-3, and the last row the
-course's, which is left out of the comparison. Of an adapter for one task, the paper gives the best
+course's. Of an adapter for one task, the paper gives the best
 score and its dropout but not its rank: each rank shows the score. Trainable parameters include the
 heads. Seconds are of training steps, without loading and evaluation."""
 SEARCH_NOTES = """\
@@ -108,13 +108,11 @@ def write_table(name: str, records: list[Record], scope: str, folder: Path, log:
     """Print a table and write its CSV file, plot and report."""
     title, tasks, _ = TABLES[name]
     header, cells = table_of(records)
-    comparison = [_comparison(task, records) for task in tasks]
     log.line(f"{name}: {title}")
     log.table(header, cells)
-    log.line("\n".join(comparison))
     write_rows(folder / f"{name}.csv", list(records[0]), [list(r.values()) for r in records])
     plot = pages.plot(folder, name, len(tasks), partial(_draw, tasks, records))
-    blocks = [scope, pages.table(header, cells), comparison, plot, NOTES]
+    blocks = [scope, pages.table(header, cells), plot, NOTES]
     pages.write_pages(folder, f"{name}: {title}", blocks)
     log.line(f"report in {folder / 'report.html'}")
 
@@ -130,17 +128,6 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value or "")
-
-
-def _comparison(task: str, records: Sequence[Record]) -> str:
-    """A sentence on the best score and the rows above the paper's, without those of `COURSE`."""
-    ours = [record for record in records if record["variant"] != COURSE]
-    best = max(ours, key=lambda record: record[task] or 0.0)
-    pairs = [(record[task], record[f"{task} paper"]) for record in ours]
-    exceed = [score > paper for score, paper in pairs if None not in (score, paper)]
-    known = f"{sum(exceed)} of the {len(exceed)} rows that the paper has a score for exceed it"
-    found = f"{task}: best {format_score(best[task])} ({best['setting']} {best['variant']})"
-    return f"{found}; {known}" if exceed else found
 
 
 def _draw(

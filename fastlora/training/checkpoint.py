@@ -80,7 +80,7 @@ def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
     """
     before = recorded if isinstance(recorded, dict) else {}
     changes = [
-        f"{name} ({before.get(name, 'not set')!s:.20} -> {inputs.get(name, 'not set'):.20})"
+        f"{name} ({before.get(name, 'default')!s:.20} -> {inputs.get(name, 'default'):.20})"
         for name in {**before, **inputs}
         if before.get(name) != inputs.get(name)
     ]
@@ -88,6 +88,7 @@ def check_inputs(path: Path, recorded: Any, inputs: Mapping[str, str]) -> None:
         command = f"fastlora-train --config {quote(str(path / 'run.toml'))} --out NEW_FOLDER"
         anew = f", as in: {command} ..." if (path / "run.toml").is_file() else ""
         what = f"the run started with other inputs than these: {', '.join(changes)}"
+        what += ", on which its steps depend, as the learning rate's schedule does on their number"
         raise UserError(f"{path}: {what}; restore what it started with, or use a new --out{anew}")
 
 

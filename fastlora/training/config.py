@@ -21,6 +21,12 @@ LORA_SETTINGS = ("r", "alpha", "dropout", "rslora", "targets")
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
 
+def _name_all_targets(settings: TaskLoraConfig | TrainConfig) -> None:
+    """Replace targets that have "all" among them by the names of all layers, in place."""
+    if {*ALL} & {*(settings.targets or ())}:
+        object.__setattr__(settings, "targets", tuple(TARGETS))
+
+
 @dataclass(frozen=True)
 class TaskLoraConfig:
     """The settings of one task's adapter; None stands for the common setting."""
@@ -35,6 +41,7 @@ class TaskLoraConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        _name_all_targets(self)
         check(self.lr is None or self.lr > 0, "lr", self.lr, "a positive number")
         check(self.warmup is None or 0 <= self.warmup <= 1, "warmup", self.warmup, "0 to 1")
         self.over(LoraConfig())  # raises for a value that is out of range
@@ -156,9 +163,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.model, Path):
             object.__setattr__(self, "model", str(self.model))
-        if self.targets and tuple(self.targets) in [(name,) for name in ALL]:
-            object.__setattr__(self, "targets", tuple(TARGETS))
         check_types(self)
+        _name_all_targets(self)
         self.lora  # noqa: B018, raises for a value that is out of range
         for name in COUNTS.split():
             value = getattr(self, name)
@@ -171,6 +177,13 @@ class TrainConfig:
         check(0 <= self.warmup <= 1, "warmup", self.warmup, "a share between 0 and 1")
         sampling_exponent(self.sampling)  # raises for an unknown one
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        if self.patience and not self.eval_every and self.epochs <= self.patience:
+            useless = f"is {self.patience} and epochs {self.epochs}, each with one evaluation"
+            raise UserError(f"patience {useless}; raise --epochs or pass --eval-every STEPS")
+        for name in (*LORA_SETTINGS, "adapters", "lora_plus"):
+            same = self.mode == "lora" or getattr(self, name) == getattr(TrainConfig, name)
+            expected = f"its default, because --mode {self.mode} has no adapters"
+            check(same, name, getattr(self, name), expected)
         tables = all(isinstance(table, Mapping) for table in self.task.values())
         check(tables, "task", self.task, "tables [task.NAME]")
         names = (*BUILTIN, *self.task)

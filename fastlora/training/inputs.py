@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from fastlora.data import DEMO
 from fastlora.data.infer import FileTask, complete, task_of_file
@@ -16,8 +15,8 @@ from fastlora.data.source import Source, resolve
 from fastlora.data.tasks import BUILTIN, COURSE_NAMES, Task, task_from_table
 from fastlora.errors import UserError, did_you_mean
 from fastlora.files import read_json
-from fastlora.lora.config import TARGETS
-from fastlora.training.config import DEFAULT_TASKS, TrainConfig
+from fastlora.lora.config import ALL, TARGETS
+from fastlora.training.config import DEFAULT_TASKS, TaskLoraConfig, TrainConfig
 
 NEEDED = ("train", "dev")  # the splits that a run reads
 
@@ -53,7 +52,7 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
     rank_and_world()  # raises for a wrong environment
     for settings in (config, *vars(config).values()):
         for target in getattr(settings, "targets", None) or ():
-            _check_name("target", target, TARGETS)
+            _check_name("target", target, [*TARGETS, *ALL])
     if taken := BUILTIN.keys() & config.task:
         raise UserError(f"task {min(taken)!r} is built in; choose another name")
     tables = {n: {k: v for k, v in t.items() if k != "lora"} for n, t in config.task.items()}
@@ -73,6 +72,9 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
         # whose reviews are long, is trained only if it is named.
         elif config.tasks or name not in DEFAULT_TASKS:
             raise UserError(f"{missing[0]}: no such file (task {name!r} needs it)")
+    idle = (n for n in known if n not in tasks and config.task_settings(n) != TaskLoraConfig())
+    for name in idle:
+        raise UserError(f"settings of {name} are given, which is not trained; add it to --tasks")
     if not tasks:
         files = ", ".join(known[n].files[split] for n in names for split in NEEDED)
         raise UserError(f"{folder}: holds no task's files (expected some of {files})")
@@ -86,10 +88,10 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
     source = resolve(model)
     model = source.again
-    out = os.fsencode(config.out or "").decode(errors="surrogateescape")
+    out = os.fsencode(Path(config.out or "").absolute()).decode(errors="surrogateescape")
     for path in map(str, (folder, model, config.add_to, out)):
         if path != path.encode(errors="replace").decode():
-            raise UserError(f"{path}: is not UTF-8, which run.toml and safetensors need; rename it")
+            raise UserError(f"{path}: is not UTF-8, which a run's files need; rename it")
     return Inputs(folder, why_data, tasks, model, why_model, source)
 
 
@@ -153,7 +155,7 @@ def has_files(folder: Path, task: Task) -> bool:
     return all((folder / f).is_file() for split, f in task.files.items() if split in NEEDED)
 
 
-def _check_name(what: str, name: str, known: Mapping[str, Any]) -> None:
+def _check_name(what: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         hint = did_you_mean(COURSE_NAMES.get(name, name), known)
         if what == "task" and not hint:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastlora.console import Bar, Log, format_scores
 from fastlora.data.batches import Batch, collate, plan_epoch
 from fastlora.devices import synchronized_time
-from fastlora.errors import Diverged, Interrupted, RunError
+from fastlora.errors import Diverged, Interrupted, RunError, in_place_of
 from fastlora.multitask.metrics import class_weights
 from fastlora.multitask.model import MultitaskBert, task_losses
 from fastlora.multitask.predictor import Features, predict, scores_of
@@ -193,7 +193,8 @@ class Trainer:
                 raise Interrupted
         if not progress.scores or progress.scores[-1]["step"] < progress.step:
             self.evaluate()
-        done = self.is_done()
+        if (done := self.is_done()) and progress.step < self.total:
+            self.log.line(f"stopped by --patience {self.config.patience}: no better score since")
         progress.epoch, progress.position = self.config.epochs if done else progress.epoch + 1, 0
         self.save()
 
@@ -321,8 +322,7 @@ class Trainer:
         if self.world.first:
             folder = self.folder / "checkpoints"
             state = (self.model, self.optimizer, self.scaler, self.progress)
-            try:
+            failed = (OSError, SafetensorError), RunError, f"{folder}: cannot be written to: "
+            with in_place_of(*failed):
                 save_checkpoint(folder, *state, self.setup.fingerprints)
-            except (OSError, SafetensorError) as error:
-                raise RunError(f"{folder}: cannot be written to: {error}") from error
         self.world.barrier()

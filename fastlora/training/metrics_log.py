@@ -37,17 +37,13 @@ class Metrics:
                 if entry["step"] <= (scored if "dev" in entry else step):
                     out.write(json.dumps(entry) + "\n")
         self.file = path.open("a", encoding="utf-8")
-        self.board: Any = None
-        try:
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        except UnicodeEncodeError:
-            note("TensorBoard cannot write to a folder whose name is not UTF-8, and has no curves")
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log values at a step; nested tables become TensorBoard groups."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items() if self.board else ():
+        for name, value in values.items():
             group = value if isinstance(value, dict) else {"": value}
             for key, scalar in group.items():
                 if isinstance(scalar, (int, float)):
@@ -56,8 +52,7 @@ class Metrics:
     def close(self) -> None:
         """Write out what is buffered."""
         self.file.close()
-        if self.board:
-            self.board.close()
+        self.board.close()
 
 
 def _entry(line: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, in_place_of
 from fastlora.files import cache_folder, read_json, write_json
 from fastlora.kernels.ops import lora_qkv
 from fastlora.kernels.routes import forced_route
@@ -62,13 +62,11 @@ def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
 
 def load(file: Path) -> None:
     """Load a file that `tune` wrote, in place of built-in choices; UserError for another file."""
-    try:
+    wrong = (ValueError, KeyError, TypeError, AttributeError)
+    with in_place_of(wrong, UserError, f"{file}: not a table of block sizes; delete it: "):
         for key, row in read_json(file).items():
             kernels = {name: tuning.Blocks(**row[name]) for name in ("down", "add", "outer")}
             tuning.MEASURED[key] = tuning.Config(row["route"], **kernels)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"not a table of measured block sizes ({error}); delete it"
-        raise UserError(f"{file}: {what}") from error
 
 
 def _problem(rows: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:

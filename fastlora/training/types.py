@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fastlora.errors import UserError, did_you_mean
+from fastlora.errors import UserError, did_you_mean, in_place_of
 from fastlora.lora.config import check
 
 # By a setting's type: the types of values that are accepted, and their name in messages.
@@ -59,10 +59,8 @@ def as_type(name: str, value: Any, kind: Any) -> Any:
     if NoneType in options:
         return None if value is None else as_type(name, value, options[0])
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
-        try:
+        with in_place_of(UserError, UserError, f"{name}."):
             return origin(**check_keys(value, types_of(kind)))
-        except UserError as error:
-            raise UserError(f"{name}.{error}") from None
     if origin is Literal:
         check(value in options, name, value, f"one of {', '.join(options)}")
         return value

@@ -85,10 +85,9 @@ def tiny_data(tmp_path_factory) -> Path:
 def tiny_config(tiny_model, tiny_data, tmp_path):
     """A function from changes to a TrainConfig of the tiny model and data."""
 
-    def make(r: int = 4, dropout: float = 0.1, **changes) -> TrainConfig:
+    def make(**changes) -> TrainConfig:
         settings = {
-            "r": r,
-            "dropout": dropout,
+            **({"r": 4} if changes.get("mode", "lora") == "lora" else {}),
             "data": tiny_data,
             "model": str(tiny_model),
             "tokens_per_batch": 256,

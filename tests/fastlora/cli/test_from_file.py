@@ -132,6 +132,8 @@ def test_a_tasks_name_is_legal(tmp_path, stem, name):
             "no column 'the txt', but id, the text, queue; did you mean 'the text'",
         ),
         ({"label": "the text"}, "label is 'the text' (expected another column's name)"),
+        ({"dev": "nowhere.csv"}, "nowhere.csv: no such file (expected that of the dev split)"),
+        ({"kind": "regression", "class_weights": "auto"}, "key 'class_weights' of a regression"),
         ({"label": "id", "kind": "classification"}, "40 different labels in 40 rows"),
         ({"metric": "f1"}, "metric is 'f1' (expected accuracy, macro_f1"),
         ({"metric": "f1:c"}, "'c' is no class (expected a or b)"),
@@ -148,6 +150,7 @@ def test_mistakes_are_answered_in_one_line(tmp_path, how, message):
     ("arguments", "message"),
     [
         (["nowhere.csv"], "nowhere.csv: no such file"),
+        (["tickets.csv", "other.csv"], "other.csv: a second FILE, of which one is expected"),
         (["--tasks", "sst", "quora", "sts"], "a list has commas, as in --tasks sst,quora,sts"),
         (["."], ".: is a folder, which is given as --data"),
         (["--text", "a"], "--text needs a file: fastlora-train FILE.csv"),

@@ -11,7 +11,7 @@ import transformers
 
 from fastlora.bert.weights import load_encoder
 from fastlora.data import DEMO
-from fastlora.data.source import MINILM, Source, resolve
+from fastlora.data.source import MINILM, MODULES, Source, resolve
 from fastlora.errors import UserError
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import find_inputs
@@ -112,6 +112,8 @@ def test_a_run_stays_with_the_revision_it_began_with(hub_cache):
 
 
 def test_a_tokenizer_is_copied_whole(minilm, tmp_path):
-    Source(minilm, "minilm", "minilm").copy_tokenizer(tmp_path)
+    Source(minilm, "minilm", "minilm").copy_tokenizer(tmp_path, *MODULES)
     assert not (tmp_path / "model.safetensors").exists()
+    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+        assert (tmp_path / name).read_bytes() == (minilm / name).read_bytes()
     assert transformers.BertTokenizer.from_pretrained(tmp_path).vocab_size == 30522

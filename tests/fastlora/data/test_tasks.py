@@ -87,7 +87,10 @@ def test_table_survives_toml():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colums": ["a"]}, "unknown key 'colums' (expected kind, columns, label, files, labels,"),
+        (
+            {"colums": ["a"]},
+            "'colums' of a classification (expected kind, columns, label, files, labels,",
+        ),
         (
             {"kind": "ranking"},
             "kind is 'ranking' (expected classification, multilabel or regression)",
@@ -102,7 +105,10 @@ def test_table_survives_toml():
         ({"labels": ["yes"]}, "two or more different classes"),
         ({"labels": ["1", "1.0"]}, "two or more different classes"),
         ({"high": 5}, "unknown key 'high'"),
-        ({"kind": "regression"}, "unknown key 'labels' (expected kind, columns, label, files, low"),
+        (
+            {"kind": "regression"},
+            "'labels' of a regression (expected kind, columns, label, files, low",
+        ),
         ({"files": None}, "files is None"),
         ({"files": {"train": "a.csv"}}, "files for train, dev, maybe test"),
         ({"files": {"train": "a", "dev": "b", "tset": "c"}}, "'tset': 'c'"),

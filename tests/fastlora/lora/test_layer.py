@@ -96,6 +96,9 @@ def test_pefts_spellings_are_accepted():
     theirs = {"lora_alpha": 6, "lora_dropout": 0.2, "use_rslora": True}
     assert LoraConfig(r=4, target_modules=["query", "key"], **theirs) == ours
     assert LoraConfig(target_modules="all-linear").targets == ("all-linear",)
+    for others in ({"task_type": "SEQ_CLS"}, {"bias": "none"}, {"lora_alhpa": 6}):
+        with pytest.raises(UserError, match=r"a setting is .*, lora_alpha, .*train=\('classifier'"):
+            LoraConfig(r=4, **others)
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

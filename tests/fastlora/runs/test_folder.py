@@ -118,7 +118,7 @@ def test_edited_settings_are_noticed(own_inputs):
     for old, new in (("seed = 0", "seed = 7"), ("clip = 1.0", "clip = 2.0")):
         file.write_text(file.read_text().replace(old, new))
     edited = replace(TrainConfig.from_table(read_toml(file)), out=own_inputs.out)
-    with pytest.raises(UserError, match=r"the setting (seed|clip) \(not set -> .*, the setting"):
+    with pytest.raises(UserError, match=r"the setting (seed|clip) \(default -> .*, the setting"):
         run(edited)
 
 

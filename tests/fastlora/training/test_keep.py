@@ -99,6 +99,7 @@ def test_evaluations_between_epochs_and_patience(tiny_config):
     result = run(config)
     assert [entry["step"] for entry in history(config.out)] == [2, 4, 6, 8, 10]
     assert (result.kept, result.steps) == (4, 10)
+    assert "stopped by --patience 3" in (config.out / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("falling_scores")

@@ -52,9 +52,10 @@ def forward_and_backward(config):
     return gradients, sum(kept.values())
 
 
-@pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
 @pytest.mark.parametrize(
-    ("mode", "precision"), [("lora", "fp32"), ("lora", "bf16"), ("full", "bf16")]
+    ("mode", "precision", "adapters"),
+    [("full", "bf16", "shared")]
+    + [("lora", p, a) for p in ("fp32", "bf16") for a in ("shared", "per-task", "shared+per-task")],
 )
 def test_recomputed_layers_give_the_same_gradients(tiny_config, mode, precision, adapters):
     """All dropouts on, in bits; and what is kept for backward shrinks to the layers' inputs."""
