@@ -31,7 +31,7 @@ BLOCK = re.compile(
     r"(?:<!-- (?P<note>[^>]*) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
 LIMIT = {"train": ["--limit", "40"], "search": ["--limit", "8"]}
-FIGURE = re.compile(r"\b\d+(?:\.\d+)?x\b")
+FIGURE = re.compile(r"\b\d[\d,.]*(?:x|%| [KMG]iB| ms| examples/s)(?!\w)")
 
 
 @dataclass
@@ -174,7 +174,7 @@ def test_the_options_of_a_pages_commands_exist(name):
                 app.parse_args(arguments, exit_on_error=False, print_error=False)
 
 
-def test_a_ratio_on_any_page_stands_on_the_page_of_figures():
+def test_a_figure_on_any_page_stands_on_the_page_of_figures():
     measured = {*FIGURE.findall(PAGES["performance.md"].read_text(encoding="utf-8"))}
     for name, page in PAGES.items():
         if not name.startswith(("log/", "tables/", "performance")):
