@@ -24,9 +24,14 @@ def compare(folders: Sequence[Path], out: Path | None) -> None:
     results = [read_result(run) for run in folders]
     inputs = [read_json(run / INPUTS) for run in folders]
     tables = [pages.without_folders(read_toml(run / SETTINGS)) for run in folders]
+    for table in tables:
+        for name, own in table.pop("task", {}).items():
+            table |= {f"{name}.{key}": value for key, value in own.items()}
     tasks = list(dict.fromkeys(task for result in results for task in result["scores"]))
     keys = dict.fromkeys(key for table in tables for key in table if key != "tasks")
-    differ = [key for key in keys if any(t.get(key) != tables[0].get(key) for t in tables)]
+    # A task's settings are compared among the runs that have the task.
+    of = {k: [t for t in tables if "." not in k or f"{k.split('.')[0]}.kind" in t] for k in keys}
+    differ = [key for key, own in of.items() if any(t.get(key) != own[0].get(key) for t in own)]
     records: list[Record] = []
     for folder, table, result in zip(folders, tables, results, strict=True):
         record: Record = {"run": f"{len(records) + 1}. {pages.without_folders(folder)}"}
@@ -38,8 +43,6 @@ def compare(folders: Sequence[Path], out: Path | None) -> None:
     shown, place, log = table_of(records), out or Path(), Log(quiet=False)
     hashes = {t: {read.get(f"the dev data of {t}") for read in inputs} - {None} for t in tasks}
     notes = [f"The dev data of {task} is not the same." for task in tasks if len(hashes[task]) > 1]
-    own = {t: {c["task"][t].get("metric") for c in tables if t in c.get("task", {})} for t in tasks}
-    notes += [f"The metric of {task} is not the same." for task in tasks if len(own[task]) > 1]
 
     def draw(figure: pages.Figure, panels: list[pages.Axes]) -> None:
         rows = [{**record, "number": f"{i}"} for i, record in enumerate(records, 1)]

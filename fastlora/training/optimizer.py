@@ -55,8 +55,5 @@ def schedule(config: TrainConfig, step: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     left = (total - step) / max(1, total - warmup)
-    if config.schedule == "linear":
-        return left
-    if config.schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
-    return 1.0
+    cosine = 0.5 * (1 - math.cos(math.pi * left))
+    return {"linear": left, "cosine": cosine, "constant": 1.0}[config.schedule]

@@ -60,6 +60,17 @@ def test_without_out_there_is_only_a_plot_and_other_dev_data_is_said(
     assert [str(path) for path in tmp_path.rglob("*.*")] == [f"{tmp_path}/plots/compare.png"]
 
 
+def test_only_the_settings_of_common_tasks_that_differ_are_named(runs, tmp_path, capsys):
+    for name, own in {"p": 'metric = "accuracy"', "q": 'metric = "macro_f1"\nweight = 2'}.items():
+        shutil.copytree(runs / "a", tmp_path / name)
+        with (tmp_path / name / "run.toml").open("a") as file:
+            file.write(f"\n[task.mine]\nkind = 'k'\n{own}\n[task.{name}]\nkind = 'k'\n")
+    code, _ = compare(capsys, tmp_path / "p", tmp_path / "q", "--out", tmp_path / "out")
+    report = (tmp_path / "out" / "report.md").read_text().replace("\\", "")
+    settings = [row.split(" | ")[1] for row in report.splitlines() if row[:3] in ("| 1", "| 2")]
+    assert settings == ["mine.metric accuracy", "mine.metric macro_f1, mine.weight 2"] and code == 0
+
+
 @pytest.mark.parametrize("name", ["nowhere", "unfinished"])
 def test_a_folder_without_a_finished_run_is_refused(runs, name, tmp_path, capsys):
     (tmp_path / "unfinished").mkdir()
