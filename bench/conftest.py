@@ -115,4 +115,4 @@ def pytest_terminal_summary(terminalreporter, config):
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         write(f"  {kind:<22} {name:<20} {mean:5.2f}x  least {min(ratios):.2f}x")
     if not torch.cuda.is_available():
-        write("no CUDA GPU here: routes gemm and triton not measured")
+        write("no CUDA GPU here: route gemm not measured")

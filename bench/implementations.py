@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastlora.kernels import Term, forced_route, lora_grouped
 
 ALPHA = 16.0
-NAMES = ["compiled", "peft", "fastlora reference", "fastlora gemm", "fastlora triton"]
+NAMES = ["compiled", "peft", "fastlora reference", "fastlora gemm"]
 PLACES = [("cpu", torch.float32)]
 if torch.cuda.is_available():
     PLACES.append(("cuda", torch.float16))
@@ -165,8 +165,8 @@ def fastlora_route(name: str) -> Build:
 
 def contenders(device: str) -> dict[str, Build]:
     """Every implementation that can run on a device, the unfused reference first."""
-    routes = ("gemm", "triton") if device == "cuda" else ("reference",)
-    ours = {f"fastlora {route}": fastlora_route(route) for route in routes}
+    route = "gemm" if device == "cuda" else "reference"
+    ours = {f"fastlora {route}": fastlora_route(route)}
     return {"unfused": unfused, "compiled": compiled, "peft": peft_layers, **ours}
 
 

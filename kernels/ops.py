@@ -42,7 +42,7 @@ def lora_grouped(
     _check(x, weight, terms)
     if is_small(x, weight.shape[0]):
         return reference.add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
-    if compiling := torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         # On a CPU, torch.compile fuses the reference well, but cannot draw a mask from a seed.
         fusable = len(terms) > 0 and (x.is_cuda or seed is not None)
         fusable &= not torch.compiler.is_exporting()
@@ -56,8 +56,8 @@ def lora_grouped(
         )
     name = ""
     if fusable and not weight.requires_grad:
-        dtype, large = _compute_dtype(x), compiling or x.numel() >= tuning.SMALL * x.shape[-1]
-        name = route(x.device, dtype, large).name
+        dtype = _compute_dtype(x)
+        name = route(x.device, dtype).name
     if not name or (name != "reference" and not (terms and dtype in tuning.DTYPE_NAMES)):
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
     copies = copies_of(x, packed, weight)

@@ -1,8 +1,7 @@
 """Which route computes a call, and why. All routes have the same inputs and gradients.
 
 reference   PyTorch's own products (cpu/route.py)
-gemm        one vendor GEMM with extended K: [x | u] [W0 | B]^T, and back: g [W0 | B] = [dx | v]
-triton      the vendor's GEMM on W0, and Triton kernels that add the terms (triton/route.py)
+gemm        Triton kernels around the vendor's GEMM (triton/route.py)
 """
 
 import os
@@ -19,7 +18,7 @@ from fastlora.kernels import selfcheck
 from fastlora.kernels.cpu import route as cpu_route
 from fastlora.kernels.triton import tuning
 
-ROUTES = ("reference", "gemm", "triton")
+ROUTES = ("reference", "gemm")
 forced: ContextVar[str] = ContextVar("forced route", default="")
 _warn_once = lru_cache(maxsize=64)(warnings.warn)
 
@@ -41,7 +40,7 @@ def implementation(name: str) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _detect(device: torch.device, dtype: torch.dtype, large: bool) -> Route:
+def _detect(device: torch.device, dtype: torch.dtype) -> Route:
     capability = tuning.capability(device)
     if not capability:
         return Route("reference", f"PyTorch's own GEMMs on {device.type}")
@@ -55,29 +54,26 @@ def _detect(device: torch.device, dtype: torch.dtype, large: bool) -> Route:
         return Route("reference", f"Triton does not support sm_{capability}")
     if capability < 80 and dtype == torch.bfloat16:
         return Route("reference", f"no bf16 tensor cores on sm_{capability}")
-    name = tuning.config(capability, dtype, tuning.SMALL if large else 1).route
     if capability > 75:
-        return Route(name, f"the table of block sizes for sm_{capability}")
+        return Route("gemm", f"Triton supports sm_{capability}")
     if problem := turing.problem():
         return Route("gemm", f"no Turing tensor cores in Triton kernels: {problem}")
-    return Route(name, "Turing tensor cores through the compile-stage hook")
+    return Route("gemm", "Turing tensor cores through the compile-stage hook")
 
 
 @torch.compiler.assume_constant_result
-def route(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, large: bool = True
-) -> Route:
-    """The route that `lora_grouped` takes on a device, for many rows or few, and why.
+def route(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Route:
+    """The route that `lora_grouped` takes on a device, and why.
 
-    The environment variable FASTLORA_ROUTE (reference, gemm or triton) forces one; ValueError if it
-    cannot run here or fails its self-check. By default the reference replaces kernels that fail.
+    The environment variable FASTLORA_ROUTE (reference or gemm) forces one; ValueError if it cannot
+    run here or fails its self-check. By default the reference replaces kernels that fail.
     """
     device, name = torch.device(device), forced.get() or os.environ.get("FASTLORA_ROUTE", "")
     if name not in ("", *ROUTES):
-        raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected one of {', '.join(ROUTES)})")
+        raise ValueError(f"FASTLORA_ROUTE is {name!r} (expected {' or '.join(ROUTES)})")
     if forced.get():
         return Route(name, "forced")
-    chosen = _detect(device, dtype, large)
+    chosen = _detect(device, dtype)
     if name:
         runs = name == "reference" or chosen.name != "reference"
         if not runs and os.environ.get("TRITON_INTERPRET") != "1":

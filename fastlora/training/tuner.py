@@ -1,4 +1,4 @@
-"""`fastlora tune`: measures block sizes and routes on this machine's GPU, for later runs."""
+"""`fastlora tune`: measures block sizes on this machine's GPU, for later runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 
 from fastlora.errors import UserError, in_place_of
 from fastlora.files import cache_folder, read_json, write_json
-from fastlora.kernels.ops import lora_qkv
-from fastlora.kernels.routes import forced_route
+from fastlora.kernels import Term, forced_route, lora_grouped
 from fastlora.kernels.triton import tuning
 
 ROWS = (512, 8192)  # one in each of the ranges of rows that have block sizes of their own
@@ -32,7 +31,7 @@ def use_measured_blocks() -> None:
 
 
 def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> Path:
-    """Measure the fastest blocks of each kernel and the fastest route on a CUDA device.
+    """Measure the fastest blocks of each kernel on a CUDA device.
 
     It times forward and backward of BERT's query, key and value, and calls `report` with a line on
     each choice. Returns the file of the choices, which also has those of earlier measurements.
@@ -41,21 +40,19 @@ def tune(device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
     capability = tuning.capability(device)
     for rows in ROWS:
         key = tuning.key_of(capability, dtype, rows)
-        best, run = tuning.config(capability, dtype, rows), _problem(rows, device, dtype)
-        for route, kernel in (("gemm", "down"), ("gemm", "outer"), ("triton", "add")):
-            given = getattr(best, kernel)
+        best = tuning.config(capability, dtype, rows)
+        for kernel in ("down", "outer", "add"):
+            # The kernel `add` runs where some rows have no term.
+            run, given = _problem(rows, kernel == "add", device, dtype), getattr(best, kernel)
             second = "n" if kernel == "add" else "k"
             sizes = [{"m": m, second: size} for m, size in TILES]
             others = [replace(given, **size, warps=w) for size in sizes for w in (4, 8)]
             trials = {b: replace(best, **{kernel: b}) for b in (given, *others)}
-            times = {b: _time(run, key, row, route) for b, row in trials.items()}
+            times = {b: _time(run, key, row) for b, row in trials.items()}
             choice = min(times, key=times.__getitem__)
             best = replace(best, **{kernel: choice})
             report(f"{key} {kernel}: {choice} {times[choice]:.3f} ms (was {times[given]:.3f})")
-        routes = {route: _time(run, key, best, route) for route in ("gemm", "triton")}
-        best = replace(best, route=min(routes, key=routes.__getitem__))
         tuning.MEASURED[key] = best
-        report(f"{key} routes: " + ", ".join(f"{r} {ms:.3f} ms" for r, ms in routes.items()))
     write_json(tuned_file(), {key: asdict(row) for key, row in tuning.MEASURED.items()})
     return tuned_file()
 
@@ -66,30 +63,32 @@ def load(file: Path) -> None:
     with in_place_of(wrong, UserError, f"{file}: not a table of block sizes; delete it: "):
         for key, row in read_json(file).items():
             kernels = {name: tuning.Blocks(**row[name]) for name in ("down", "add", "outer")}
-            tuning.MEASURED[key] = tuning.Config(row["route"], **kernels)
+            tuning.MEASURED[key] = tuning.Config(**kernels)
 
 
-def _problem(rows: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+def _problem(
+    rows: int, without: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
     x = torch.randn(rows, WIDTH, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(3 * WIDTH, WIDTH, device=device, dtype=dtype)
     A = [torch.randn(RANK, WIDTH, device=device, requires_grad=True) for _ in range(2)]
     B = [torch.randn(WIDTH, RANK, device=device, requires_grad=True) for _ in range(2)]
-    adapters = {"query": (A[0], B[0]), "value": (A[1], B[1])}
+    terms = [Term(A[i], B[i], 0.5, 0.1, i, 0, rows - without, 2 * i * WIDTH) for i in (0, 1)]
 
     def run() -> object:
-        y = lora_qkv(x, weight, None, adapters, 0.5, 0.1)
+        y = lora_grouped(x, weight, None, terms)
         return torch.autograd.grad(y, [x, *A, *B], y)
 
     return run
 
 
-def _time(run: Callable[[], object], key: str, row: tuning.Config, route: str) -> float:
+def _time(run: Callable[[], object], key: str, row: tuning.Config) -> float:
     """Median milliseconds, or infinity for blocks that need more shared memory than there is."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     tuning.MEASURED[key] = row
-    with forced_route(route):
+    with forced_route("gemm"):
         try:
             return do_bench(run, return_mode="median")
         except OutOfResources:

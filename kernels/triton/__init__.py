@@ -1,1 +1,1 @@
-"""The operation on a GPU in Triton: routes "gemm" and "triton", their kernels and block sizes."""
+"""The operation on a GPU in Triton: route "gemm", its kernels and block sizes."""

@@ -1,7 +1,8 @@
-"""Routes "gemm" and "triton": the order in which a pass launches kernels and vendor GEMMs.
+"""Route "gemm": the order in which a pass launches kernels and vendor GEMMs.
 
-Both keep u = c (m * x) A^T for backward. If every term covers all rows, route "gemm" extends K and
-keeps [x | u]. Otherwise, and always on route "triton", kernels add the terms to y and dx.
+Backward keeps u = c (m * x) A^T. If every term covers all rows, K is extended: one GEMM computes
+y = [x | u] [W0 | B]^T, and one g [W0 | B] = [g W0 | v]. Otherwise the GEMMs read W0 alone, and
+kernels add the terms to y and compute v.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,7 @@ from fastlora.kernels.triton.kernels import add, down, outer
 def saved_shape(call: Call, rows: int) -> tuple[int, ...]:
     """[x | u], or u alone as one row."""
     (_, K), R = call.weight.shape, rank_offsets(call.terms)[-1]
-    extend = call.route == "gemm" and fits_one_gemm(call.terms, rows)
-    return (rows, K + R) if extend else (rows * R,)
+    return (rows, K + R) if fits_one_gemm(call.terms, rows) else (rows * R,)
 
 
 def forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Block sizes and route per (capability, dtype, number of rows).
+"""Block sizes per (capability, dtype, number of rows).
 
 A table replaces Triton's autotuning, which would measure in the user's first step and give other
 results each time. The shipped rows are guesses; what `fastlora tune` measures takes precedence.
@@ -33,9 +33,8 @@ OUTER_SMALL = replace(OUTER, chunk=64)
 
 @dataclass(frozen=True)
 class Config:
-    """The route that is fastest, and the blocks of each kernel."""
+    """The blocks of each kernel."""
 
-    route: str = "gemm"
     down: Blocks = Blocks()
     add: Blocks = Blocks()
     outer: Blocks = OUTER

@@ -9,7 +9,7 @@ from fastlora.kernels.reference import add_terms
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0, device=DEVICE)
 
-NAMES = ["reference", "gemm", "triton"]
+NAMES = ["reference", "gemm"]
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
     DTYPES.append(torch.bfloat16)  # silently wrong in the interpreter

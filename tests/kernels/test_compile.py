@@ -137,7 +137,7 @@ def test_export_with_few_rows_and_many(kind):
     torch.export.export(layer, (x,), dynamic_shapes=({0: rows},))
 
 
-# Route "triton" saves and packs as "gemm" does for a term without all rows (7).
+# A term of 7 rows of 9 is saved and packed in another form.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("route", "end"), [("reference", 9), ("gemm", 9), ("reference", 7), ("gemm", 7)]

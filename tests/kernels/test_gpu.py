@@ -9,7 +9,6 @@ from fastlora.kernels.autograd import lora
 from fastlora.kernels.triton import tuning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-KERNEL_ROUTES = ["gemm", "triton"]
 
 
 @pytest.fixture
@@ -33,11 +32,10 @@ def gradients(y, x, adapters):
     return torch.autograd.grad(y.float().square().sum(), leaves)
 
 
-@pytest.mark.parametrize("route", KERNEL_ROUTES)
-def test_compiled_by_inductor(problem, route):
+def test_compiled_by_inductor(problem):
     x, weight, adapters = problem
     torch._dynamo.reset()  # nothing guards the route
-    with forced_route(route):
+    with forced_route("gemm"):
         plain = lora_qkv(x, weight, None, adapters, 0.5, 0.1, SEED)
         op = torch.compile(lora_qkv, fullgraph=True)
         compiled = op(x, weight, None, adapters, 0.5, 0.1, SEED)
@@ -48,8 +46,7 @@ def test_compiled_by_inductor(problem, route):
             torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-1)
 
 
-@pytest.mark.parametrize("route", KERNEL_ROUTES)
-def test_rows_of_two_adapters_compiled_by_inductor(problem, route):
+def test_rows_of_two_adapters_compiled_by_inductor(problem):
     x, weight, adapters = problem
     torch._dynamo.reset()
 
@@ -62,7 +59,7 @@ def test_rows_of_two_adapters_compiled_by_inductor(problem, route):
         ]
         return lora_grouped(x, weight, None, terms, SEED)
 
-    with forced_route(route):
+    with forced_route("gemm"):
         factors = list(adapters.values())
         plain, compiled = (f(x, weight, factors) for f in (op, torch.compile(op, fullgraph=True)))
         torch.testing.assert_close(compiled, plain)
@@ -73,8 +70,7 @@ def test_rows_of_two_adapters_compiled_by_inductor(problem, route):
 
 
 @pytest.mark.parametrize("rows", [((0, 9), (0, 9)), ((2, 9), (0, 4))])
-@pytest.mark.parametrize("route", KERNEL_ROUTES)
-def test_opcheck(route, rows):
+def test_opcheck(rows):
     like = dict(device="cuda", requires_grad=True)
     factors = [torch.randn(shape, **like) for _ in rows for shape in ((3, 8), (4, 3))]
     places = [place for i, ends in enumerate(rows) for place in (i, *ends, 4 * i)]
@@ -87,7 +83,7 @@ def test_opcheck(route, rows):
         SEED,
         [1.0, 0.1, 2.0, 0.1],
         places,
-        route,
+        "gemm",
     )
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]  # as in test_ops.py
     checks += ["test_aot_dispatch_dynamic"] * (rows[0] == rows[1])
@@ -109,8 +105,7 @@ def captured(step):
 
 
 @pytest.mark.parametrize("owned", [False, True])
-@pytest.mark.parametrize("route", KERNEL_ROUTES)
-def test_graph_replays_draw_new_masks_and_use_new_factors(problem, route, owned):
+def test_graph_replays_draw_new_masks_and_use_new_factors(problem, owned):
     """With a `Packed`, and, without one, on the plain path."""
     x, weight, adapters = problem
     packed = Packed() if owned else None
@@ -119,7 +114,7 @@ def test_graph_replays_draw_new_masks_and_use_new_factors(problem, route, owned)
         y = lora_qkv(x, weight, None, adapters, 0.5, 0.5, packed=packed)
         return [y, *gradients(y, x, adapters)]
 
-    with forced_route(route):
+    with forced_route("gemm"):
         graph, static = captured(step)
     outputs = []
     for _ in range(2):
@@ -135,8 +130,7 @@ def test_graph_replays_draw_new_masks_and_use_new_factors(problem, route, owned)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("route", KERNEL_ROUTES)
-def test_a_graph_reads_no_memory_that_was_given_away(problem, route, autocast):
+def test_a_graph_reads_no_memory_that_was_given_away(problem, autocast):
     """What it reads stays with the `Packed`, also when that has forgotten the weight."""
     x, weight, adapters = problem
     packed = Packed()
@@ -146,7 +140,7 @@ def test_a_graph_reads_no_memory_that_was_given_away(problem, route, autocast):
         with torch.autocast("cuda", torch.float16, enabled=autocast):
             return lora_qkv(x, weight, None, adapters, 0.5, 0.1, SEED, packed)
 
-    with forced_route(route):
+    with forced_route("gemm"):
         graph, y = captured(step)
     graph.replay()
     expected = y.clone()
@@ -157,10 +151,9 @@ def test_a_graph_reads_no_memory_that_was_given_away(problem, route, autocast):
     assert all(t.isnan().all() for t in taken)
 
 
-@pytest.mark.parametrize("route", KERNEL_ROUTES)
-def test_a_gradient_is_the_same_bits_each_time(problem, route):
+def test_a_gradient_is_the_same_bits_each_time(problem):
     x, weight, adapters = problem
-    with forced_route(route):
+    with forced_route("gemm"):
         runs = [
             gradients(lora_qkv(x, weight, None, adapters, 0.5, 0.1, SEED), x, adapters)
             for _ in range(3)
@@ -169,8 +162,8 @@ def test_a_gradient_is_the_same_bits_each_time(problem, route):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("route", KERNEL_ROUTES)
-def test_the_code_path_of_a_t4(route):
+@pytest.mark.parametrize("without", [0, 1])  # rows without terms, which take other kernels
+def test_the_code_path_of_a_t4(without):
     from compiled import aot
     from native_ptx import launch
 
@@ -188,8 +181,8 @@ def test_the_code_path_of_a_t4(route):
 
     def terms(factors):
         places = zip(factors, (0, 2), strict=True)
-        return [Term(*f, 2.0, 0.1, stream=b, column=b * H) for f, b in places]
+        return [Term(*f, 2.0, 0.1, b, 0, 500 - without, b * H) for f, b in places]
 
     with aot.launches_to(execute, 75, tuning.SHIPPED["75/fp16"]):
-        check(route, inputs, terms, torch.float16)
+        check("gemm", inputs, terms, torch.float16)
     assert {"lora_down", "lora_outer"} <= set(names)

@@ -27,11 +27,13 @@ examples = settings(
     N=st.integers(1, 150),
     r=st.sampled_from([1, 3, 5, 17, 32, 64, 72]),
     p=st.sampled_from([0.0, 0.1, 0.5]),
+    without=st.booleans(),
     need_dx=st.booleans(),
 )
-def test_one_projection(route, dtype, M, K, N, r, p, need_dx):
+def test_one_projection(route, dtype, M, K, N, r, p, without, need_dx):
     if dtype == torch.float32:
         # Tiles are at most 32 wide in this type: more than three would take time and show no more.
         M, K, N = min(M, 70), (K - 1) % 80 + 1, (N - 1) % 80 + 1
     inputs = make(M, K, N, [(r, N)])
-    check(route, inputs, lambda f: [Term(*f[0], 0.5, p, stream=7)], dtype, need_dx)
+    stop = M - without  # a row without a term takes other kernels
+    check(route, inputs, lambda f: [Term(*f[0], 0.5, p, 7, 0, stop)], dtype, need_dx)

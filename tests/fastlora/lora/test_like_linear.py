@@ -290,20 +290,20 @@ def test_a_call_gives_what_plain_pytorch_gives(kind, name, like_plain):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("kind", "route", "name"),
+    ("kind", "name"),
     [
-        (kind, route, name)
-        for kind, route in (("injected", "gemm"), ("injected", "triton"), ("packed", "gemm"))
+        (kind, name)
+        for kind in ("injected", "packed")
         for name in SITUATIONS
         # How a weight is packed has nothing to do with an input's shape.
         if name not in ON_REFERENCE and not (kind == "packed" and name in INPUTS)
     ],
 )
-def test_so_do_triton_kernels(kind, route, name, like_plain):
-    like_plain(SITUATIONS[name], kind, route, DTYPES.get(name, torch.float32))
+def test_so_do_triton_kernels(kind, name, like_plain):
+    like_plain(SITUATIONS[name], kind, "gemm", DTYPES.get(name, torch.float32))
 
 
-@pytest.mark.parametrize("route", ["reference", "gemm", "triton"])
+@pytest.mark.parametrize("route", ["reference", "gemm"])
 def test_factors_that_change_between_forward_and_backward_raise(route, like_plain):
     def run(layer, x):
         y = layer(x)
@@ -318,7 +318,7 @@ def test_factors_that_change_between_forward_and_backward_raise(route, like_plai
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(2, 12), torch.ones(2, 13, dtype=torch.int64)])
-@pytest.mark.parametrize("route", ["reference", "gemm", "triton"])
+@pytest.mark.parametrize("route", ["reference", "gemm"])
 def test_an_input_that_does_not_fit_raises(route, wrong, like_plain):
     def run(layer, x):
         with pytest.raises((RuntimeError, ValueError)):

@@ -229,7 +229,6 @@ SITUATIONS = {
     "hooks of the parameters": scaled_gradients,
     "two threads": two_threads,
 }
-# Route "triton" copies factors as route "gemm" does, and no weight.
 KINDS = [
     *((kind, route) for kind in ("injected", "packed") for route in ("reference", "gemm")),
     *(("built", "reference"), ("subclass", "reference"), ("peft", "reference")),

@@ -134,12 +134,12 @@ def simulate(body, warps, turns=40):
     return now / turns
 
 
-def layer(cycles, clock, M=4096, H=768, r=32, targets=2):
+def layer(cycles, clock, chunk, M=4096, H=768, r=32, targets=2):
     """Microseconds of each part of a query, key and value layer on route "gemm", both directions.
 
     `cycles` are shared-memory cycles a turn of (lora_down with the copy, lora_outer with dx) and
-    their tiles' elements. A kernel takes as long as its bytes in DRAM or its shared memory, the
-    longer of the two; vendor products run at the practical rate.
+    their tiles' elements, `chunk` the rows of a partial sum. A kernel takes as long as its bytes in
+    DRAM or its shared memory, the longer of the two; vendor products run at the practical rate.
     """
     product = 2 * 2 * M * H * 3 * H / FLOPS  # forward, and dx
     element = M * H * 2 / DRAM  # to read or write one matrix of x's size
@@ -154,6 +154,7 @@ def layer(cycles, clock, M=4096, H=768, r=32, targets=2):
         "extended K": product * targets * r / H,
         "down-projection with the copy of x": kernel(2, down),
         "dx and dA": kernel(3, outer),
+        "the partial sums of dA, written and read": 2 * targets * M / chunk * r * H * 4 / DRAM,
         "dB": targets * element,
     }
     return {name: 1e6 * seconds for name, seconds in parts.items()}

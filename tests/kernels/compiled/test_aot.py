@@ -19,7 +19,7 @@ CASES = [
     (80, SINGLE, "any/fp32"),
     *[(90, dtype, row) for dtype in (HALF, BRAIN) for row in ("90/small", "90")],
     (90, SINGLE, "any/fp32"),
-    *[(chip, BRAIN, "any") for chip in (89, 100, 120)],
+    *[(chip, dtype, "any") for chip in (89, 100, 120) for dtype in (HALF, BRAIN)],
 ]
 SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 SHARED_LIMIT |= {100: 227 << 10, 120: 99 << 10}

@@ -65,11 +65,11 @@ def test_the_layer_added_up(cycles, capsys):
     )
     own = [(cycles[name]["shared"], tile.m * tile.k) for name, tile in rows]
     for clock in sm75_cycles.CLOCKS:
-        parts = sm75_cycles.layer(own, clock)
+        parts = sm75_cycles.layer(own, clock, blocks.outer.chunk)
         ratio = sum(parts.values()) / next(iter(parts.values()))
         with capsys.disabled():
             print(f"\nquery, key and value on a T4 at {clock / 1e9} GHz, computed: {ratio:.3f}x")
             print("  ".join(f"{name} {value:.0f} us" for name, value in parts.items()))
-        assert ratio <= 1.24
+        assert ratio <= 1.26
         # dx and dA are bound by their bytes, whatever the clock.
         assert parts["dx and dA"] == pytest.approx(3 * 4096 * 768 * 2 / sm75_cycles.DRAM * 1e6)
