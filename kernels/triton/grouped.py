@@ -88,12 +88,19 @@ class Plan:
             graph.append((self.pieces, found))
         return found
 
+    def chunk(self, columns: int) -> int:
+        """Rows of a partial sum, so that the GPU computes all those of `columns` blocks at once."""
+        rows, m = self.ranges[-1][1], self.blocks.outer.m
+        work = columns * sum(b - a for a, b in (self.ranges[term] for term in self.pieces.terms))
+        chunks = max(1, tuning.programs(self.pieces.table.device) * rows // max(1, work))
+        return m * max(1, -(-rows // (chunks * m)))
+
     def launch(
         self,
         kernel: Any,
         blocks: tuning.Blocks,
         size: int,  # rows of a tile
-        programs: int | None,  # for each tile; None: one for each slot
+        programs: int,  # for each tile
         matrices: dict[str, Tensor | None],  # x is passed as x_ptr, stride_x0 and stride_x1
         others: dict[str, Any],
         **constants: Any,
@@ -107,8 +114,7 @@ class Plan:
             arguments[f"stride_{name}0"], arguments[f"stride_{name}1"] = strides
         constants |= dict(SLOTS=slots, BLOCK_M=blocks.m, BLOCK_R=pieces.block_r)
         constants["ALIGN"] = pieces.align
-        grid = slots if programs is None else programs, len(tiles)
-        tuning.launch(kernel, grid, arguments, constants, blocks)
+        tuning.launch(kernel, (programs, len(tiles)), arguments, constants, blocks)
 
 
 @lru_cache(maxsize=1024)

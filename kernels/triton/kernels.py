@@ -1,15 +1,14 @@
 """The kernels and the functions that launch them.
 
-    lora_down     the down-projection u
-    lora_add      the terms, added to the frozen part of the output
-    lora_outer    dA (or dB) as partial sums over chunks of rows, and dx in the same pass
+    lora_down     the down-projection u, or v
+    lora_add      the terms, added to the frozen part of the output, or of dx
+    lora_outer    dA, or dB, as partial sums over chunks of rows
 
-A GEMM adds these up, without atomics: gradients are reproducible bit for bit.
+A GEMM adds these up, without atomics: gradients are reproducible bit for bit. However many terms
+there are, a kernel moves each large matrix once; it draws the mask again, which is cheaper.
 All kernels read tables (see `grouped.py`). A tile is up to BLOCK_M rows of one segment, with one
 slot for each piece that applies there; a piece is at most 64 ranks of one term.
 """
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -133,7 +132,7 @@ def down(
     """
     blocks = plan.blocks.down
     plan.launch(
-        lora_down, blocks, blocks.m, None,
+        lora_down, blocks, blocks.m, plan.tiles(blocks.m)[2],
         dict(x=x, a=A, u=u), dict(copy_ptr=copy, K=x.shape[1], **plan.draws),
         BLOCK_K=blocks.k, HAS_COPY=copy is not None, IN_BLOCK=in_block,
         HAS_DROPOUT=plan.pieces.has_dropout and not in_block,
@@ -142,13 +141,16 @@ def down(
 
 @triton.jit
 def lora_add(
-    u_ptr, b_ptr, y_ptr, tiles_ptr, pieces_ptr,
+    u_ptr, b_ptr, base_ptr, y_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
     N,
-    stride_u0, stride_u1, stride_b0, stride_b1, stride_y0, stride_y1,
+    stride_u0, stride_u1, stride_b0, stride_b1, stride_base0, stride_base1, stride_y0, stride_y1,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    ALIGN: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] += u B^T, a program for each tile and block of columns."""
+    """y [M, N] = base + c m * (u B^T), a program for each tile and block of columns.
+
+    With IN_BLOCK, y = base + u B^T: each term adds to its own columns only, and u contains c.
+    """
     tile_ptr = tiles_ptr + tl.program_id(1) * (2 + 2 * SLOTS)
     n0 = tl.program_id(0) * BLOCK_N
     row = tl.load(tile_ptr) + tl.arange(0, BLOCK_M)
@@ -156,105 +158,103 @@ def lora_add(
     n = n0 + tl.arange(0, BLOCK_N)
     row64 = row.to(tl.int64)
     rank = tl.arange(0, BLOCK_R)
-    acc = load_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N).to(tl.float32)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    acc = load_tile(base_ptr, row64, stride_base0, n, stride_base1, live, n < N).to(tl.float32)
     for slot in range(SLOTS):
         piece = tl.load(tile_ptr + 2 + 2 * slot)
         if piece >= 0:
-            offset, ranks, column, width, _, _ = load_piece(pieces_ptr, piece, ALIGN)
-            if column < n0 + BLOCK_N and column + width > n0:
+            offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
+            first, end = 0, N
+            if IN_BLOCK:
+                first, end = column, column + width
+            if first < n0 + BLOCK_N and end > n0:
                 place, known = offset + rank, rank < ranks
                 u = load_tile(u_ptr, row64, stride_u0, place, stride_u1, live, known)
                 b = load_tile(b_ptr, place, stride_b1, n, stride_b0, known, n < N)
-                acc = tl.dot(u, b, acc, input_precision="ieee")
+                if IN_BLOCK:
+                    acc = tl.dot(u, b, acc, input_precision="ieee")
+                else:
+                    branch = tl.dot(u, b, input_precision="ieee") * tl.load(scales_ptr + piece)
+                    if HAS_DROPOUT:
+                        mask_row = row - tl.load(tile_ptr + 3 + 2 * slot)
+                        bits = keep_bits(seed, stream, mask_row, n0, threshold, BLOCK_N)
+                        branch = drop_tile(branch, bits)
+                    acc += branch
     store_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N, acc)
 
 
-def add(plan: Plan, u: Tensor, B: Tensor, y: Tensor) -> None:
-    """Launch `lora_add`: u [M, R], B [N, R], y [M, N], which gets the terms added."""
-    blocks, N = plan.blocks.add, y.shape[1]
+def add(plan: Plan, u: Tensor, B: Tensor, base: Tensor, in_block: bool = False) -> Tensor:
+    """Launch `lora_add`: u [M, R], B [N, R], base [M, N]. Returns y, in base if contiguous."""
+    blocks, (M, N) = plan.blocks.add, base.shape
+    y = base if base.is_contiguous() else base.new_empty(M, N)
     plan.launch(
-        lora_add, blocks, blocks.m, triton.cdiv(N, blocks.n), dict(u=u, b=B, y=y), dict(N=N),
-        BLOCK_N=blocks.n,
+        lora_add, blocks, blocks.m, triton.cdiv(N, blocks.n),
+        dict(u=u, b=B, base=base, y=y), dict(N=N, **plan.draws),
+        BLOCK_N=blocks.n, IN_BLOCK=in_block,
+        HAS_DROPOUT=plan.pieces.has_dropout and not in_block,
     )  # fmt: skip
+    return y
 
 
 @triton.jit
 def lora_outer(
-    x_ptr, v_ptr, a_ptr, b_ptr, dx_ptr, partial_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
+    x_ptr, v_ptr, partial_ptr, seed_ptr, tiles_ptr, pieces_ptr, scales_ptr,
     K,
-    stride_x0, stride_x1, stride_v0, stride_v1, stride_a0, stride_a1, stride_b0, stride_b1,
-    stride_dx0, stride_dx1,
+    stride_x0, stride_x1, stride_v0, stride_v1,
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_DX: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """partial [chunk, slot, BLOCK_R, K] = c v^T (m * x); dx [M, K] = base + c m * (v A).
+    """partial [chunk, slot, BLOCK_R, K] = c v^T (m * x), a program for each slot, too.
 
     With IN_BLOCK, x is the output's gradient and v is u: partial = u^T g over the piece's columns.
     """
-    chunk = tl.program_id(1)
+    # The programs of one chunk run at the same time, so x is read from DRAM once.
+    slot, chunk = tl.program_id(0) % SLOTS, tl.program_id(1)
     chunk_ptr = tiles_ptr + chunk * (2 + 2 * SLOTS)
-    k0 = tl.program_id(0) * BLOCK_K
+    k0 = tl.program_id(0) // SLOTS * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     rank = tl.arange(0, BLOCK_R)
-    start, stop = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
-    for slot in range(SLOTS):
-        piece = tl.load(chunk_ptr + 2 + 2 * slot)
-        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        if piece >= 0:
-            origin = tl.load(chunk_ptr + 3 + 2 * slot)
-            offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
-            column0, depth, scale = 0, K, tl.load(scales_ptr + piece)
-            if IN_BLOCK:
-                column0, depth, scale = column, width, 1.0
-            if HAS_DX:
-                a = load_tile(a_ptr, offset + rank, stride_a0, k, stride_a1, rank < ranks, k < K)
-            for first in range(start, stop, BLOCK_M):
-                row = first + tl.arange(0, BLOCK_M)
-                live = row < stop
-                row64 = row.to(tl.int64)
-                x = load_tile(x_ptr, row64, stride_x0, column0 + k, stride_x1, live, k < depth)
-                v = load_tile(v_ptr, row64, stride_v0, offset + rank, stride_v1, live, rank < ranks)
-                if HAS_DROPOUT:
-                    # The mask is drawn once, for dA and dx.
-                    bits = keep_bits(seed, stream, row - origin, k0, threshold, BLOCK_K)
-                    x = drop_tile(x, bits)
-                acc = tl.dot(tl.trans(v), x, acc, input_precision="ieee")
-                if HAS_DX:
-                    branch = tl.dot(v, a, input_precision="ieee") * scale
-                    if HAS_DROPOUT:
-                        branch = drop_tile(branch, bits)
-                    if slot == 0:
-                        part = load_tile(b_ptr, row64, stride_b0, k, stride_b1, live, k < K)
-                    else:
-                        part = load_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K)
-                    branch += part.to(tl.float32)
-                    store_tile(dx_ptr, row64, stride_dx0, k, stride_dx1, live, k < K, branch)
-            acc *= scale
-        partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
-        store_tile(partial_ptr, partial_row, K, k, 1, rank >= 0, k < K, acc)
-        # Wait: the next slot reads dx that other threads of this program have written.
-        tl.debug_barrier()
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    piece = tl.load(chunk_ptr + 2 + 2 * slot)
+    if piece >= 0:
+        start, stop = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
+        origin = tl.load(chunk_ptr + 3 + 2 * slot)
+        offset, ranks, column, width, stream, threshold = load_piece(pieces_ptr, piece, ALIGN)
+        first, depth, scale = 0, K, tl.load(scales_ptr + piece)
+        if IN_BLOCK:
+            first, depth, scale = column, width, 1.0
+        if HAS_DROPOUT:
+            seed = tl.load(seed_ptr)
+        for row0 in range(start, stop, BLOCK_M):
+            row = row0 + tl.arange(0, BLOCK_M)
+            live = row < stop
+            row64 = row.to(tl.int64)
+            x = load_tile(x_ptr, row64, stride_x0, first + k, stride_x1, live, k < depth)
+            v = load_tile(v_ptr, row64, stride_v0, offset + rank, stride_v1, live, rank < ranks)
+            if HAS_DROPOUT:
+                x = drop_tile(x, keep_bits(seed, stream, row - origin, k0, threshold, BLOCK_K))
+            acc = tl.dot(tl.trans(v), x, acc, input_precision="ieee")
+        acc *= scale
+    partial_row = (chunk * SLOTS + slot).to(tl.int64) * BLOCK_R + rank
+    store_tile(partial_ptr, partial_row, K, k, 1, rank >= 0, k < K, acc)
 
 
-def outer(
-    plan: Plan, x: Tensor, v: Tensor, A: Any = None, base: Any = None, dx: Any = None, span: int = 0
-) -> list[Tensor]:
+def outer(plan: Plan, x: Tensor, v: Tensor, span: int = 0) -> list[Tensor]:
     """Each term's dA [r, K] fp32 from x [M, K] and v [M, R]: `lora_outer`, and a GEMM that sums up.
 
-    With `base` [M, K] and A [R, K], also computes dx = base + c m * (v A). `base` may be dx itself,
-    and must be if some rows have no term. With `span`, the width of the widest block, computes
-    dB^T [r, span] from x = the output's gradient and v = u instead.
+    With `span`, the width of the widest block, computes dB^T [r, span] from x = the output's
+    gradient and v = u instead.
     """
     pieces, blocks, K = plan.pieces, plan.blocks.outer, span or x.shape[1]
-    owners = plan.tiles(blocks.chunk)[1]
+    columns = triton.cdiv(K, blocks.k)
+    chunk = plan.chunk(columns)
+    _, owners, slots = plan.tiles(chunk)
     partial = owners.new_empty(owners.shape[1], pieces.block_r * K)
     plan.launch(
-        lora_outer, blocks, blocks.chunk, triton.cdiv(K, blocks.k),
-        dict(x=x, v=v, a=A, b=base, dx=dx), dict(partial_ptr=partial, K=K, **plan.draws),
-        BLOCK_K=blocks.k, HAS_DX=base is not None, IN_BLOCK=span > 0,
-        HAS_DROPOUT=pieces.has_dropout and not span,
+        lora_outer, blocks, chunk, columns * slots,
+        dict(x=x, v=v), dict(partial_ptr=partial, K=K, **plan.draws),
+        BLOCK_K=blocks.k, IN_BLOCK=span > 0, HAS_DROPOUT=pieces.has_dropout and not span,
     )  # fmt: skip
     sums = (owners @ partial).view(-1, K)  # [P * block_r, K]
     first = [pieces.terms.index(term) * pieces.block_r for term in range(len(plan.call.terms))]

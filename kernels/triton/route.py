@@ -34,10 +34,9 @@ def forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]
     if extend:
         down(plan, x, A, saved[:, K:], copy=saved[:, :K])
         return F.linear(saved, packed, bias), saved
-    y, u = F.linear(x, call.weight, bias), saved.view(M, -1)
+    u = saved.view(M, -1)
     down(plan, x, A, u)
-    add(plan, u, B, y)
-    return y, saved
+    return add(plan, u, B, F.linear(x, call.weight, bias), in_block=True), saved
 
 
 def backward(
@@ -48,16 +47,15 @@ def backward(
     extend = saved.dim() == 2
     A, packed, B = _factors(call, grad.dtype, extend)
     x, u = (saved[:, :K], saved[:, K:]) if extend else (x, saved.view(M, -1))
-    base: Tensor | None  # g W0, to which `outer` adds the terms
-    dx: Tensor | None
+    base: Tensor | None  # g W0
     if extend and need_dx:
         base, v = (grad @ packed).tensor_split([K], 1)
-        dx = grad.new_empty(M, K)
     else:
         v = torch.empty_like(u)
         down(plan, grad, B.T, v, in_block=True)
-        base = dx = grad @ call.weight if need_dx else None
-    dA = outer(plan, x, v, A, base, dx)
+        base = grad @ call.weight if need_dx else None
+    dx = None if base is None else add(plan, v, A.T, base)
+    dA = outer(plan, x, v)
     if fits_one_gemm(call.terms, M):
         half = grad.is_cuda and grad.dtype != torch.float32
         mm = partial(torch.mm, out_dtype=torch.float32) if half else torch.mm

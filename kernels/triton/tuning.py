@@ -4,7 +4,7 @@ A table replaces Triton's autotuning, which would measure in the user's first st
 results each time. The shipped rows are guesses; what `fastlora tune` measures takes precedence.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,19 +16,17 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp
 
 @dataclass(frozen=True)
 class Blocks:
-    """A kernel's tile: rows, columns, depth; rows in one partial sum; warps and stages."""
+    """A kernel's tile: rows, columns, depth; warps and stages."""
 
     m: int = 64
     n: int = 64
     k: int = 64
-    chunk: int = 512
     warps: int = 4
     stages: int = 2
 
 
 # Flat tiles make the mask's layout changes cheap: 10 instructions an element, 14 with 32 x 64.
-OUTER = Blocks(m=16, k=128, chunk=256, warps=8, stages=1)
-OUTER_SMALL = replace(OUTER, chunk=64)
+OUTER = Blocks(m=16, k=128, warps=8, stages=1)
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,8 @@ SHIPPED = {
     # fp32 has no tensor cores, so tiles are smaller and accumulators stay in registers.
     "any/fp32": Config(down=Blocks(32, k=32), add=Blocks(32, 32), outer=Blocks(16, k=16, warps=8)),
     # One stage: Turing cannot copy to shared memory in the background (see turing.py).
-    "75/fp16": Config(down=Blocks(stages=1), add=Blocks(stages=1)),
-    **dict.fromkeys(("80/small", "90/small"), Config(down=Blocks(m=32), outer=OUTER_SMALL)),
+    "75/fp16": Config(down=Blocks(m=32, stages=1), add=Blocks(stages=1)),
+    **dict.fromkeys(("80/small", "90/small"), Config(down=Blocks(m=32))),
     **dict.fromkeys(("80", "90"), Config(down=Blocks(stages=3))),
 }
 MEASURED: dict[str, Config] = {}  # by `key_of`; takes precedence over the shipped rows
@@ -60,6 +58,13 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@lru_cache(maxsize=64)
+def programs(device: torch.device) -> int:
+    """Programs that a GPU runs at once: two on each multiprocessor. On a CPU, for tests, 8."""
+    cuda = device.type == "cuda"
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if cuda else 8
 
 
 def key_of(capability: int, dtype: torch.dtype, rows: int) -> str:

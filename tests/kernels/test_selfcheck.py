@@ -105,8 +105,9 @@ def wrong_mask(monkeypatch):
 
 
 def wrong_forward(monkeypatch):
-    monkeypatch.setattr(triton_route, "add", lambda *_: None)
-    return r"y has a relative error .* dropout 0.5\)"
+    slightly = lambda *a, **k: 1.0001 * a[3]  # noqa: E731
+    monkeypatch.setattr(triton_route, "add", slightly)
+    return r"dx has a relative error .* dropout 0.0\)"
 
 
 def wrong_backward(monkeypatch):

@@ -134,27 +134,23 @@ def simulate(body, warps, turns=40):
     return now / turns
 
 
-def layer(cycles, clock, chunk, M=4096, H=768, r=32, targets=2):
+def layer(cycles, clock, chunks, M=4096, H=768, r=32, targets=2):
     """Microseconds of each part of a query, key and value layer on route "gemm", both directions.
 
-    `cycles` are shared-memory cycles a turn of (lora_down with the copy, lora_outer with dx) and
-    their tiles' elements, `chunk` the rows of a partial sum. A kernel takes as long as its bytes in
-    DRAM or its shared memory, the longer of the two; vendor products run at the practical rate.
+    `cycles` are the cycles for one element of x of lora_down with the copy, lora_add for dx, and
+    lora_outer for dA, which adds up `chunks` of rows. A kernel takes as long as its bytes in DRAM
+    or its cycles, the longer of the two; vendor products run at the practical rate.
     """
     product = 2 * 2 * M * H * 3 * H / FLOPS  # forward, and dx
     element = M * H * 2 / DRAM  # to read or write one matrix of x's size
-
-    def kernel(matrices, own):
-        turns = targets * M * H / own[1]
-        return max(matrices * element, turns * own[0] / (SMS * clock))
-
-    down, outer = cycles
+    down, add, outer = (targets * M * H * own / (SMS * clock) for own in cycles)
     parts = {
         "frozen product, forward and dx": product,
         "extended K": product * targets * r / H,
-        "down-projection with the copy of x": kernel(2, down),
-        "dx and dA": kernel(3, outer),
-        "the partial sums of dA, written and read": 2 * targets * M / chunk * r * H * 4 / DRAM,
+        "down-projection with the copy of x": max(2 * element, down),
+        "dx": max(2 * element, add),
+        "dA": max(element, outer),
+        "the partial sums of dA, written and read": 2 * targets * chunks * r * H * 4 / DRAM,
         "dB": targets * element,
     }
     return {name: 1e6 * seconds for name, seconds in parts.items()}

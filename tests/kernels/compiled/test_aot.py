@@ -40,10 +40,10 @@ def bound(name, c, classes, warps):
         moved, flops = moved * (slots if c["IN_BLOCK"] else 1), 2 * M * H * R * slots
     elif name == "lora_outer":
         loops = -(-depth // c["BLOCK_K"]) * tiles * slots
-        moved = M * H * (slots if c["IN_BLOCK"] else 1 + 2 * c["HAS_DX"])
-        flops = 2 * M * H * R * slots * (1 + c["HAS_DX"])
+        moved, flops = M * H * (slots if c["IN_BLOCK"] else 1), 2 * M * H * R * slots
     else:
-        loops, moved = tiles * -(-3 * H // c["BLOCK_N"]) * slots, 2 * M * 2 * H
+        columns = 3 * H if c["IN_BLOCK"] else H
+        loops, moved = tiles * -(-columns // c["BLOCK_N"]) * slots, 2 * M * columns
         flops = 2 * M * H * R * slots
     issued = loops * warps * sum(classes.values()) / (ISSUE * SMS * CLOCK)
     lanes = loops * warps * classes["ALU"] / (LANES * SMS * CLOCK)
@@ -65,7 +65,7 @@ def dropout_cost(capability, dtype, row, key, compiled, threads):
             other = aot.compile_launch(capability, kernel, arguments, plain, blocks)
             without = aot.loop_classes(other)
             added = aot.loop_classes(compiled)["ALU"] - without["ALU"]
-            return added * threads / (plain["BLOCK_M"] * plain["BLOCK_K"])
+            return added * threads / (plain["BLOCK_M"] * (plain.get("BLOCK_K") or plain["BLOCK_N"]))
     raise AssertionError(f"{kernel.__name__} has no variant without dropout")
 
 
