@@ -56,8 +56,7 @@ def lora_grouped(
         )
     name = ""
     if fusable and not weight.requires_grad:
-        dtype = _compute_dtype(x)
-        name = route(x.device, dtype).name
+        name = route(x.device, dtype := _compute_dtype(x)).name
     if not name or (name != "reference" and not (terms and dtype in tuning.DTYPE_NAMES)):
         return add_terms(nn.functional.linear(x, weight, bias), x, terms, seed)
     copies = copies_of(x, packed, weight)

@@ -54,11 +54,9 @@ def _detect(device: torch.device, dtype: torch.dtype) -> Route:
         return Route("reference", f"Triton does not support sm_{capability}")
     if capability < 80 and dtype == torch.bfloat16:
         return Route("reference", f"no bf16 tensor cores on sm_{capability}")
-    if capability > 75:
-        return Route("gemm", f"Triton supports sm_{capability}")
-    if problem := turing.problem():
+    if capability == 75 and (problem := turing.problem()):
         return Route("gemm", f"no Turing tensor cores in Triton kernels: {problem}")
-    return Route("gemm", "Turing tensor cores through the compile-stage hook")
+    return Route("gemm", f"Triton kernels for sm_{capability}")
 
 
 @torch.compiler.assume_constant_result

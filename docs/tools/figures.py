@@ -168,14 +168,13 @@ def extended_k() -> Figure:
 
 
 def backward() -> Figure:
-    """The kernel for dx and dA: both read one pass over the gradient and redraw the mask."""
+    """The backward pass of route gemm: what each product and kernel reads."""
     figure, axes = blank(28)
     box(axes, 1, 21.5, 14, 5.5, "gradient g\n(from above)")
     box(axes, 19, 21.5, 12, 5.5, "$dB = g^Tu$")
     box(axes, 35, 21.5, 14, 5.5, "x, u, seed\n(kept)")
     box(axes, 1, 11.5, 19, 5.5, "one GEMM\n$gW_0$ and $v = gB$")
     box(axes, 27, 11.5, 22, 5.5, "$m * x$, with the mask m\nredrawn from the seed")
-    axes.add_patch(Rectangle((0.4, 0.2), 49.2, 7.3, fc="none", ec=GREY, ls="--"))
     box(axes, 1, 1, 21, 5.5, "$dx = gW_0 + c\\,m*(vA)$")
     box(axes, 30, 1, 19, 5.5, "$dA = c\\,v^T(m*x)$")
     for start, end in [

@@ -172,15 +172,14 @@ def lora_add(
                 place, known = offset + rank, rank < ranks
                 u = load_tile(u_ptr, row64, stride_u0, place, stride_u1, live, known)
                 b = load_tile(b_ptr, place, stride_b1, n, stride_b0, known, n < N)
-                if IN_BLOCK:
-                    acc = tl.dot(u, b, acc, input_precision="ieee")
-                else:
-                    branch = tl.dot(u, b, input_precision="ieee") * tl.load(scales_ptr + piece)
-                    if HAS_DROPOUT:
-                        mask_row = row - tl.load(tile_ptr + 3 + 2 * slot)
-                        bits = keep_bits(seed, stream, mask_row, n0, threshold, BLOCK_N)
-                        branch = drop_tile(branch, bits)
-                    acc += branch
+                branch = tl.dot(u, b, input_precision="ieee")
+                if not IN_BLOCK:
+                    branch *= tl.load(scales_ptr + piece)
+                if HAS_DROPOUT:
+                    mask_row = row - tl.load(tile_ptr + 3 + 2 * slot)
+                    bits = keep_bits(seed, stream, mask_row, n0, threshold, BLOCK_N)
+                    branch = drop_tile(branch, bits)
+                acc += branch
     store_tile(y_ptr, row64, stride_y0, n, stride_y1, live, n < N, acc)
 
 

@@ -63,7 +63,7 @@ def notes_in(tmp_path):
 def test_kernels_that_pass_are_used_and_later_processes_do_not_check_them(
     gpu, monkeypatch, tmp_path, recwarn
 ):
-    assert route() == ("gemm", f"Triton supports sm_80; {PASSED}")
+    assert route() == ("gemm", f"Triton kernels for sm_80; {PASSED}")
     assert {*gpu} == ALL_KERNELS
     gpu.clear()
     as_in_a_new_process(monkeypatch)
