@@ -161,7 +161,7 @@ def test_asking_for_the_route_installs_nothing(monkeypatch):
     monkeypatch.setenv("FASTLORA_SELF_CHECK", "0")
     monkeypatch.setattr(tuning, "capability", lambda _device: 75)
     # Answers are kept by device: these are nobody else's.
-    assert "compile-stage hook" in route("cuda:98", torch.float16).why
+    assert route("cuda:98", torch.float16).why == "Triton kernels for sm_75"
     monkeypatch.setattr(triton, "__version__", "3.3.1")
     assert "not one of" in route("cuda:99", torch.float16).why
     assert current() is before
