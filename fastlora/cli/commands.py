@@ -26,7 +26,7 @@ _DASH = Parameter(allow_leading_hyphen=True)  # "-" is standard input or output
 ConfigFile = Annotated[Path | None, Parameter(group=OUTPUT, help="TOML settings file; flags win.")]
 Quiet = Annotated[bool, Parameter(group=OUTPUT, negative="", help="Print nothing but errors.")]
 RunFolder = Annotated[Path, Parameter(help="Run folder, or an adapter folder with heads.")]
-TaskName = Annotated[str | None, Parameter(help="Task to write, if the run has several.")]
+TaskName = Annotated[str | None, Parameter(help="Task, if the run has several.")]
 EncoderName = Annotated[str | None, Parameter(help="Folder or name of the encoder, if it moved.")]
 
 app = App(
