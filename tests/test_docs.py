@@ -31,7 +31,7 @@ BLOCK = re.compile(
     r"(?:<!-- (?P<note>[^>]*) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
 LIMIT = {"train": ["--limit", "40"], "search": ["--limit", "8"]}
-FIGURE = re.compile(r"\b\d[\d,.]*(?:x|%| [KMG]iB| ms| examples/s)(?!\w)")
+FIGURE = re.compile(r"\b\d[\d,.]*(?:x| [KMG]iB| ms| examples/s)(?!\w)")
 
 
 @dataclass
