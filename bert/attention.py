@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.bert.layout import Layout
+from fastlora.bert.layout import Groups, Layout
 
+USE_CPU_KERNEL = True  # False: a CPU computes as a GPU does
 LONG = 100  # tokens from which PyTorch's kernel is the faster one, without dropout
 _VECTOR = 16  # rows shorter than a vector are slow in PyTorch's softmax
 
@@ -31,9 +32,9 @@ def attention(
 ) -> Tensor:
     """The context [T, H] of every token, from the tokens of its own sequence."""
     # torch.compile handles PyTorch's attention, and that also accepts an input without tokens.
-    use_cpu_kernel = not torch.compiler.is_compiling() and qkv.device.type == "cpu" and len(qkv) > 0
-    if use_cpu_kernel and bias is None and (p or layout.length < LONG):
-        return _CpuAttention.apply(qkv, dropout, layout, heads, scale)
+    own = USE_CPU_KERNEL and qkv.is_cpu and len(qkv) > 0 and not torch.compiler.is_compiling()
+    if own and bias is None and (p or layout.length < LONG):
+        return _CpuAttention.apply(qkv, dropout, Groups.of(layout, heads), scale)
     q, k, v = layout.pad(qkv).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # [B, h, S, d]
     mask = layout.mask
     if bias is not None:
@@ -46,69 +47,37 @@ def attention(
 
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, dropout: Any, layout: Layout, heads: int, scale: float | None
-    ) -> Tensor:
-        packed = _split(qkv, layout, heads, 3)
-        q, k, v = packed.unbind()
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        additive_mask = q.new_zeros(len(q), 1, layout.length)  # what is added to scores
-        if layout.mask is not None:
-            least = torch.finfo(q.dtype).min / 2  # halved, so that no sum overflows
-            additive_mask.unflatten(0, (-1, heads)).masked_fill_(layout.mask.logical_not(), least)
-        probabilities = _softmax(torch.baddbmm(additive_mask, q, k.mT, alpha=scale))  # [B h, S, S]
-        dropped = dropout(probabilities)  # all that backward needs of the mask
-        ctx.layout, ctx.heads, ctx.scale = layout, heads, scale
-        ctx.save_for_backward(packed, probabilities, dropped)
-        return _join(torch.bmm(dropped, v).unsqueeze(0), layout, heads)
+    def forward(ctx: Any, qkv: Tensor, dropout: Any, groups: Groups, scale: float | None) -> Tensor:
+        packed, saved = groups.take(qkv, 3), []
+        context = torch.empty_like(packed[:1])
+        ctx.groups, ctx.scale = groups, packed.shape[2] ** -0.5 if scale is None else scale
+        least = torch.finfo(qkv.dtype).min / 2  # halved, so that no sum overflows
+        for hidden, q, k, v, out in groups.each(*packed, *context):
+            scores = torch.baddbmm(hidden.to(q.dtype).mul_(least), q, k.mT, alpha=ctx.scale)
+            probabilities = _softmax(scores)
+            dropped = dropout(probabilities)  # all that backward needs of the mask
+            torch.bmm(dropped, v, out=out)
+            saved += [probabilities, dropped]
+        ctx.save_for_backward(packed, *saved)
+        return groups.give(context)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if torch.is_grad_enabled():  # once_differentiable would not always notice
             raise RuntimeError(
                 "attention on packed tokens cannot be differentiated twice (expected no "
                 "create_graph; accelerate(model, real_tokens=False) keeps the model's attention)"
             )
-        packed, probabilities, dropped = ctx.saved_tensors
-        q, k, v = packed.unbind()
-        grad = _split(grad, ctx.layout, ctx.heads, 1)[0]
-        if ctx.layout.mask is not None:  # cells without a token hold a copy of another token
-            computed = ctx.layout.computed[:, None, :, None]
-            grad.unflatten(0, (-1, ctx.heads)).mul_(computed)
-        d_packed = torch.empty_like(packed)
-        dq, dk, dv = d_packed.unbind()
-        torch.bmm(dropped.mT, grad, out=dv)
-        d = torch.bmm(grad, v.mT).mul_(dropped)
-        d.addcmul_(probabilities, d.sum(-1, keepdim=True), value=-1)
-        torch.baddbmm(dq, d, k, beta=0, alpha=ctx.scale, out=dq)
-        torch.baddbmm(dk, d.mT, q, beta=0, alpha=ctx.scale, out=dk)
-        return _join(d_packed, ctx.layout, ctx.heads), None, None, None, None
-
-
-def _split(tokens: Tensor, layout: Layout, heads: int, parts: int) -> Tensor:
-    """[T, parts * H] -> [parts, B h, S, d]; a cell without a token repeats one before it."""
-    key, count = ("split", parts, heads), len(tokens) * parts * heads
-    if key not in layout.derived:
-        indices = torch.arange(count, device=tokens.device).view(-1, parts, heads)
-        if layout.mask is not None and layout.index is not None:
-            # Mostly a token of the same row, because another row's token may be NaN.
-            rank = layout.computed.flatten().cumsum(0).sub_(1).clamp_(min=0)
-            indices = indices[layout.index.argsort()[rank]]
-        square = indices.view(layout.batch, layout.length, parts, heads)
-        layout.derived[key] = square.permute(2, 0, 3, 1).flatten()
-    rows = tokens.reshape(count, -1).index_select(0, layout.derived[key])
-    return rows.view(parts, layout.batch * heads, layout.length, -1)
-
-
-def _join(split: Tensor, layout: Layout, heads: int) -> Tensor:
-    """[parts, B h, S, d] -> [T, parts * H], the inverse."""
-    (parts, *_, width), key = split.shape, ("join", len(split), heads)
-    if key not in layout.derived:
-        indices = torch.arange(split.numel() // width, device=split.device)
-        indices = indices.view(parts, -1, heads, layout.length)
-        layout.derived[key] = layout.unpad(indices.permute(1, 3, 0, 2).flatten(2)).flatten()
-    rows = split.view(-1, width).index_select(0, layout.derived[key])
-    return rows.view(-1, parts * heads * width)
+        packed, *saved = ctx.saved_tensors
+        d_packed, grads = torch.empty_like(packed), ctx.groups.take(grad, 1)
+        for _, q, k, v, dq, dk, dv, g in ctx.groups.each(*packed, *d_packed, *grads):
+            probabilities, dropped, *saved = saved
+            torch.bmm(dropped.mT, g, out=dv)
+            d = torch.bmm(g, v.mT).mul_(dropped)
+            d.addcmul_(probabilities, d.sum(-1, keepdim=True), value=-1)
+            torch.baddbmm(dq, d, k, beta=0, alpha=ctx.scale, out=dq)
+            torch.baddbmm(dk, d.mT, q, beta=0, alpha=ctx.scale, out=dk)
+        return ctx.groups.give(d_packed), None, None, None
 
 
 def _softmax(scores: Tensor) -> Tensor:

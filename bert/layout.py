@@ -2,16 +2,19 @@
 
 A padded batch [B, S] is computed as its T real tokens [T, H] (Zeng et al. 2022, "Boosting
 distributed training performance of the unpadded BERT model"). B batch, S sequence.
+On a CPU, attention pads rows of similar lengths to the longest among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_MANY = 1 << 18  # scores from which groups of similar lengths save more than their calls take
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,7 @@ class Layout:
     # is computed like them but that no token attends to.
     index: Tensor | None = None
     mask: Tensor | None = None  # bool [B, 1, 1, S], True at real keys
-    derived: dict[tuple, Tensor] = field(default_factory=dict, compare=False)  # shared by layers
-
-    @cached_property
-    def computed(self) -> Tensor:
-        """Which positions are computed: bool [B, S]; only for a layout that has an index."""
-        assert self.index is not None
-        flat = self.index.new_zeros(self.batch * self.length, dtype=torch.bool)
-        return flat.index_fill_(0, self.index, True).view(self.batch, self.length)
+    derived: dict[tuple, Any] = field(default_factory=dict, compare=False)  # shared by layers
 
     @classmethod
     def of(
@@ -76,6 +72,70 @@ class Layout:
         """[B, S, C] -> [T, C]."""
         rows = square.flatten(0, 1)
         return rows if self.index is None else _Unpad.apply(rows, self.index)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sequences of similar lengths side by side, so that attention computes few empty cells.
+
+    A group is b sequences of at most s tokens each. Each head has a cell for each of their places,
+    N cells in all groups; a cell without a token holds zeros. d is the width of a head.
+    """
+
+    tokens: int  # T
+    hidden: list[Tensor]  # bool [b heads, 1, s] of each group, True where no token attends to
+    empty: Tensor  # int64, the cells without a token
+    taken: dict[int, Tensor]  # by parts: int64 [parts N], which [d] of [T, parts H] a cell holds
+    given: dict[int, Tensor]  # by parts: int64 [T parts heads], the cell that holds each [d]
+
+    @classmethod
+    def of(cls, layout: Layout, heads: int) -> Groups:
+        """The groups of a layout, made once for all layers: by octaves of the number of tokens."""
+        if (key := ("groups", heads)) in layout.derived:
+            return layout.derived[key]
+        tokens = layout.batch * layout.length if layout.index is None else len(layout.index)
+        token = layout.pad(torch.arange(1, tokens + 1, device="cpu")[:, None]).squeeze(2) - 1
+        real = token.ge(0) if layout.mask is None else layout.mask[:, 0, 0]
+        places = token.lt(0).argsort(stable=True, dim=1)  # those with a token come first
+        token, real = token.gather(1, places), real.gather(1, places)
+        counts = token.ge(0).sum(1)
+        several = layout.batch * layout.length**2 * heads > _MANY
+        octave = counts.clamp(min=1).log2().ceil().mul(several)
+        lane, hidden, found = torch.arange(heads, device="cpu")[:, None], [], []
+        for number in octave.unique():
+            rows = octave.eq(number).nonzero()[:, 0]
+            length = max(1, int(counts[rows].max()))
+            hidden.append(real[rows, None, :length].logical_not().repeat_interleave(heads, 0))
+            found.append((token[rows, None, :length] * heads + lane).flatten())
+        source = torch.cat(found)  # which [d] of [T, H] each cell holds; negative: none
+        full, empty = source.ge(0).nonzero()[:, 0], source.lt(0).nonzero()[:, 0]
+        cell = torch.empty_like(full).index_copy_(0, source[full], full).view(-1, 1, heads)
+        source.clamp_(min=0)
+        taken, given = {}, {}
+        for parts in (1, 3):
+            part = torch.arange(parts, device="cpu")[:, None]
+            taken[parts] = ((source // heads * parts + part) * heads + source % heads).flatten()
+            given[parts] = (cell + part * len(source)).flatten()
+        layout.derived[key] = cls(tokens, hidden, empty, taken, given)
+        return layout.derived[key]
+
+    def take(self, tokens: Tensor, parts: int) -> Tensor:
+        """[T, parts H] -> the cells [parts, N, d]."""
+        rows = tokens.reshape(self.given[parts].numel(), -1)
+        cells = rows.index_select(0, self.taken[parts]).view(parts, -1, rows.shape[1])
+        return cells.index_fill_(1, self.empty, 0) if len(self.empty) else cells
+
+    def give(self, cells: Tensor) -> Tensor:
+        """[parts, N, d] -> [T, parts H], the inverse."""
+        rows = cells.flatten(0, 1).index_select(0, self.given[len(cells)])
+        return rows.view(self.tokens, -1)
+
+    def each(self, *cells: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Of each group: what is hidden, and [N, d] as [b heads, s, d], in the same memory."""
+        sizes = [hidden.numel() for hidden in self.hidden]
+        for group in zip(self.hidden, *(t.split(sizes) for t in cells), strict=True):
+            rows, _, length = group[0].shape
+            yield group[0], *(t.view(rows, length, -1) for t in group[1:])
 
 
 class _Unpad(torch.autograd.Function):

@@ -1,12 +1,9 @@
 """Which adapters act on which rows: chosen for a model, or for a block of code.
 
 `set_adapter` writes its choice on the layers. `use_adapter` opens a scope: the choice holds in this
-thread (or asynchronous task) until the block ends, so two threads, and a prediction between a
-forward pass and its backward pass, do not disturb each other.
-
-Activation checkpointing runs layers again in backward, after the scope has ended and possibly on
-another thread. PyTorch's non-reentrant checkpoint uses one frame object for a forward pass and its
-recomputation, so the choice is stored on that frame.
+thread (or asynchronous task) until the block ends. Activation checkpointing runs layers again after
+that, possibly on another thread, so the choice is also stored on the frame object that PyTorch's
+non-reentrant checkpoint has for a forward pass and its recomputation.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
 """Tensor cores on a T4 (sm_75) with stock Triton.
 
-Triton 3.4 and later silently compile `tl.dot` for sm_75 to scalar FMA with spills, at an eighth of
-the tensor cores' rate. The compiler still knows Turing's instruction, though: "version 2.0" of MMA
-layouts is that of sm_80, and "2.1" that of Turing's `mma.sync.m16n8k8`. So this hook replaces the
-TTGIR stage by the sm_80 one without pipelining (cp.async came with Ampere), and relabels layout and
-target in the module's text. It acts on launches with `num_stages=1`, as the fp16 row for sm_75 has.
-
-Triton has one hook for the whole process, so it is in place only while a kernel of ours is launched
-on such a chip, and not only to compile: Triton 3.7 and later look up compiled kernels by the hook's
-key, and 3.6 would go on using a kernel of the disk cache that was compiled without it.
+Triton 3.4 and later silently compile `tl.dot` for sm_75 to scalar FMA with spills. So this hook
+replaces the TTGIR stage by the sm_80 one without pipelining, and relabels its MMA layouts from
+version 2.0, sm_80's, to 2.1, Turing's. It acts on launches with `num_stages=1` and, because Triton
+has one hook for the whole process, only while a kernel of ours is launched on such a chip (not only
+compiled: the hook's key is part of the look-up of compiled kernels).
 """
 
 import hashlib

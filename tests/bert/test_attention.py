@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlora.bert.attention import attention
-from fastlora.bert.layout import Layout
+from fastlora.bert.layout import Groups, Layout
 
 HEADS, WIDTH = 2, 4
 
@@ -73,6 +73,31 @@ def test_a_bias_is_added_to_the_scores(padded):
     found = attention(layout.unpad(square), layout, HEADS, lambda p: p, 0.0, bias=bias)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), bias)[0] for y in (found, expected)))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_long_row_makes_no_other_row_long(left):
+    """Rows are computed in groups of similar lengths, and none reads another, not even its NaN."""
+    lengths = torch.cat((torch.tensor([90, 0]), torch.randint(1, 25, (40,))))
+    column = torch.arange(90)
+    real = (column.flip(0) if left else column) < lengths[:, None]
+    layout = Layout.of(real, real.shape, tokens=int(lengths.sum()) + 5)
+    sizes = [hidden.numel() // HEADS for hidden in Groups.of(layout, HEADS).hidden]
+    assert len(sizes) > 1 and sum(sizes) < real.numel() / 2
+    square = torch.randn(*real.shape, 3 * HEADS * WIDTH, dtype=torch.float64, requires_grad=True)
+    flat = layout.unpad(square.detach()).requires_grad_()
+    expected = definition(square, torch.tensor(2.0), real)[real]
+    found = attention(flat, layout, HEADS, lambda p: p * 2, 0.5)[: len(expected)]
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(flat.grad[: len(expected)], square.grad[real])
+    broken = real.nonzero()[:, 0] == 5
+    flat = torch.where((layout.index // 90 == 5)[:, None], torch.nan, flat.detach())
+    again = attention(flat, layout, HEADS, lambda p: p * 2, 0.5)[: len(expected)]
+    torch.testing.assert_close(again[~broken], expected[~broken].detach())
+    assert again[broken].isnan().all()
 
 
 def test_a_gradient_of_a_gradient_is_refused():

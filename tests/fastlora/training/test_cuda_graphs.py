@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastlora.bert import attention
 from fastlora.cli import main
 from fastlora.console import Log
 from fastlora.data import batches
@@ -123,6 +124,7 @@ def recorder(monkeypatch):
     # The recorder watches operations, which a graph does not.
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
     monkeypatch.setattr(ops, "MIN_FUSED_WORK", 0)  # a GPU's products are fused however small
+    monkeypatch.setattr(attention, "USE_CPU_KERNEL", False)
     monkeypatch.setattr(cpu_route, "keep_mask", philox)
     monkeypatch.setattr(dropout, "keep_mask", philox)
     for name in ("down", "add", "outer"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlora.bert import attention
 from fastlora.console import Log
 from fastlora.data.batches import collate
 from fastlora.errors import UserError
@@ -102,7 +103,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("adapters", ["shared", "per-task", "shared+per-task"])
 def test_a_step_waits_for_nothing_on_the_device(still, monkeypatch, adapters, precision):
-    """Batches come from the host. No LoRA dropout, for a CPU's masks read their seed."""
+    """Batches come from the host. As on a GPU: no mask and no attention of the CPU's."""
+    monkeypatch.setattr(attention, "USE_CPU_KERNEL", False)
     setup = still(adapters=adapters, precision=precision, dropout=0.0)
     trainer = make_trainer(setup)
     plan = trainer.plan(0)[0]
