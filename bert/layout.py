@@ -2,7 +2,6 @@
 
 A padded batch [B, S] is computed as its T real tokens [T, H] (Zeng et al. 2022, "Boosting
 distributed training performance of the unpadded BERT model"). B batch, S sequence.
-On a CPU, attention pads rows of similar lengths to the longest among them.
 """
 
 from __future__ import annotations
@@ -101,21 +100,18 @@ class Groups:
         counts = token.ge(0).sum(1)
         several = layout.batch * layout.length**2 * heads > _MANY
         octave = counts.clamp(min=1).log2().ceil().mul(several)
-        lane, hidden, found = torch.arange(heads, device="cpu")[:, None], [], []
+        numbers, hidden, found = torch.arange(heads + 3, device="cpu")[:, None], [], []
         for number in octave.unique():
             rows = octave.eq(number).nonzero()[:, 0]
             length = max(1, int(counts[rows].max()))
             hidden.append(real[rows, None, :length].logical_not().repeat_interleave(heads, 0))
-            found.append((token[rows, None, :length] * heads + lane).flatten())
+            found.append((token[rows, None, :length] * heads + numbers[:heads]).flatten())
         source = torch.cat(found)  # which [d] of [T, H] each cell holds; negative: none
         full, empty = source.ge(0).nonzero()[:, 0], source.lt(0).nonzero()[:, 0]
         cell = torch.empty_like(full).index_copy_(0, source[full], full).view(-1, 1, heads)
-        source.clamp_(min=0)
-        taken, given = {}, {}
-        for parts in (1, 3):
-            part = torch.arange(parts, device="cpu")[:, None]
-            taken[parts] = ((source // heads * parts + part) * heads + source % heads).flatten()
-            given[parts] = (cell + part * len(source)).flatten()
+        token, head = (source // heads).clamp(min=0), source % heads
+        taken = {n: ((token * n + numbers[:n]) * heads + head).flatten() for n in (1, 3)}
+        given = {n: (cell + numbers[:n] * len(source)).flatten() for n in (1, 3)}
         layout.derived[key] = cls(tokens, hidden, empty, taken, given)
         return layout.derived[key]
 

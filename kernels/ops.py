@@ -6,7 +6,7 @@ subclasses, the meta device, export, `torch.func`, forward-mode derivatives, and
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -93,25 +93,6 @@ def lora_linear(
 ) -> Tensor:
     """`lora_grouped` with one adapter on all of y: lora_A [r, K], lora_B [N, r]."""
     return lora_grouped(x, weight, bias, [Term(lora_A, lora_B, scale, dropout_p)], seed)
-
-
-def lora_qkv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    adapters: Mapping[str, tuple[Tensor, Tensor]],
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    packed: Packed | None = None,
-) -> Tensor:
-    """Query, key and value, [..., 3H]; `adapters` maps their names to lora_A and lora_B."""
-    width = weight.shape[0] // 3
-    at = {"query": 0, "key": width, "value": 2 * width}
-    if unknown := adapters.keys() - at.keys():
-        raise ValueError(f"adapters has {min(unknown)!r} (expected some of {', '.join(at)})")
-    terms = [Term(*f, scale, dropout_p, at[n], column=at[n]) for n, f in adapters.items()]
-    return lora_grouped(x, weight, bias, terms, seed, packed)
 
 
 class Linear(nn.Linear):

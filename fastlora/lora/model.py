@@ -200,7 +200,8 @@ def pack(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Linear):
-            module.packed = Packed()
+            module.packed = module.packed or Packed()
+            module.packed.clear()  # and what captured CUDA graphs read stays with it
 
 
 def parameter_report(model: nn.Module) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastlora.kernels import forced_route, keep_mask, lora_grouped
+from fastlora.kernels import Term, forced_route, keep_mask, lora_grouped
 from fastlora.kernels.dropout import philox_keep
 from fastlora.kernels.reference import add_terms
 
@@ -18,6 +18,14 @@ if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
 def reference(x, weight, bias, terms, seed=None, mask=keep_mask):
     """`lora_grouped` in plain PyTorch."""
     return add_terms(torch.nn.functional.linear(x, weight, bias), x, terms, seed, mask)
+
+
+def lora_qkv(x, weight, bias, adapters, scale, p=0.0, seed=None, packed=None):
+    """Query, key and value in one operation; `adapters` maps their names to lora_A and lora_B."""
+    width = weight.shape[0] // 3
+    at = {"query": 0, "key": width, "value": 2 * width}
+    terms = [Term(*f, scale, p, at[n], column=at[n]) for n, f in adapters.items()]
+    return lora_grouped(x, weight, bias, terms, seed, packed)
 
 
 def same_mask(route):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracle import SEED, check, make
+from oracle import SEED, check, lora_qkv, make
 
-from fastlora.kernels import Packed, Term, forced_route, lora_grouped, lora_qkv
+from fastlora.kernels import Packed, Term, forced_route, lora_grouped
 from fastlora.kernels.autograd import lora
 from fastlora.kernels.triton import tuning
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from oracle import DEVICE, DTYPES, NAMES, SEED, check, make, run
+from oracle import DEVICE, DTYPES, NAMES, SEED, check, lora_qkv, make, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastlora.files import write_json
@@ -18,7 +18,6 @@ from fastlora.kernels import (
     forced_route,
     lora_grouped,
     lora_linear,
-    lora_qkv,
 )
 from fastlora.kernels.call import Call, Copies
 from fastlora.kernels.routes import implementation

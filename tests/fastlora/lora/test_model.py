@@ -22,6 +22,7 @@ from fastlora import (
 )
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
+from fastlora.kernels import Linear
 
 FIRST = LoraConfig(r=2, dropout=0.0, targets="0")
 TINY = {
@@ -300,3 +301,16 @@ def test_nothing_outlives_a_model(make, packed):
     del model, y
     gc.collect()
     assert [ref() for ref in kept if ref() is not None] == []
+
+
+def test_packing_again_keeps_what_captured_graphs_read():
+    model = nn.Sequential(Linear(4, 4))
+    pack(model)
+    layer = model[0]
+    first = layer.packed
+    first.graph.append("what a graph reads")
+    kept = first.copies(layer.weight)
+    pack(model)
+    assert layer.packed is first
+    assert first.graph
+    assert first.copies(layer.weight) is not kept
