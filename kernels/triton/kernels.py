@@ -204,7 +204,7 @@ def lora_outer(
     SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, IN_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """partial [chunk, slot, BLOCK_R, K] = c v^T (m * x), a program for each slot, too.
+    """partial [chunk, slot, BLOCK_R, K] = c v^T (m * x), a program for each part of it.
 
     With IN_BLOCK, x is the output's gradient and v is u: partial = u^T g over the piece's columns.
     """

@@ -1,8 +1,8 @@
 """Route "gemm": the order in which a pass launches kernels and vendor GEMMs.
 
-Backward keeps u = c (m * x) A^T. If every term covers all rows, K is extended: one GEMM computes
-y = [x | u] [W0 | B]^T, and one g [W0 | B] = [g W0 | v]. Otherwise the GEMMs read W0 alone, and
-kernels add the terms to y and compute v.
+Forward keeps u = c (m * x) A^T for backward. If every term covers all rows, K is extended: one
+GEMM computes y = [x | u] [W0 | B]^T, and one g [W0 | B] = [g W0 | v]. Otherwise the GEMMs read W0
+alone, and kernels add the terms to y and compute v.
 """
 
 from collections.abc import Iterator, Sequence
