@@ -52,6 +52,7 @@ class Layout:
             index = torch.cat((index, (~real[:, 0]).nonzero()[:, 0] * length))
         if missing := max(0, tokens - len(index)):
             spare = real.any(1, keepdim=True).logical_and(real.logical_not())
+            spare[:, : int(first)] = False  # those are computed already
             index = torch.cat((index, spare.flatten().nonzero()[:missing, 0]))
         return cls(batch, length, index, real[:, None, None, :])
 
@@ -130,8 +131,7 @@ class Groups:
         """Of each group: what is hidden, and [N, d] as [b heads, s, d], in the same memory."""
         sizes = [hidden.numel() for hidden in self.hidden]
         for group in zip(self.hidden, *(t.split(sizes) for t in cells), strict=True):
-            rows, _, length = group[0].shape
-            yield group[0], *(t.view(rows, length, -1) for t in group[1:])
+            yield group[0], *(t.view(*group[0].shape[::2], -1) for t in group[1:])
 
 
 class _Unpad(torch.autograd.Function):

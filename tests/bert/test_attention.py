@@ -63,6 +63,12 @@ def test_the_first_place_of_a_row_may_be_padding_and_computed(S, own):
     torch.testing.assert_close(layout.pad(flat.grad), square.grad * computed[..., None])
 
 
+def test_each_position_is_computed_once():
+    real = torch.arange(6) >= torch.tensor([[4], [0], [1]])
+    layout = Layout.of(real, real.shape, tokens=int(real.sum()) + 4, first=True)
+    assert len(layout.index) == len(set(layout.index.tolist())) == real.sum() + 4
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_bias_is_added_to_the_scores(padded):
     real = torch.arange(7) < torch.tensor([[7], [7 - 4 * padded]])
