@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command: kernel tests natively, then benchmarks to JSON.
+"""Everything that wants a GPU, in one command: self-check, kernel tests, then benchmarks to JSON.
 
     python bench/gpu_suite.py --out DIR
 
@@ -70,6 +70,18 @@ def run_tests(tree: Path, log: Path) -> dict:
     }
 
 
+def self_checks() -> dict[str, str]:
+    """What fastlora's own check of its kernels says on this GPU, and its seconds, by dtype."""
+    from fastlora.kernels import route
+
+    found = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        start, answer = time.perf_counter(), route("cuda", dtype)
+        found[str(dtype)] = "{} ({}), {:.1f} s".format(*answer, time.perf_counter() - start)
+        print(f"self-check: {dtype} {found[str(dtype)]}", flush=True)
+    return found
+
+
 def times_of(run) -> list[float]:
     """Milliseconds of single calls, between CUDA events."""
     for _ in range(WARMUP):
@@ -101,8 +113,8 @@ def graphed(run):
     return graph.replay
 
 
-def launches_of(run) -> int:
-    """How many kernels a call launches."""
+def launches_of(run) -> dict[str, tuple[int, float]]:
+    """How often a call launches each kernel, and its microseconds in all."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -111,7 +123,8 @@ def launches_of(run) -> int:
         torch.cuda.synchronize()
     # Not the host's calls, nor copies and fills.
     on_gpu = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.count for e in on_gpu if not e.key.startswith(("Memcpy", "Memset")))
+    kernels = [e for e in on_gpu if not e.key.startswith(("Memcpy", "Memset"))]
+    return {e.key: (e.count, e.self_device_time_total) for e in kernels}
 
 
 def measure(problem, name: str, build) -> list[dict]:
@@ -149,7 +162,8 @@ def measure(problem, name: str, build) -> list[dict]:
                     peak_bytes=torch.cuda.max_memory_allocated() - base,
                 )
                 if not graphs and problem.M == 4096:
-                    row["launches"] = launches_of(run)
+                    row["kernels"] = launches_of(run)
+                    row["launches"] = sum(count for count, _ in row["kernels"].values())
             # A contender that cannot be captured, or runs out of memory, is a result too; Triton's
             # errors have no common base.
             except Exception as error:
@@ -171,7 +185,7 @@ def benchmarks(dtype: torch.dtype, budget: float) -> Iterator[list[dict]]:
     from implementations import Problem, contenders, frozen
 
     shapes = [(M, H, r) for H in WIDTHS for r in RANKS for M in ROWS]
-    shapes.sort(key=lambda s: (s[1:] != FULL, s[1] != FULL[0], s))
+    shapes.sort(key=lambda s: (s[1:] != FULL, s[1] != FULL[0], s[0] != 4096, s))
     start = time.perf_counter()
     for M, H, r in shapes:
         if time.perf_counter() - start > budget:
@@ -231,12 +245,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tree = source_tree(Path(folder))
         sys.path[:0] = [str(tree), str(ROOT / "bench")]
+        os.environ["FASTLORA_CACHE"] = folder  # so that no earlier self-check is believed
         result = {
             "device": name,
             "capability": torch.cuda.get_device_capability(),
             "python": platform.python_version(),
             "versions": {p: installed(p) for p in ("torch", "triton", "numpy", "peft")},
             "cuda": torch.version.cuda,
+            "self-check": self_checks(),
             "tests": run_tests(tree, options.out / "tests.log"),
             "benchmarks": [],
         }

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.kernels import Term, forced_route, lora_grouped
+from fastlora.kernels import Packed, Term, forced_route, lora_grouped
 
 ALPHA = 16.0
 NAMES = ["compiled", "peft", "fastlora reference", "fastlora gemm"]
@@ -153,10 +153,12 @@ def fastlora_route(name: str) -> Build:
             Term(A, B, problem.scale, p, stream=block, column=block * problem.H)
             for block, (A, B) in zip(problem.adapted, problem.factors, strict=True)
         ]
+        # As a trainer has: without it, each call packs, and a CUDA graph captures no kernel.
+        packed = Packed() if problem.device == "cuda" else None
 
         def forward(x: Tensor) -> Tensor:
             with forced_route(name):
-                return lora_grouped(x, problem.weight, problem.bias, terms)
+                return lora_grouped(x, problem.weight, problem.bias, terms, packed=packed)
 
         return forward
 
