@@ -65,7 +65,7 @@ class LoraConfig:
     def __new__(cls, *_: Any, **settings: Any) -> LoraConfig:
         """Raise UserError for a name that is no field, such as another one of PEFT's."""
         other = min(settings.keys() - cls.__annotations__.keys(), default="")
-        check(not other, "a setting", other, f"{', '.join(cls.__annotations__)}; {_INSTEAD}")
+        check(not other, "an argument", other, f"{', '.join(cls.__annotations__)}; {_INSTEAD}")
         return super().__new__(cls)
 
     def __post_init__(self, *spelled: Any) -> None:
