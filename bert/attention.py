@@ -52,8 +52,8 @@ class _CpuAttention(torch.autograd.Function):
         context = torch.empty_like(packed[:1])
         ctx.groups, ctx.scale = groups, packed.shape[2] ** -0.5 if scale is None else scale
         least = torch.finfo(qkv.dtype).min / 2  # halved, so that no sum overflows
-        for hidden, q, k, v, out in groups.each(*packed, *context):
-            scores = torch.baddbmm(hidden.to(q.dtype).mul_(least), q, k.mT, alpha=ctx.scale)
+        for masked, q, k, v, out in groups.each(*packed, *context):
+            scores = torch.baddbmm(masked.to(q.dtype).mul_(least), q, k.mT, alpha=ctx.scale)
             probabilities = _softmax(scores)
             dropped = dropout(probabilities)  # all that backward needs of the mask
             torch.bmm(dropped, v, out=out)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MANY = 1 << 18  # scores from which groups of similar lengths save more than their calls take
+_MANY = 1 << 18  # scores from which groups save more time than their additional calls take
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Groups:
-    """Sequences of similar lengths side by side, so that attention computes few empty cells.
+    """Sequences in groups of similar lengths, so that attention computes few empty cells.
 
-    A group is b sequences of at most s tokens each. Each head has a cell for each of their places,
-    N cells in all groups; a cell without a token holds zeros. d is the width of a head.
+    A group is b sequences of at most s tokens each. A cell is what one head [d] has at one of these
+    b s places; there are N cells in all groups, and those without a token hold zeros.
     """
 
     tokens: int  # T
-    hidden: list[Tensor]  # bool [b heads, 1, s] of each group, True where no token attends to
+    masked: list[Tensor]  # bool [b heads, 1, s] of each group, True at padding
     empty: Tensor  # int64, the cells without a token
-    taken: dict[int, Tensor]  # by parts: int64 [parts N], which [d] of [T, parts H] a cell holds
-    given: dict[int, Tensor]  # by parts: int64 [T parts heads], the cell that holds each [d]
+    row_of_cell: dict[int, Tensor]  # by parts: int64 [parts N], into rows [T parts heads, d]
+    cell_of_row: dict[int, Tensor]  # by parts: int64 [T parts heads], the inverse
 
     @classmethod
     def of(cls, layout: Layout, heads: int) -> Groups:
-        """The groups of a layout, made once for all layers: by octaves of the number of tokens."""
+        """The groups of a layout, one for each power of 2 of tokens; made once for all layers."""
         if (key := ("groups", heads)) in layout.derived:
             return layout.derived[key]
         tokens = layout.batch * layout.length if layout.index is None else len(layout.index)
@@ -100,37 +100,37 @@ class Groups:
         token, real = token.gather(1, places), real.gather(1, places)
         counts = token.ge(0).sum(1)
         several = layout.batch * layout.length**2 * heads > _MANY
-        octave = counts.clamp(min=1).log2().ceil().mul(several)
-        numbers, hidden, found = torch.arange(heads + 3, device="cpu")[:, None], [], []
-        for number in octave.unique():
-            rows = octave.eq(number).nonzero()[:, 0]
+        bucket = counts.clamp(min=1).log2().ceil().mul(several)
+        numbers, masked, found = torch.arange(heads + 3, device="cpu")[:, None], [], []
+        for number in bucket.unique():
+            rows = bucket.eq(number).nonzero()[:, 0]
             length = max(1, int(counts[rows].max()))
-            hidden.append(real[rows, None, :length].logical_not().repeat_interleave(heads, 0))
+            masked.append(real[rows, None, :length].logical_not().repeat_interleave(heads, 0))
             found.append((token[rows, None, :length] * heads + numbers[:heads]).flatten())
-        source = torch.cat(found)  # which [d] of [T, H] each cell holds; negative: none
+        source = torch.cat(found)  # the row of [T heads, d] in each cell; negative: none
         full, empty = source.ge(0).nonzero()[:, 0], source.lt(0).nonzero()[:, 0]
         cell = torch.empty_like(full).index_copy_(0, source[full], full).view(-1, 1, heads)
         token, head = (source // heads).clamp(min=0), source % heads
-        taken = {n: ((token * n + numbers[:n]) * heads + head).flatten() for n in (1, 3)}
-        given = {n: (cell + numbers[:n] * len(source)).flatten() for n in (1, 3)}
-        layout.derived[key] = cls(tokens, hidden, empty, taken, given)
+        row_of_cell = {n: ((token * n + numbers[:n]) * heads + head).flatten() for n in (1, 3)}
+        cell_of_row = {n: (cell + numbers[:n] * len(source)).flatten() for n in (1, 3)}
+        layout.derived[key] = cls(tokens, masked, empty, row_of_cell, cell_of_row)
         return layout.derived[key]
 
     def take(self, tokens: Tensor, parts: int) -> Tensor:
         """[T, parts H] -> the cells [parts, N, d]."""
-        rows = tokens.reshape(self.given[parts].numel(), -1)
-        cells = rows.index_select(0, self.taken[parts]).view(parts, -1, rows.shape[1])
+        rows = tokens.reshape(self.cell_of_row[parts].numel(), -1)
+        cells = rows.index_select(0, self.row_of_cell[parts]).view(parts, -1, rows.shape[1])
         return cells.index_fill_(1, self.empty, 0) if len(self.empty) else cells
 
     def give(self, cells: Tensor) -> Tensor:
         """[parts, N, d] -> [T, parts H], the inverse."""
-        rows = cells.flatten(0, 1).index_select(0, self.given[len(cells)])
+        rows = cells.flatten(0, 1).index_select(0, self.cell_of_row[len(cells)])
         return rows.view(self.tokens, -1)
 
     def each(self, *cells: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Of each group: what is hidden, and [N, d] as [b heads, s, d], in the same memory."""
-        sizes = [hidden.numel() for hidden in self.hidden]
-        for group in zip(self.hidden, *(t.split(sizes) for t in cells), strict=True):
+        """Yield of each group: `masked`, and its part of each [N, d] as a view [b heads, s, d]."""
+        sizes = [masked.numel() for masked in self.masked]
+        for group in zip(self.masked, *(t.split(sizes) for t in cells), strict=True):
             yield group[0], *(t.view(*group[0].shape[::2], -1) for t in group[1:])
 
 
