@@ -118,7 +118,9 @@ def require(path: Path) -> None:
     if path.is_file():
         return
     hint = "expected the folder of a saved model or adapter"
-    if path.suffix == ".safetensors" and (pickles := sorted(path.parent.glob("*.bin"))):
+    if Path(f"{path}.index.json").is_file():
+        hint = "its weights are in several files; save_pretrained(max_shard_size='99GB') writes one"
+    elif path.suffix == ".safetensors" and (pickles := sorted(path.parent.glob("*.bin"))):
         hint = f"{pickles[0].name} is a pickle and is not read; save_pretrained writes safetensors"
     raise UserError(f"{path}: cannot be read: no such file ({hint})")
 

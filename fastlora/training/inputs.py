@@ -140,19 +140,15 @@ def find_data(
             what = f"is no folder ({hint})" if is_file else "no such folder"
             raise UserError(f"{given}: {what}; --data names the folder of the task files")
         return Path(given).resolve(), why
-    if beside and any(has_files(beside.parent, task) for task in tasks):
+    if beside and any((beside.parent / task.files["train"]).is_file() for task in tasks):
         return beside.parent.resolve(), f"{beside.name} lies beside the task files"
     local = Path("data").resolve()
-    if any(has_files(local, task) for task in tasks):
+    needed = [[f for split, f in task.files.items() if split in NEEDED] for task in tasks]
+    if any(all((local / file).is_file() for file in files) for files in needed):
         return local, "./data holds the task files"
     if any(task.name not in BUILTIN for task in tasks):  # whose files the demo corpus lacks
         return local, "the default"
     return DEMO, "demo corpus: no --data and no task files in ./data"
-
-
-def has_files(folder: Path, task: Task) -> bool:
-    """Whether a task's training and dev files are in a folder."""
-    return all((folder / f).is_file() for split, f in task.files.items() if split in NEEDED)
 
 
 def _check_name(what: str, name: str, known: Collection[str]) -> None:

@@ -16,7 +16,6 @@ from fastlora.data.tasks import BUILTIN, Task
 from fastlora.data.token_cache import load_tasks
 from fastlora.data.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
-from fastlora.training.inputs import has_files
 
 SST, QUORA, STS = BUILTIN["sst"], BUILTIN["quora"], BUILTIN["sts"]
 SIBLING = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -345,12 +344,6 @@ def test_encoding_pairs_apart_and_joint(tmp_path):
     assert [np.diff(column.offsets).tolist() for column in apart.columns] == [[5, 6], [4, 2]]
     joint = encode_rows(rows, QUORA, LetterTokenizer(), pairs="joint")
     assert (len(joint.columns), joint.columns[0].offsets[1]) == (1, 7)
-
-
-def test_tasks_that_are_there_have_both_files(tmp_path):
-    for name in ("ids-sst-train.csv", "ids-sst-dev.csv", "quora-train.csv"):
-        write(tmp_path, "", name)
-    assert [name for name, task in BUILTIN.items() if has_files(tmp_path, task)] == ["sst"]
 
 
 @needs_real_data

@@ -24,6 +24,13 @@ def test_pickle_only_folder_is_refused_with_the_remedy(tiny_model, tmp_path):
         resolve(str(folder))
 
 
+def test_weights_in_several_files_are_refused_with_the_remedy(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
+    with pytest.raises(UserError, match=r"several files; save_pretrained\(max_shard_size"):
+        resolve(folder)
+
+
 def test_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: .*no such file"):
         resolve(str(tmp_path))
