@@ -88,7 +88,7 @@ def test_a_long_row_makes_no_other_row_long(left):
     column = torch.arange(90)
     real = (column.flip(0) if left else column) < lengths[:, None]
     layout = Layout.of(real, real.shape, tokens=int(lengths.sum()) + 5)
-    sizes = [hidden.numel() // HEADS for hidden in Groups.of(layout, HEADS).hidden]
+    sizes = [masked.numel() // HEADS for masked in Groups.of(layout, HEADS).masked]
     assert len(sizes) > 1 and sum(sizes) < real.numel() / 2
     square = torch.randn(*real.shape, 3 * HEADS * WIDTH, dtype=torch.float64, requires_grad=True)
     flat = layout.unpad(square.detach()).requires_grad_()
