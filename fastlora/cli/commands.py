@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 
 from fastlora.cli import options
 from fastlora.cli.options import OUTPUT, given, settings_from, to_number
@@ -22,6 +22,7 @@ from fastlora.training.config import SearchConfig
 from fastlora.training.inputs import adapter_folder, find_data, find_inputs, with_file
 
 _FLAT = Parameter(name="*")
+_FOLDER = validators.Path(file_okay=False)
 _DASH = Parameter(allow_leading_hyphen=True)  # "-" is standard input or output
 ConfigFile = Annotated[Path | None, Parameter(group=OUTPUT, help="TOML settings file; flags win.")]
 Quiet = Annotated[bool, Parameter(group=OUTPUT, negative="", help="Print nothing but errors.")]
@@ -168,7 +169,7 @@ def predict(
     fastlora predict runs/mine - --task sst < lines.txt | head
     fastlora predict runs/mine ids-sst-dev.csv --task sst --format cs224n
     """
-    if str(input) != "-" and not input.exists():
+    if str(input) != "-" and (not input.exists() or input.is_dir()):
         raise UserError(f"{input}: no such file")
     if out and str(out) != "-":
         check_replaceable(out, input)
@@ -258,7 +259,7 @@ def reproduce(
 @app.command
 def compare(
     *runs: Annotated[Path, Parameter(help="Folders of finished runs.", required=True)],
-    out: Annotated[Path | None, Parameter(help="Folder to write a report to.")] = None,
+    out: Annotated[Path | None, Parameter(help="Folder for a report.", validator=_FOLDER)] = None,
 ) -> None:
     """Compare runs by scores, differing settings, parameters and seconds; plot scores.
 

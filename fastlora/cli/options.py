@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
-from cyclopts import Group, Parameter, convert
+from cyclopts import CoercionError, Group, Parameter, convert
 
 from fastlora.data.infer import FileTask
 from fastlora.files import read_toml
@@ -52,14 +52,15 @@ def name_here(option: str) -> str:
 def to_number(kind: Any, tokens: Sequence[Any]) -> Any:
     """Parse an option's number; "1.5" is no int, and "1_0", " 5 " and non-ASCII digits are none."""
     text = tokens[0].value
-    if not re.fullmatch("[0-9a-zA-Z.+-]+", text):
-        raise ValueError(f"{text!r} is no number")
     try:
+        if not re.fullmatch("[0-9a-zA-Z.+-]+", text):
+            raise ValueError
         return convert(kind, tokens) if kind is timedelta else kind(text)
     except OverflowError as error:
         raise ValueError(f"{text!r} is too large") from error
-    except ValueError:
-        raise ValueError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
+    except (ValueError, CoercionError):
+        expected = {int: "whole number", timedelta: "time, such as 90s, 30m or 2h"}
+        raise ValueError(f"{text!r} is no {expected.get(kind, 'number')}") from None
 
 
 def _split(_type: Any, tokens: Sequence[Any]) -> tuple[str, ...]:

@@ -158,10 +158,7 @@ def score_table(
 def class_tables(
     datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray], every: bool = False
 ) -> list[tuple[list[str], list[list[str]]]]:
-    """Header and rows of a table of classes for each task with three classes or class weights.
-
-    With `every`, for each task that has classes.
-    """
+    """Tables by class (header, rows), of tasks with three or weighted classes, or of `every`."""
     least = 1 if every else 3
     return [
         class_table(data.task, outputs[name], data.labels)

@@ -123,6 +123,8 @@ def test_only_plain_numbers_are_taken(text, capsys):
         assert code == 2 and command[-1] in err and "nowhere" not in err, command
     code, _, err = call([*search, "99999999999999999y"], capsys)
     assert code == 2 and "too large" in err
+    code, _, err = call([*search, "30"], capsys)
+    assert code == 2 and "'30' is no time, such as 90s, 30m or 2h" in err
 
 
 def test_ctrl_c_during_the_imports(monkeypatch, capsys):
@@ -396,8 +398,9 @@ def test_predict_names_the_tasks(finished, tmp_path, capsys):
     assert code == 2 and "expected one of sst, quora, sts); did you mean 'sts'?" in err
     code, _, err = call(["predict", finished, tmp_path / "new.csv", "--task", "para"], capsys)
     assert code == 2 and "did you mean 'quora'?" in err
-    code, _, err = call(["predict", finished, tmp_path / "no.csv", "--task", "sst"], capsys)
-    assert code == 2 and "no.csv: no such file" in err
+    for name in ("no.csv", ""):  # "" is a folder
+        code, _, err = call(["predict", finished, tmp_path / name, "--task", "sst"], capsys)
+        assert code == 2 and "no such file" in err
 
 
 def test_merge(finished, tmp_path, capsys):
