@@ -4,7 +4,7 @@ A table replaces Triton's autotuning, which would measure in the user's first st
 results each time. The shipped rows are guesses; what `fastlora tune` measures takes precedence.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,8 +25,8 @@ class Blocks:
     stages: int = 2
 
 
-# Flat tiles make the mask's layout changes cheap: 10 instructions an element, 14 with 32 x 64.
-OUTER = Blocks(m=16, k=128, warps=8, stages=1)
+# Two programs a multiprocessor (see `programs`) must have enough loads on their way.
+OUTER = Blocks(m=32, k=128, warps=8)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ SHIPPED = {
     # fp32 has no tensor cores, so tiles are smaller and accumulators stay in registers.
     "any/fp32": Config(down=Blocks(32, k=32), add=Blocks(32, 32), outer=Blocks(16, k=16, warps=8)),
     # One stage: Turing cannot copy to shared memory in the background (see turing.py).
-    "75/fp16": Config(down=Blocks(m=32, stages=1), add=Blocks(stages=1)),
+    "75/fp16": Config(Blocks(m=32, stages=1), Blocks(stages=1), replace(OUTER, stages=1)),
     **dict.fromkeys(("80/small", "90/small"), Config(down=Blocks(m=32))),
     **dict.fromkeys(("80", "90"), Config(down=Blocks(stages=3))),
 }
