@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastlora.errors import UserError
 from fastlora.files import atomic_folder, cache_folder
 
 # Raise it when the code gives other tokens or stores them differently.
-_FORMAT = 6
+_FORMAT = 7
 _ARRAYS = ("ids", "offsets", "types")
 # The fields of a task that decide how its files are read.
 _TASK_FIELDS = ("kind", "columns", "label", "labels", "low", "high", "dev_share")
@@ -56,17 +57,17 @@ def load_tasks(
             encoded = encode_rows(rows, task, tokenizer, pairs)
             # It may fail: no permission, no space, or another process was first.
             with suppress(OSError), atomic_folder(entry) as building:
-                _write(building / "tokens.npz", encoded)
+                _write(building / "tokens.npz", encoded, entry.name)
         data[task.name] = encoded
     return data
 
 
 def _read(file: Path, task: Task) -> TaskData | None:
-    """The tokens in a file; None if it is missing or damaged, as a zip file's checksums show."""
+    """The tokens in a file; None if missing, damaged (zip files have checksums) or another's."""
     try:
-        with np.load(file) as stored:
+        with np.load(BytesIO(read_content(file))) as stored:
             arrays = dict(stored)
-        metadata = json.loads(arrays["metadata"].tobytes())
+        metadata = json.loads(arrays[file.parent.name].tobytes())
         columns = tuple(
             Encoded(**{name: arrays[f"{name}{i}"] for name in _ARRAYS}, truncated=count)
             for i, count in enumerate(metadata.pop("columns"))
@@ -76,10 +77,11 @@ def _read(file: Path, task: Task) -> TaskData | None:
         return None
 
 
-def _write(file: Path, data: TaskData) -> None:
+def _write(file: Path, data: TaskData, entry: str) -> None:
     metadata = {key: getattr(data, key) for key in ("ids", "skipped", "truncated", "empty")}
     metadata["columns"] = [column.truncated for column in data.columns]
-    arrays: dict[str, Any] = {"labels": data.labels}
+    content = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
+    arrays: dict[str, Any] = {"labels": data.labels, entry: content}
     for i, column in enumerate(data.columns):
         arrays |= {f"{name}{i}": getattr(column, name) for name in _ARRAYS}
-    np.savez(file, metadata=np.frombuffer(json.dumps(metadata).encode(), np.uint8), **arrays)
+    np.savez(file, **arrays)

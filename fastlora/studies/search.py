@@ -34,7 +34,7 @@ from fastlora.console import Log
 from fastlora.data.batches import subset
 from fastlora.data.reading import TaskData
 from fastlora.devices import synchronized_time
-from fastlora.errors import Diverged, Interrupted, RunError, UserError
+from fastlora.errors import Diverged, Interrupted, RunError, UserError, in_place_of
 from fastlora.files import write_json
 from fastlora.lora.config import TARGETS
 from fastlora.multitask.files import config_fingerprint
@@ -159,8 +159,7 @@ class Search:
             load_if_exists=True,
         )
         for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a process that has ended
-            study.enqueue_trial(left.system_attrs["fixed_params"])
-            study.tell(left.number, state=TrialState.FAIL)
+            self.storage.set_trial_state_values(left._trial_id, TrialState.WAITING)
         for values in list(product(*changes.values()))[:most]:
             study.enqueue_trial(dict(zip(changes, values, strict=True)), skip_if_exists=True)
         done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
@@ -202,7 +201,9 @@ class Search:
             trial.set_user_attr("row", row | results)
             text = f"{scores[-1]:.4f} on {share:.0%} of the examples, {seconds:.0f} s"
             self.log.line(f"{stage:<6} trial {trial.number}: {text}")
-            trial.report(scores[-1], len(scores))
+            # A process that was killed later in this trial has reported the same.
+            if len(scores) not in self.storage.get_trial(trial._trial_id).intermediate_values:
+                trial.report(scores[-1], len(scores))
             if share < SHARES[stage][-1] and trial.should_prune():
                 raise optuna.TrialPruned
         return scores[-1]
@@ -245,7 +246,8 @@ def open_journal(file: Path) -> JournalStorage:
             if "op_code" in json.loads(line):
                 continue
         raise UserError(f"{file}:{number}: not an entry of an Optuna journal; use a new --out")
-    return JournalStorage(backend)
+    with in_place_of(Exception, UserError, f"{file}: is damaged; use a new --out: "):
+        return JournalStorage(backend)
 
 
 def train_share(setup: Setup, share: float) -> Trainer:

@@ -187,22 +187,21 @@ def test_nothing_is_kept_of_a_file_with_errors(folder, tokenizer, entries):
         load(folder, tokenizer, task_from_table("own", table), "test")
 
 
-@pytest.mark.parametrize("harm", ["removed", "emptied", "cut", "flipped"])
+@pytest.mark.parametrize("harm", ["pipe", "emptied", "cut", "flipped", "another's"])
 def test_a_damaged_entry_is_written_anew(folder, tokenizer, entries, encoded, harm):
     first = load(folder, tokenizer, pairs="joint")
     file = entries()[0] / "tokens.npz"
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[whole.index(first.labels.tobytes())] ^= 1
-    ruin = {"emptied": b"", "cut": whole[:-1], "flipped": flipped}
-    if harm == "removed":
-        file.unlink()
-    else:
-        file.write_bytes(ruin[harm])
-    same(first, load(folder, tokenizer, pairs="joint"))
-    assert len(encoded) == 2
-    same(first, load(folder, tokenizer, pairs="joint"))
-    assert len(encoded) == 2
+    load(folder, tokenizer)
+    (others,) = (path.read_bytes() for path in file.parents[1].glob("*/*.npz") if path != file)
+    ruin = {"emptied": b"", "cut": whole[:-1], "flipped": flipped, "another's": others}
+    file.unlink()
+    os.mkfifo(file) if harm == "pipe" else file.write_bytes(ruin[harm])
+    for _ in range(2):
+        same(first, load(folder, tokenizer, pairs="joint"))
+        assert len(encoded) == 3
 
 
 def test_no_flipped_bit_is_read(folder, tokenizer, entries):

@@ -228,9 +228,8 @@ def pretended(tiny_config, tmp_path, monkeypatch):
 
 
 def settings(found):
-    """The settings of all finished trials and their stages, in one order."""
-    names = ("stage", "lr", "warmup", "r", "dropout", "targets")
-    return sorted([trial[name] for name in names] for trial in found["trials"])
+    """The stages, settings and scores of all trials, in the order in which they were trained."""
+    return [{k: v for k, v in trial.items() if k != "seconds"} for trial in found["trials"]]
 
 
 def test_the_best_of_each_stage_is_found(pretended):
@@ -318,6 +317,17 @@ def test_a_damaged_journal_is_refused_by_its_line(tmp_path, line, number):
     lines[number - 1] = line
     file.write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(UserError, match=rf"journal.log:{number or len(lines)}: .*new --out"):
+        open_journal(file)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"study_name"', b'"name"'), (b":0,", b":99,")])
+def test_an_entry_that_optuna_cannot_read_is_one_line(tmp_path, old, new):
+    file = tmp_path / "journal.log"
+    module.optuna.create_study(storage=open_journal(file))
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(UserError, match=r"journal\.log: is damaged; use a new --out: "):
         open_journal(file)
 
 
