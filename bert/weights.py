@@ -22,9 +22,11 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
     """
     path = Path(folder) / "model.safetensors"
     config, (raw, _) = BertConfig.from_json(path.with_name("config.json")), read_tensors(path)
-    layers = len({name.partition("encoder.layer.")[2].partition(".")[0] for name in raw} - {""})
-    if layers != (expected := config.num_hidden_layers):
-        raise UserError(f"{path}: has {layers} layers (config.json says {expected})")
+    H, there = config.hidden_size, sum(tensor.numel() for tensor in raw.values())
+    rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    rows += config.num_hidden_layers * (4 * H + 2 * config.intermediate_size)
+    if H * rows > there:  # checked before the model takes memory
+        raise UserError(f"{path}: has {there:,} values (config.json says {H * rows:,} or more)")
     model = BertModel(config, parts or Parts())
     tensors: dict[str, Tensor] = {}
     for raw_name, tensor in raw.items():

@@ -75,7 +75,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     old = Path(f"{building}.old")
     try:
         building.chmod(0o755)
-        yield building
+        with naming(path):
+            yield building
         for written in (*building.rglob("*"), building):
             _sync(written)
         if path.exists():
@@ -165,9 +166,9 @@ def read_toml(file: Path) -> dict[str, Any]:
     """Read a TOML file into plain Python types; UserError if it is missing or not valid TOML."""
     import tomlkit  # imported here because the LoRA library does not need it
 
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
     try:
         return tomlkit.parse(file.read_text(encoding="utf-8-sig")).unwrap()
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError, RecursionError, tomlkit.exceptions.TOMLKitError) as error:
         raise UserError(f"{file}: not a readable TOML file: {error}") from None

@@ -29,9 +29,10 @@ def exit_code(arguments: list[str]) -> int:
             # The code of a process that SIGPIPE ends. Output that is still buffered is discarded.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        except (UserError, CycloptsError, RunError, OSError) as error:
+        except (UserError, CycloptsError, RunError, OSError, MemoryError) as error:
             hint = "a list has commas, as in --tasks sst,quora,sts"
-            text = f"{error} {hint * isinstance(error, UnusedCliTokensError)}"
+            said = str(error) or "out of memory"
+            text = f"{said} {hint * isinstance(error, UnusedCliTokensError)}"
             if isinstance(error, UnknownOptionError):
                 text = name_here(str(error.token.keyword or error.token.value)) or text
             print("error:", " ".join(text.split()), file=sys.stderr)
@@ -44,7 +45,8 @@ def exit_code(arguments: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """The `fastlora` command."""
     given = sys.argv[1:] if arguments is None else arguments
-    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None if closed
+    sys.stdin = sys.stdin or os.fdopen(os.open(os.devnull, os.O_RDONLY))  # None if closed
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     # A path may have characters that the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # torchrun needs "--" before our flags, and some Pythons pass it on.

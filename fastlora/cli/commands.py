@@ -169,7 +169,7 @@ def predict(
     fastlora predict runs/mine - --task sst < lines.txt | head
     fastlora predict runs/mine ids-sst-dev.csv --task sst --format cs224n
     """
-    if str(input) != "-" and (not input.exists() or input.is_dir()):
+    if str(input) != "-" and not (input.is_file() or input.is_fifo()):
         raise UserError(f"{input}: no such file")
     if out and str(out) != "-":
         check_replaceable(out, input)

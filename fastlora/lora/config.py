@@ -87,7 +87,7 @@ class LoraConfig:
         for r in (self.r, *self.rank_pattern.values()):
             check(type(r) is int and r >= 1, "r", r, "1 or more")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            check(_is_number(alpha) and 0 < alpha < math.inf, "alpha", alpha, "a positive number")
+            check(_is_number(alpha) and 0 < alpha < 2**127, "alpha", alpha, "a positive number")
         ok = _is_number(self.dropout) and 0 <= self.dropout < 1
         check(ok, "dropout", self.dropout, "0 <= p < 1")
         check(isinstance(self.rslora, bool), "rslora", self.rslora, "true or false")

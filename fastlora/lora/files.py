@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import UserError, in_place_of
 from fastlora.files import read_json, write_json
-from fastlora.lora.config import TARGETS, LoraConfig, ends_with, is_target
+from fastlora.lora.config import TARGETS, LoraConfig, check, ends_with, is_target
 from fastlora.lora.layer import DEFAULT, LoRALinear, lora_layers, lora_parameters
 from fastlora.lora.model import inject
 from fastlora.lora.routing import adapter_names, check_names
@@ -136,14 +136,18 @@ def read_config(folder: Path) -> LoraConfig:
         plain = _PLAIN.get(key, (value,) if key in _ANY or not value else ())
         if value not in plain and type(value) not in plain:
             raise UserError(f"{path}: {key} is {value!r}, but only plain LoRA can be loaded")
-    modules = _modules(read_tensors(folder / WEIGHTS)[0])
+    modules = _modules(tensors := read_tensors(folder / WEIGHTS)[0])
     if not modules:
         raise UserError(f"{folder / WEIGHTS}: holds no LoRA weights")
     named = [t for t in TARGETS if any(is_target(module, t) for module in modules)]
     others = [m for m in modules if not any(is_target(m, target) for target in TARGETS)]
     with in_place_of(UserError, UserError, f"{path}: "):
         settings = {"lora_dropout": 0.0} | {key: config[key] for key in _READ & config.keys()}
-        return LoraConfig(**settings, targets=(*named, *others))
+        found = LoraConfig(**settings, targets=(*named, *others))
+        for module in modules:  # checked before a wrong rank takes memory
+            A, r = tensors.get(f"{_ROOT}{module}.lora_A.weight"), found.for_layer(module).r
+            check(A is None or A.shape[:1] == (r,), "r", r, f"that of the weights of {module!r}")
+    return found
 
 
 def _modules(tensors: Iterable[str]) -> list[str]:

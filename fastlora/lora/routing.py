@@ -147,9 +147,7 @@ def _checkpoint_frame() -> Any:
     directly in the forward pass, as a weak reference in the recomputation.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None:
-        return None
-    pack = inspect.unwrap(hooks[0])
+    pack = inspect.unwrap(hooks[0]) if hooks else None
     if getattr(pack, "__module__", "") != "torch.utils.checkpoint" or not pack.__closure__:
         return None
     cells = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))

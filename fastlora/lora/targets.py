@@ -88,11 +88,9 @@ def target_names(model: nn.Module, config: LoraConfig, kept: Set[nn.Parameter]) 
             matches = [n for n in linears if not _is_head(model, n, kept)]
         if not matches:
             listed = ", ".join(list(linears)[:24]) + (", ..." if len(linears) > 24 else "")
-            raise UserError(
-                f"LoRA target {target!r} matches no linear layer of {type(model).__name__} "
-                f"(expected the end of a name, one of {', '.join(TARGETS)}, or all; its linear "
-                f"layers are {listed or 'none'})"
-            )
+            what = f"LoRA target {target!r} matches no linear layer of {type(model).__name__}"
+            ends = f"the end of a name, one of {', '.join(TARGETS)}, or all"
+            raise UserError(f"{what} (expected {ends}; its linear layers are {listed or 'none'})")
         meant |= {linears[name] for name in matches}
     return [name for name, module in model.named_modules() if module in meant]
 

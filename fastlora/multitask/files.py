@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastlora.bert.config import BertConfig
 from fastlora.data.tasks import Task, task_from_table
-from fastlora.errors import UserError
+from fastlora.errors import UserError, in_place_of
 from fastlora.files import json_sha256, read_json, read_sealed, write_sealed
 from fastlora.lora import files as lora
 from fastlora.lora.layer import DEFAULT
@@ -118,11 +118,14 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     if info.get("format") != FORMAT:
         expected = f"{FORMAT}, of this fastlora: train again, or use the version it was saved by"
         raise UserError(f"{path}: format is {info.get('format')!r:.80} (expected {expected})")
-    for name, sha256 in read_sealed(path)["sha256"].items():
+    with in_place_of(Exception, UserError, f"{path}: cannot be used: "):
+        hashes, settings = read_sealed(path)["sha256"].items(), info["settings"]
+        [settings[key] for key in ("mode", "adapters", "pairs", "model")]
+        tasks = {name: task_from_table(name, table) for name, table in info["tasks"].items()}
+    for name, sha256 in hashes:
         if _file_sha256(file := folder / name) != sha256:
             raise UserError(f"{file}: has changed since it was saved; copy the run again")
-    tasks = {name: task_from_table(name, table) for name, table in info["tasks"].items()}
-    return tasks, info["settings"]
+    return tasks, settings
 
 
 def load_all(folder: Path, model: MultitaskBert, tasks: Iterable[str], base: BaseInfo) -> None:
@@ -135,8 +138,8 @@ def load_all(folder: Path, model: MultitaskBert, tasks: Iterable[str], base: Bas
     """
     info, heads = read_json(folder / HEADS_INFO), nn.ModuleDict({t: model.heads[t] for t in tasks})
     for key, what in BASE_PARTS.items():
-        if info[key] != (expected := getattr(base, key)):
-            its = f"that of {info['base_model']!r} (sha256 {info[key]:.12}; here"
+        if info.get(key) != (expected := getattr(base, key)):
+            its = f"that of {info.get('base_model')!r} (sha256 {info.get(key)!s:.12}; here"
             found = f"trained on another {what}, {its} {base.base_model!r}, {expected:.12})"
             raise UserError(f"{folder}: {found}; give the one it was trained on as --model")
     for name in model.settings:

@@ -156,9 +156,8 @@ def majority(task: Task, labels: np.ndarray | None) -> dict[str, float | None]:
     """
     if task.kind == "regression" or labels is None:
         return {}
-    if task.kind == "multilabel":
-        constant = labels.mean(0) - 0.5
-    else:
+    constant = labels.mean(0) - 0.5  # of a multilabel task
+    if task.kind == "classification":
         constant = np.bincount(labels.astype(int), minlength=len(task.labels))
     return metrics(task, np.broadcast_to(constant, (len(labels), len(constant))), labels)
 

@@ -116,13 +116,9 @@ def untouched_metrics(
 
     Only a regression on sentences encoded apart has them, in a model with adapters.
     """
-    pairs = {
-        name: data
-        for name, data in datasets.items()
-        if model.settings and isinstance(model.heads[name], SimilarityHead)
-    }
+    pairs = {n: data for n, data in datasets.items() if isinstance(model.heads[n], SimilarityHead)}
     found: dict[str, dict[str, float | None]] = {name: {} for name in datasets}
-    states = Features(model, pairs, adapted=False).states if pairs else {}
+    states = Features(model, pairs, adapted=False).states if pairs and model.settings else {}
     for name, (u, v) in states.items():
         task, cosines = pairs[name].task, torch.cosine_similarity(u, v, dim=-1)
         outputs = task.low + (task.high - task.low) * cosines.double().unsqueeze(1)
@@ -181,6 +177,4 @@ def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a CSV that appears only when it is complete."""
     with atomic_open(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])

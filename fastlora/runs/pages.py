@@ -64,8 +64,7 @@ def plot(
     rows, picture = math.ceil(panels / 3), BytesIO()
     with rc_context(fname=TEMPLATES / "plots.mplstyle"):
         figure = Figure(figsize=(8, 3 * rows), dpi=150, layout="constrained")
-        columns = math.ceil(panels / rows)
-        draw(figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)])
+        draw(figure, [figure.add_subplot(rows, -(-panels // rows), i + 1) for i in range(panels)])
         figure.savefig(picture)
     with atomic_open(Path(folder, "plots", f"{name}.png")) as file:
         file.buffer.write(picture.getvalue())

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO
 from fastlora.data.reading import cells_of, read_lines, read_records
 from fastlora.data.tasks import Task
 from fastlora.errors import UserError
-from fastlora.files import atomic_open
+from fastlora.files import atomic_open, naming
 from fastlora.multitask.metrics import Prediction, label_texts
 from fastlora.multitask.predictor import predictions
 from fastlora.runs.trained import Trained, merged_weights
@@ -66,6 +66,7 @@ def predict_file(
         nullcontext(sys.stdin.buffer) if path == STANDARD else path.open("rb") as stream,
         open(sys.stdout.fileno(), **UTF_8) if out == STANDARD else atomic_open(out) as file,
         merged_weights(trained, chosen.name),
+        naming(out),
     ):
         blocks = _predicted(trained, chosen.name, _rows(path, stream, chosen, quoting), counts)
         if course:

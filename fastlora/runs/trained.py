@@ -26,6 +26,7 @@ from fastlora.multitask.model import MultitaskBert
 from fastlora.multitask.predictor import predictions
 from fastlora.runs.session import ENCODER
 from fastlora.training.checkpoint import load_weights
+from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import adapter_folder, checkpoint_of
 from fastlora.training.setup import PARTS
 from fastlora.training.tuner import use_measured_blocks
@@ -93,6 +94,7 @@ def load(
     """
     folder = adapter_folder(Path(path))
     tasks, settings = adapters.read_heads(folder)
+    TrainConfig.from_table(settings)  # raises for a value that no run has
     full = settings["mode"] == "full"
     source = resolve(str(folder / ENCODER) if full else model or settings["model"])
     tokenizer = Tokenizer.from_folder(source.folder)
@@ -115,8 +117,7 @@ def load(
 @contextmanager
 def merged_weights(trained: Trained, task: str) -> Iterator[None]:
     """A block in which a task's adapters, if it has any, are merged into the encoder, in fp32."""
-    names = trained.model.adapters(task)
-    if names:
+    if names := trained.model.adapters(task):
         merge(trained.model.encoder, *names)
     try:
         yield

@@ -157,9 +157,8 @@ class Trainer:
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The batches of an epoch."""
-        config = self.config
-        tokens = config.tokens_per_batch
-        return plan_epoch(self.setup.train, tokens, config.seed, epoch, config.sampling)
+        config, data = self.config, self.setup.train
+        return plan_epoch(data, config.tokens_per_batch, config.seed, epoch, config.sampling)
 
     def count_steps(self) -> int:
         """The steps of the run: exact up to `COUNTED_EPOCHS`, and extrapolated beyond."""
@@ -200,8 +199,7 @@ class Trainer:
 
     def is_done(self) -> bool:
         """Whether all steps are done, or --patience evaluations brought no better mean score."""
-        scores, patience = self.progress.scores, self.config.patience
-        best = self.progress.best
+        scores, best, patience = self.progress.scores, self.progress.best, self.config.patience
         worse = len(scores) - 1 - scores.index(best) if best else 0
         return self.progress.step >= self.total or (patience is not None and worse >= patience)
 
@@ -304,8 +302,7 @@ class Trainer:
         """Score the dev data, in each process, as waiting for one would take as long."""
         self.stop_clock()
         self.outputs = predict(self.model, self.setup.dev, self.dev_features)
-        scores = scores_of(self.setup.dev, self.outputs)
-        progress = self.progress
+        scores, progress = scores_of(self.setup.dev, self.outputs), self.progress
         progress.scores.append({"epoch": progress.epoch, "step": progress.step, "scores": scores})
         if self.metrics:
             self.metrics.write(progress.step, {"epoch": progress.epoch, "dev": scores})

@@ -34,8 +34,9 @@ def make_optimizer(model: MultitaskBert, config: TrainConfig) -> torch.optim.Ada
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((warmup, lr, decay), []).append(parameter)
     settings = [
-        {"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
-        | {"config": replace(config, warmup=warmup)}
+        dict(
+            params=params, lr=lr, peak=lr, weight_decay=decay, config=replace(config, warmup=warmup)
+        )
         for (warmup, lr, decay), params in groups.items()
     ]
     # This eps is that of BERT; a smaller one turns rounding errors of tiny gradients into steps.

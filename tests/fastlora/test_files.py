@@ -39,11 +39,9 @@ def test_failed_file_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_full_disks_error_names_the_file(tmp_path):
-    with (
-        pytest.raises(OSError, match=r"No space.*result\.json"),
-        atomic_open(tmp_path / "result.json"),
-    ):
+@pytest.mark.parametrize("writing", [atomic_open, atomic_folder])
+def test_a_full_disks_error_names_the_file(tmp_path, writing):
+    with pytest.raises(OSError, match=r"No space.*result\.json"), writing(tmp_path / "result.json"):
         raise OSError(ENOSPC, "No space left on device")
 
 

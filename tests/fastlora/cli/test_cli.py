@@ -82,6 +82,7 @@ def test_quiet_prints_nothing(tiny_model, tiny_data, tmp_path, capsys):
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--model", "./nowhere"], "give --model a local directory"),
         (["--config", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["--config", "/dev/zero"], "/dev/zero: no such file"),
         (["--precision", "fp8"], "fp8"),
         (["--device", "tpu"], "device is 'tpu'"),
         (["--device", "mps"], "device is 'mps' (expected auto, cpu, cuda or cuda:N)"),
@@ -127,14 +128,16 @@ def test_only_plain_numbers_are_taken(text, capsys):
     assert code == 2 and "'30' is no time, such as 90s, 30m or 2h" in err
 
 
-def test_ctrl_c_during_the_imports(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [(KeyboardInterrupt, (130, "", "")), (MemoryError, (1, "", "error: out of memory\n"))],
+)
+def test_ctrl_c_during_the_imports_and_too_little_memory(error, end, monkeypatch, capsys):
     class Module:
-        @property
-        def app(self):
-            raise KeyboardInterrupt
+        app = staticmethod(lambda *_, **__: (_ for _ in ()).throw(error))
 
     monkeypatch.setitem(sys.modules, "fastlora.cli.commands", Module())
-    assert call(["doctor"], capsys) == (130, "", "")
+    assert call(["doctor"], capsys) == end
 
 
 def test_a_terminal_without_the_letters_of_a_path(tmp_path, monkeypatch):
@@ -377,6 +380,7 @@ def test_predict_writes_neither_over_its_input_nor_to_a_folder(
 def test_predict_makes_no_folder_of_a_mistyped_name(finished, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("sentence\ngood\n")
     flags = ["predict", finished, tmp_path / "new.csv", "--task", "sst", "--out"]
+    assert call(["predict", finished, "/dev/zero"], capsys)[2] == "error: /dev/zero: no such file\n"
     code, _, err = call([*flags, tmp_path / "mistyped" / "out.csv"], capsys)
     assert code == 2 and "mistyped: no such folder" in err and not (tmp_path / "mistyped").exists()
 
@@ -437,9 +441,11 @@ def test_without_a_reader_of_its_output_a_command_goes_on(tmp_path, monkeypatch)
     close_reader()
     with pytest.raises(SystemExit, match="141"):
         main(["doctor"])
-    monkeypatch.setattr(sys, "stdout", None)  # closed before the start
+    for stream in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, stream, None)  # closed before the start
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "nowhere"])
+    assert sys.stdin.read() == ""
 
 
 def test_help_typo_and_missing_file_are_fast(tmp_path):

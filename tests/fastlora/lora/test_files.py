@@ -285,7 +285,12 @@ def test_a_save_that_fails_leaves_the_files_that_were_there(adapt, saved, monkey
         *(({"lora_alpha": alpha}, "alpha") for alpha in (None, ..., 0, "8")),
         ({"rank_pattern": {"query": 0}}, r"\br\b"),
         ({"alpha_pattern": {"query": "x"}}, "alpha"),
-        ({"rank_pattern": {"value": 2}}, "'.*value.lora_[AB].weight' is"),
+        ({"lora_alpha": 1e308}, "alpha"),
+        *(
+            ({"r": r}, rf"r is {r} .expected that of the weights of '.*query'")
+            for r in (10**7, 10**30)
+        ),
+        ({"rank_pattern": {"value": 2}}, "r is 2 .expected that of the weights of '.*value'"),
     ],
 )
 def test_a_configuration_that_is_not_plain_lora_is_refused_by_name(saved, changes, name):
@@ -331,7 +336,11 @@ def rename(tensors):
         (lambda t: [t.pop(f"{START}classifier.{n}") for n in ("bias", "weight")], "is missing"),
         (lambda t: t[f"{START}classifier.bias"].fill_(float("nan")), "not finite"),
         (lambda t: t.update({f"{START}classifier.bias": torch.zeros(2)}), r"\[2\].*\[3\]"),
-        (lambda t: t.update({KEY: torch.zeros(3, 32)}), rf"'{KEY}' is .*\[3, 32\].*\[4, 32\]"),
+        (lambda t: t.update({KEY: torch.zeros(4, 31)}), rf"'{KEY}' is .*\[4, 31\].*\[4, 32\]"),
+        (
+            lambda t: t.update({KEY: torch.zeros(3, 32)}),
+            "r is 4 .expected that of the weights of '.*query",
+        ),
         (lambda t: t.update({KEY: torch.zeros(4, 32).int()}), "floating point"),
         (lambda t: t[KEY].view(-1)[5:6].fill_(float("inf")), "not finite"),
         (lambda t: t.clear(), "holds no LoRA weights"),

@@ -12,6 +12,7 @@ from fastlora import LoraConfig, UserError, inject, lora_layers
 from fastlora.bert.config import BertConfig
 from fastlora.bert.model import BertModel
 from fastlora.data.tasks import BUILTIN
+from fastlora.files import write_sealed
 from fastlora.multitask.files import (
     BaseInfo,
     adapter_names,
@@ -163,6 +164,17 @@ def test_a_changed_setting_is_noticed(saved_run, file, old, new):
     assert text.count(old) == 1
     (saved_run / file).write_text(text.replace(old, new))
     with pytest.raises(UserError, match=f"{file}: has changed since it was saved"):
+        read_heads(saved_run)
+
+
+@pytest.mark.parametrize(
+    "key", ["sha256", "tasks", "settings", "mode", "adapters", "pairs", "model"]
+)
+def test_a_sealed_file_may_lack_something(saved_run, key):
+    info = json.loads((saved_run / "heads.json").read_text())
+    del info["own_sha256"], (info if key in info else info["settings"])[key]
+    write_sealed(saved_run / "heads.json", info)
+    with pytest.raises(UserError, match=f"heads.json: cannot be used: .*{key}"):
         read_heads(saved_run)
 
 
