@@ -28,7 +28,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file; UserError if it is not one."""
     require(path)
     unreadable = (OSError, SafetensorError), UserError, f"{path}: cannot be read as safetensors: "
-    with in_place_of(*unreadable), safe_open(path, framework="pt") as file:
+    with in_place_of(*unreadable), path.open("rb"), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         return tensors, file.metadata() or {}
 

@@ -110,8 +110,7 @@ def check_names(layers: Iterable[LoRALinear], adapters: Sequence[str]) -> None:
 
 def active_adapters(layer: LoRALinear) -> tuple[str, ...]:
     """The adapters that are active on a layer now; UserError if they are chosen by row."""
-    choice = choice_of(layer)
-    if choice.segments is not None:
+    if (choice := choice_of(layer)).segments is not None:
         raise UserError("adapters are chosen by row here (expected the same for all rows)")
     return choice.names
 

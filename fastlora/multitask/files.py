@@ -118,7 +118,9 @@ def read_heads(folder: Path) -> tuple[dict[str, Task], dict[str, Any]]:
     if info.get("format") != FORMAT:
         expected = f"{FORMAT}, of this fastlora: train again, or use the version it was saved by"
         raise UserError(f"{path}: format is {info.get('format')!r:.80} (expected {expected})")
-    with in_place_of(Exception, UserError, f"{path}: cannot be used: "):
+    with in_place_of(
+        (LookupError, TypeError, AttributeError), UserError, f"{path}: cannot be used: "
+    ):
         hashes, settings = read_sealed(path)["sha256"].items(), info["settings"]
         [settings[key] for key in ("mode", "adapters", "pairs", "model")]
         tasks = {name: task_from_table(name, table) for name, table in info["tasks"].items()}
