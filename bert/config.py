@@ -40,7 +40,8 @@ class BertConfig:
     def __post_init__(self) -> None:
         for name, kind in self.__annotations__.items():
             value, pad = getattr(self, name), name == "pad_token_id"
-            low, end = (0, self.vocab_size - 1) if pad else (int(kind is int), 2**31 - 1)
+            most = 1 if "dropout" in name else 2**31 - 1
+            low, end = (0, self.vocab_size - 1) if pad else (int(kind is int), most)
             if type(value) not in (kind, int) or (kind is not str and not low <= value <= end):
                 raise ValueError(f"{name} is {value!r} (expected {kind.__name__} {low} to {end})")
         if (H := self.hidden_size) % (heads := self.num_attention_heads):

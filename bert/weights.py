@@ -40,9 +40,8 @@ def load_encoder(folder: str | Path, parts: Parts | None = None) -> tuple[BertMo
     notes = [f"ignored the {heads} tensors of its heads"] if heads else []
     # With only half a pooler, copy_tensors raises and names the missing half.
     if not any(name.startswith("pooler.") for name in tensors):
-        size, generator = model.config.hidden_size, torch.Generator().manual_seed(0)
-        weight = torch.empty(size, size).normal_(0, 0.02, generator=generator)
-        tensors |= {"pooler.dense.weight": weight, "pooler.dense.bias": torch.zeros(size)}
+        weight = torch.empty(H, H).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        tensors |= {"pooler.dense.weight": weight, "pooler.dense.bias": torch.zeros(H)}
         notes.append("the checkpoint has no pooler: initialised from normal(0, 0.02)")
     copy_tensors(path, tensors, model.state_dict())
     return model.eval(), notes

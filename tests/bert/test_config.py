@@ -85,6 +85,7 @@ def test_every_activation_of_the_model_is_read(tmp_path, act):
         ("pad_token_id", 99999),
         ("layer_norm_eps", "x"),
         ("hidden_dropout_prob", float("nan")),
+        ("attention_probs_dropout_prob", 7.5),
         ("position_embedding_type", "relative_key"),
         ("is_decoder", True),
         ("add_cross_attention", True),

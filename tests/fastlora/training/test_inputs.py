@@ -37,7 +37,7 @@ def test_a_wrong_environment_is_answered_at_once(rank, world, monkeypatch):
 
 def test_paths_that_are_not_utf8_are_answered_at_once(here, minilm):
     files(here / "d\udce9", *SST)
-    for settings in ({"data": here / "d\udce9"}, {"data": DEMO, "out": here / "\udce9"}):
+    for settings in ({"data": here / "d\udce9"}, {"data": DEMO, "out": here / "\udcc3\udca9"}):
         assert "is not UTF-8" in refusal(minilm, **settings)
 
 
