@@ -15,6 +15,7 @@ from fastlora.cli import options
 from fastlora.cli.options import OUTPUT, given, settings_from, to_number
 from fastlora.cli.process import command_stop
 from fastlora.data.infer import FileTask
+from fastlora.data.tasks import BUILTIN
 from fastlora.errors import UserError
 from fastlora.files import check_replaceable
 from fastlora.studies.paper_tables import TABLES
@@ -80,6 +81,8 @@ def train(
     if files:
         wanted, why = with_file(wanted, files[0], FileTask(**given(own)))
     inputs = find_inputs(wanted, why, config)
+    for name in given(settings).keys() & BUILTIN.keys() - inputs.tasks.keys():
+        raise UserError(f"settings of {name} are given, which is not trained; add it to --tasks")
     from fastlora.runs.session import run_training
 
     run_training(wanted, inputs, quiet=quiet, dry_run=dry_run, stop=command_stop())

@@ -181,9 +181,9 @@ class TrainConfig:
             useless = f"is {self.patience} and epochs {self.epochs}, each with one evaluation"
             raise UserError(f"patience {useless}; raise --epochs or pass --eval-every STEPS")
         for name in (*LORA_SETTINGS, "adapters", "lora_plus"):
-            same = self.mode == "lora" or getattr(self, name) == getattr(TrainConfig, name)
-            expected = f"its default, because --mode {self.mode} has no adapters"
-            check(same, name, getattr(self, name), expected)
+            value, default = getattr(self, name), getattr(TrainConfig, name)
+            expected = f"{default!r}, its default, because --mode {self.mode} has no adapters"
+            check(self.mode == "lora" or value == default, name, value, expected)
         tables = all(isinstance(table, Mapping) for table in self.task.values())
         check(tables, "task", self.task, "tables [task.NAME]")
         names = (*BUILTIN, *self.task)

@@ -16,7 +16,7 @@ from fastlora.data.tasks import BUILTIN, COURSE_NAMES, Task, task_from_table
 from fastlora.errors import UserError, did_you_mean
 from fastlora.files import read_json
 from fastlora.lora.config import ALL, TARGETS
-from fastlora.training.config import DEFAULT_TASKS, TaskLoraConfig, TrainConfig
+from fastlora.training.config import DEFAULT_TASKS, TrainConfig
 
 NEEDED = ("train", "dev")  # the splits that a run reads
 
@@ -72,9 +72,6 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
         # whose reviews are long, is trained only if it is named.
         elif config.tasks or name not in DEFAULT_TASKS:
             raise UserError(f"{missing[0]}: no such file (task {name!r} needs it)")
-    idle = (n for n in known if n not in tasks and config.task_settings(n) != TaskLoraConfig())
-    for name in idle:
-        raise UserError(f"settings of {name} are given, which is not trained; add it to --tasks")
     if not tasks:
         files = ", ".join(known[n].files[split] for n in names for split in NEEDED)
         raise UserError(f"{folder}: holds no task's files (expected some of {files})")

@@ -98,7 +98,7 @@ def test_quiet_prints_nothing(tiny_model, tiny_data, tmp_path, capsys):
         (["--patience", "2"], "pass --eval-every STEPS"),
         (
             ["--mode", "full", "--r", "2"],
-            "r is 2 (expected its default, because --mode full",
+            "r is 2 (expected 8, its default, because --mode full",
         ),
         (["--adapters", "per-task", "--tasks", "sts", "--sst.r", "2"], "settings of sst are given"),
     ],
