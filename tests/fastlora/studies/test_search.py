@@ -178,7 +178,7 @@ def test_a_search_and_a_run_do_not_share_a_folder(searched, tiny_config):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budget", "soon"], 'unable to convert "soon" into timedelta'),
+        (["--budget", "soon"], "'soon' is no time, such as 90s, 30m or 2h"),
         (["--budget", "0s"], "budget is '0:00:00' (expected more than 0 s)"),
         (["--trials", "0"], "trials is 0 (expected 1 to 18)"),
         (["--trials", "19"], "trials is 19 (expected 1 to 18)"),
