@@ -9,6 +9,7 @@ import fuzz
 import kills
 import memory
 import numerics
+import peers
 import pytest
 from tally import Tally
 
@@ -75,3 +76,10 @@ def test_killed_runs_go_on(monkeypatch, capfd):
 def test_damaged_runs_are_refused_or_end_the_same(monkeypatch, capfd):
     code, line = run(monkeypatch, capfd, damage, "--count", "1")
     assert code == 0 and " 0 wrong" in line
+
+
+@pytest.mark.slow
+def test_a_changed_bit_of_an_adapter_is_noticed_by_fastlora(monkeypatch, capfd):
+    code, line = run(monkeypatch, capfd, peers, "--kills", "1", "--flips", "20")
+    assert code == 0 and line.startswith("fastlora, a bit of its adapter changed: 20 attempts, ")
+    assert " 20 refused, 0 wrong" in line

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+from copy import deepcopy
 
 TOKENS = [b"\x00", b"\xff", b"\xef\xbb\xbf", b'"', b'""', b"\t", b",", b"\n", b"\r\n", b"{", b"}"]
 TOKENS += [b"[", b"]", b":", b"null", b"NaN", b"1e999", b"-1", b"9" * 30, b"\\ud800", b"true", b"="]
@@ -63,7 +64,7 @@ def mutate_json(rng: random.Random, content: bytes) -> bytes:
         elif kind == 3 and isinstance(parent[key], (int, float)):
             parent[key] = parent[key] * rng.choice((-1, 2, 0.5, 10**6)) + rng.choice((0, 1))
         else:
-            parent[key] = rng.choice(ODD)
+            parent[key] = deepcopy(rng.choice(ODD))  # which later changes may go into
     return json.dumps(value).encode()
 
 

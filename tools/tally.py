@@ -138,4 +138,5 @@ def command(arguments: list[str], output: Path, before: Callable[[], object] = i
 
 def one_line(code: int, text: str) -> bool:
     """Whether a command has ended in an error of one line, as it should if it cannot go on."""
-    return code in (1, 2) and "Traceback" not in text and text.count("error: ") == 1
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    return code in (1, 2) and "Traceback" not in text and len(errors) == 1

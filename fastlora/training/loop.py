@@ -167,7 +167,7 @@ class Trainer:
             steps += len(self.plan(epoch))
             if most and steps >= most:
                 return most
-        return steps * self.config.epochs // counted
+        return min(steps * self.config.epochs // counted, most or 2**63)
 
     def train_epoch(self) -> None:
         """Train the rest of the current epoch, score the dev data, and save a checkpoint."""

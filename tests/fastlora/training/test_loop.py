@@ -346,6 +346,9 @@ def test_epochs_are_planned_as_they_come(tiny_config, monkeypatch):
     trainer = train.Trainer(setup, model, None, World(setup.device), Log(quiet=True))
     mean = np.mean([len(trainer.plan(epoch)) for epoch in range(100)])
     assert trainer.total == round(mean * 10**9)
+    planned.clear()
+    trainer.config = tiny_config(epochs=10**9, max_steps=10**5)  # after the epochs that are counted
+    assert trainer.count_steps() == 10**5
 
 
 def test_schedules():
