@@ -169,6 +169,7 @@ def predict(
     """Add predictions and probabilities to the rows of a file, which needs no labels.
 
     fastlora predict runs/mine new.csv --top 3
+    fastlora predict runs/mine mixed.jsonl      # its column "task" names the task of each row
     fastlora predict runs/mine - --task sst < lines.txt | head
     fastlora predict runs/mine ids-sst-dev.csv --task sst --format cs224n
     """

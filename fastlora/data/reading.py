@@ -221,7 +221,8 @@ def _csv_records(
     for name in required:
         if header.count(name) != 1:
             columns = f"{header.count(name)} columns named {name!r} in {header}"
-            raise UserError(f"{path}:1: {columns} (expected 1)")
+            hint = "; or name the rows' task with --task" if name == "task" else ""
+            raise UserError(f"{path}:1: {columns} (expected 1){hint}")
     # A repeated name gets the column's number as its suffix, so that no cell is lost.
     keys = [f"{name}.{i}" if name in header[:i] else name for i, name in enumerate(header)]
     line = reader.line_num

@@ -397,7 +397,7 @@ def test_predict_reads_a_pipe(finished, tmp_path, capsys):
 def test_predict_names_the_tasks(finished, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("sentence\na\n")
     code, _, err = call(["predict", finished, tmp_path / "new.csv"], capsys)
-    assert code == 2 and "no task is given (expected one of sst, quora, sts)" in err
+    assert code == 2 and "columns named 'task'" in err and "name the rows' task with --task" in err
     code, _, err = call(["predict", finished, tmp_path / "new.csv", "--task", "stt"], capsys)
     assert code == 2 and "expected one of sst, quora, sts); did you mean 'sts'?" in err
     code, _, err = call(["predict", finished, tmp_path / "new.csv", "--task", "para"], capsys)

@@ -94,15 +94,22 @@ def test_a_files_columns_are_carried_over_in_order(trained, tmp_path, monkeypatc
         assert labels == list(expected.probabilities)
 
 
-def test_other_columns_of_a_jsonl_file_are_text(trained, tmp_path):
+def test_a_column_names_the_task_of_each_row(trained, tmp_path):
     rows = [
-        {"sentence": "a good film", "n": 1.50, "list": [1, "\u00e9"]},
-        {"sentence": "a good film", "n": None},
+        {
+            "task": "sts",
+            "sentence1": "a cat",
+            "sentence2": "a cat",
+            "n": 1.50,
+            "list": [1, "\u00e9"],
+        },
+        {"task": "sst", "sentence": "a good film", "n": None},
     ]
     file = tmp_path / "new.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    out, *_ = predict_file(trained, file, None, "sst")
+    out, *_ = predict_file(trained, file, None, None)
     first, second = rows_of(out)
+    assert first["probability"] == "" and 0 <= float(first["prediction"]) <= 5
     assert (first["n"], first["list"], second["n"]) == ("1.5", '["1", "\u00e9"]', "null")
     assert second["prediction"] == trained.predict(["a good film"], "sst")[0].label
 
@@ -115,7 +122,15 @@ def test_other_columns_of_a_jsonl_file_are_text(trained, tmp_path):
         ("a.csv", "sentence,x\na,b\na\n", {}, "a.csv:3: 1 fields"),
         ("a.csv", "sentence,prediction\na,b\n", {}, "a column 'prediction' already"),
         ("a.csv", "sentence\na\n", {"top": 6}, "--top is 6 .expected 1 to 5"),
-        ("a.csv", "sentence\na\n", {"task": None}, "no task is given"),
+        ("a.csv", "sentence\na\n", {"task": None}, "0 columns named 'task'"),
+        (
+            "a.csv",
+            "task,sentence\nsts,a\n",
+            {"task": None},
+            "a.csv:2: column 'sentence1'",
+        ),
+        ("a.csv", "task,sentence\nx,a\n", {"task": None}, "a.csv:2: column 'task' is 'x'"),
+        ("a.csv", "sentence\na\n", {"task": None, "course": True}, "cs224n has sst, quora, sts"),
         ("a.csv", "sentence\n\xff\n", {}, "a.csv:2: not UTF-8"),
         (
             "a.jsonl",
