@@ -16,13 +16,14 @@ def exit_code(arguments: list[str]) -> int:
     """
     try:
         # Imported here, so that Ctrl-C during the import is an interruption like any other.
-        from cyclopts import CycloptsError
-        from cyclopts.exceptions import UnknownOptionError, UnusedCliTokensError
+        from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
         from fastlora.cli.commands import app
         from fastlora.cli.options import name_here
 
         try:
+            if os.environ.get("WORLD_SIZE", "1") != "1" and arguments[:1] != ["train"]:
+                raise UserError("only training runs in several processes; start without torchrun")
             app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
             sys.stdout.flush()
         except BrokenPipeError:

@@ -143,7 +143,9 @@ def evaluate(
     rules = {"pairs": trained.settings["pairs"], "quoting": how.quoting, "bad_rows": how.bad_rows}
     datasets = load_tasks(folder, tasks, split, trained.tokenizer, **rules, limit=settings.limit)
     log = Log(quiet=False)
-    log.line(f"{run} on {folder}")
+    shares = [t for t in tasks if t.dev_share and split == "dev"]
+    parts = [f"; {t.name}: its dev split, {t.dev_share:.0%} of {t.files['train']}" for t in shares]
+    log.line(f"{run} on {folder}{''.join(parts)}")
     outputs = predictor.predict(trained.model, datasets)
     log.table(*predictor.score_table(trained.model, datasets, outputs, split))
     for table in predictor.class_tables(datasets, outputs):
@@ -169,7 +171,6 @@ def predict(
     """Add predictions and probabilities to the rows of a file, which needs no labels.
 
     fastlora predict runs/mine new.csv --top 3
-    fastlora predict runs/mine mixed.jsonl      # its column "task" names the task of each row
     fastlora predict runs/mine - --task sst < lines.txt | head
     fastlora predict runs/mine ids-sst-dev.csv --task sst --format cs224n
     """

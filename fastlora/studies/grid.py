@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fastlora.console import Log, format_scores
-from fastlora.errors import Interrupted, RunError, UserError
+from fastlora.errors import Interrupted, RunError
 from fastlora.multitask.predictor import write_rows
 from fastlora.runs import pages
 from fastlora.runs.report import trained_share
@@ -20,7 +20,7 @@ from fastlora.runs.session import read_result, run_description, run_prepared
 from fastlora.studies.paper_tables import COURSE, TABLES, Row
 from fastlora.training.config import TrainConfig
 from fastlora.training.distributed import World
-from fastlora.training.inputs import Inputs, rank_and_world
+from fastlora.training.inputs import Inputs
 from fastlora.training.setup import Setup, prepare, read_encoder
 from fastlora.training.stopping import Stop
 
@@ -38,8 +38,6 @@ Record = dict[str, Any]  # the value of each column of a row, or None
 
 def begin(config: TrainConfig, inputs: Inputs, quiet: bool, stop: Stop) -> tuple[Setup, Log]:
     """Prepare and describe the setup that a study's runs share; returns it and their log."""
-    if rank_and_world()[1] > 1:
-        raise UserError("a study runs in one process; start it without torchrun")
     log, setup = Log(quiet), prepare(config, inputs)
     setup = replace(setup, loaded=read_encoder(inputs.source), stop=stop)
     log.fields(run_description(setup, World(setup.device)))

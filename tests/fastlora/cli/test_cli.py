@@ -394,6 +394,13 @@ def test_predict_reads_a_pipe(finished, tmp_path, capsys):
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("command", ["predict", "eval", "compare", "export", "search"])
+def test_only_training_runs_in_several_processes(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call([command, "runs/none"], capsys)
+    assert code == 2 and "start without torchrun" in err
+
+
 def test_predict_names_the_tasks(finished, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("sentence\na\n")
     code, _, err = call(["predict", finished, tmp_path / "new.csv"], capsys)
