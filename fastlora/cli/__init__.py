@@ -32,8 +32,8 @@ def exit_code(arguments: list[str]) -> int:
             return 141
         except (UserError, CycloptsError, RunError, OSError, MemoryError) as error:
             hint = "a list has commas, as in --tasks sst,quora,sts"
-            said = str(error) or "out of memory"
-            text = f"{said} {hint * isinstance(error, UnusedCliTokensError)}"
+            text = str(error) or "out of memory"
+            text += f" {hint}" * isinstance(error, UnusedCliTokensError)
             if isinstance(error, UnknownOptionError):
                 text = name_here(str(error.token.keyword or error.token.value)) or text
             print("error:", " ".join(text.split()), file=sys.stderr)

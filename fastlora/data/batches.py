@@ -168,12 +168,11 @@ def collate(
 
 def _targets(task: Task, labels: np.ndarray) -> Tensor:
     """Labels [n] in the form of `Batch.labels`."""
-    if task.kind != "regression":
-        kind = np.int64 if task.kind == "classification" else np.float32
-        return torch.from_numpy(labels.astype(kind))
-    # In fp64, because fp32 rounds labels that are large compared to their range, such as dates.
-    positions = (labels.astype(np.float64) - task.low) / (task.high - task.low)
-    return torch.from_numpy(positions.astype(np.float32))
+    if task.kind == "regression":
+        # In fp64, because fp32 rounds labels that are large compared to their range, such as dates.
+        labels = (labels.astype(np.float64) - task.low) / (task.high - task.low)
+    dtype = torch.int64 if task.kind == "classification" else torch.float32
+    return torch.from_numpy(labels).to(dtype)
 
 
 def _with_common_counts(batch: Batch) -> Batch:

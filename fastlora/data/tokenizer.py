@@ -130,6 +130,9 @@ def _read(folder: Path) -> Any:
     """The fast tokenizer that transformers reads from a folder, without its warnings."""
     from transformers import AutoTokenizer  # imported here, because it takes a second
 
+    model = read_json(file).get("model") if (file := folder / "tokenizer.json").is_file() else None
+    if isinstance(model, dict) and str in {type(model.get(key)) for key in ("vocab", "merges")}:
+        raise ValueError("tokenizer.json names another file, which transformers would read")
     logger = logging.getLogger("transformers")
     with _LOGGER_LOCK:
         level = logger.level

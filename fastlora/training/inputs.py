@@ -83,12 +83,10 @@ def find_inputs(config: TrainConfig, why: str = "as given", beside: Path | None 
         demo = why_data.startswith("demo")
         model = "minilm" if demo else "bert-base-uncased"
         why_model = f"the default on {'the demo corpus' if demo else 'real data'}"
-    source = resolve(model)
-    model = source.again
+    model = (source := resolve(model)).again
     for path in map(str, (folder, model, config.add_to, Path(config.out or "").absolute())):
         if path != path.encode(errors="replace").decode():  # in an ASCII locale, any other letter
-            remedy = "rename it, or set PYTHONUTF8=1"
-            raise UserError(f"{path}: is not UTF-8, which a run's files need; {remedy}")
+            raise UserError(f"{path}: is not UTF-8; rename it, or set PYTHONUTF8=1")
     return Inputs(folder, why_data, tasks, model, why_model, source)
 
 

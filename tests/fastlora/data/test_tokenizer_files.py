@@ -272,3 +272,14 @@ def test_types_are_those_of_the_template_and_the_model_must_know_them(tmp_path, 
         known = "tokens of type 300 but the model has type_vocab_size 2"
         with pytest.raises(UserError, match=known):
             tokenizer.encode(["good"], ["film"])
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges"])
+def test_a_tokenizer_that_names_another_file_is_refused(tiny_model, tmp_path, key):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    Tokenizer.from_folder(folder)._backend.save(str(folder / "tokenizer.json"))
+    value = json.loads((folder / "tokenizer.json").read_text())
+    value["model"][key] = str(folder / "vocab.txt")
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"tokenizer\.json names another file"):
+        Tokenizer.from_folder(folder)
