@@ -90,7 +90,7 @@ class Groups:
 
     @classmethod
     def of(cls, layout: Layout, heads: int) -> Groups:
-        """The groups of a layout, one for each power of 2 of tokens; made once for all layers."""
+        """The groups of a layout, made once for all layers; lengths in one differ at most twofold."""
         if (key := ("groups", heads)) in layout.derived:
             return layout.derived[key]
         tokens = layout.batch * layout.length if layout.index is None else len(layout.index)
@@ -100,7 +100,7 @@ class Groups:
         token, real = token.gather(1, places), real.gather(1, places)
         counts = token.ge(0).sum(1)
         several = layout.batch * layout.length**2 * heads > _MANY
-        bucket = counts.clamp(min=1).log2().ceil().mul(several)
+        bucket = (counts.max() / counts.clamp(min=1)).log2().floor().mul(several)
         numbers, masked, found = torch.arange(heads + 3, device="cpu")[:, None], [], []
         for number in bucket.unique():
             rows = bucket.eq(number).nonzero()[:, 0]
