@@ -90,7 +90,7 @@ class Groups:
 
     @classmethod
     def of(cls, layout: Layout, heads: int) -> Groups:
-        """The groups of a layout, made once for all layers; lengths in one differ at most twofold."""
+        """The groups of a layout, made once for all layers: by halving the longest length."""
         if (key := ("groups", heads)) in layout.derived:
             return layout.derived[key]
         tokens = layout.batch * layout.length if layout.index is None else len(layout.index)
