@@ -22,8 +22,8 @@ from fastlora.kernels import drop, is_ordinary
 from fastlora.lora.layer import LoRALinear
 from fastlora.lora.together import project_together
 
-MIN_PADDING = 6  # tokens of padding from which packing pays
-MIN_PACKED_TOKENS = 96  # tokens from which it pays without padding: ours is the faster dropout
+MIN_PADDING = 16, 6  # in evaluation and in training: tokens of padding from which packing pays
+MIN_TOKENS = 1 << 40, 96  # and tokens from which it pays without: ours is the faster dropout
 # Arguments that no layer reads; any other argument needs the padded batch.
 _UNREAD = {"position_ids", "return_dict", "num_items_in_batch"}
 # Modules whose hooks are harmless here: those of transformers act only if a call asks for hidden
@@ -125,7 +125,7 @@ class Encoder(Swapped):
             return layout
         size = layout.batch * layout.length
         tokens = size if layout.index is None else len(layout.index)
-        if size - tokens < MIN_PADDING and (not self.training or tokens < MIN_PACKED_TOKENS):
+        if size - tokens < MIN_PADDING[self.training] and tokens < MIN_TOKENS[self.training]:
             return ""
         return _why_not_packed(self) or layout
 

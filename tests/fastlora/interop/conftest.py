@@ -12,7 +12,7 @@ from fastlora.kernels import forced_route
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
     """The fused form and packed tokens on small inputs, too, which run as before otherwise."""
-    monkeypatch.setattr(encoders, "MIN_PADDING", 0)
+    monkeypatch.setattr(encoders, "MIN_PADDING", (0, 0))
     with forced_route("reference"):
         yield
 

@@ -64,8 +64,8 @@ def test_each_call_sees_what_has_changed(pair, route):
 
 def test_little_padding_keeps_the_padded_batch(pair, monkeypatch):
     """Packing takes time, too; while training it saves PyTorch's slow dropout."""
-    monkeypatch.setattr(encoders, "MIN_PADDING", 3)
-    monkeypatch.setattr(encoders, "MIN_PACKED_TOKENS", 20)
+    monkeypatch.setattr(encoders, "MIN_PADDING", (3, 3))
+    monkeypatch.setattr(encoders, "MIN_TOKENS", (1 << 40, 20))
     ours, theirs = pair
     fastlora.accelerate(ours)
     packed = []
