@@ -11,7 +11,7 @@ import memory
 import numerics
 import peers
 import pytest
-from tally import Tally
+from tally import Tally, comparison, failure
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -62,8 +62,13 @@ def test_a_tally_with_anything_wrong_exits_1(capsys):
     tally = Tally("some")
     tally.add("right", "")
     assert tally.finish() == 0
-    tally.add("wrong", "seed 3")
-    assert tally.finish() == 1 and "WRONG seed 3" in capsys.readouterr().out
+    tally.add(comparison({"scores": 1, "adapter": 2}, {"scores": 1, "adapter": 3}), "seed 3")
+    assert tally.finish() == 1 and "WRONG seed 3: other adapter" in capsys.readouterr().out
+
+
+def test_a_verdict_says_how_a_command_ended():
+    assert failure(2, "a note\nerror: no such file") == "refused"
+    assert failure(70, "Traceback\nKeyError: 3") == "wrong: exit code 70, last line 'KeyError: 3'"
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tally import Tally, command, one_line, preload
+from tally import Tally, command, comparison, failure, preload
 from tiny import outcome, train_arguments, write_data, write_model
 
 WAYS = ("a bit", "a byte", "shorter", "longer", "empty", "a byte left out")
@@ -89,15 +89,15 @@ class Runs:
         path.write_bytes(change(path.read_bytes(), way, rng))
         code, text = self.report()
         if code:
-            return "refused" if one_line(code, text) else "wrong"
+            return failure(code, text)
         if state == "unfinished":
-            return "right" if outcome(self.out) == self.whole else "wrong"
-        if text != self.table:
-            return "wrong"
+            return comparison(outcome(self.out), self.whole)
+        table = text
         code, text = self.predict()
         if code:
-            return "refused" if one_line(code, text) else "wrong"
-        return "right" if text == self.predicted else "wrong"
+            return failure(code, text)
+        found = {"report": table, "predictions": text}
+        return comparison(found, {"report": self.table, "predictions": self.predicted})
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tally import Tally, command, one_line, preload
+from tally import Tally, command, comparison, failure, preload
 from tiny import outcome, train_arguments, write_data, write_model
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -111,11 +111,11 @@ class Killer:
         child = command(self.arguments(out), self.output)
         code = child.wait()
         if code:
-            return "refused" if one_line(code, child.text()) else "wrong"
-        same = outcome(out) == self.whole
+            return failure(code, child.text())
         left = [path.name for path in out.rglob(".*")]  # a continued run removes what was left
+        found = {**outcome(out), "leftovers": left}
         shutil.rmtree(out)
-        return "right" if same and not left else "wrong"
+        return comparison(found, {**self.whole, "leftovers": []})
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,8 @@ VERDICTS = ("right", "refused", "wrong")
 class Tally:
     """How often attempts ended right, were refused with a line, and went wrong.
 
-    Each wrong one is printed, with what is needed to make it again.
+    A verdict is one of `VERDICTS`, and may go on with a colon and what was seen. Each wrong one is
+    printed, with what is needed to make it again.
     """
 
     def __init__(self, name: str) -> None:
@@ -25,9 +26,10 @@ class Tally:
 
     def add(self, verdict: str, what: str) -> None:
         """Count an attempt; `what` describes it."""
-        self.counts[verdict] += 1
-        if verdict == "wrong":
-            print(f"WRONG {what}", flush=True)
+        kind, _, seen = verdict.partition(": ")
+        self.counts[kind] += 1
+        if kind == "wrong":
+            print(f"WRONG {what}{seen and ': '}{seen}", flush=True)
 
     def finish(self) -> int:
         """Print the one line of counts; returns the exit code, 1 if anything went wrong."""
@@ -108,16 +110,15 @@ class Child:
 
     def wait(self, seconds: float = 120) -> int:
         """The exit code, or the negative number of the signal that ended it; -99 for a hang."""
-        start = time.monotonic()
-        while True:
+        # Time in which this process is stopped, as its child may be, does not count.
+        for _ in range(round(seconds / 0.002)):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 return os.waitstatus_to_exitcode(status)
-            if time.monotonic() - start > seconds:
-                self.kill()
-                os.waitpid(self.pid, 0)
-                return -99
             time.sleep(0.002)
+        self.kill()
+        os.waitpid(self.pid, 0)
+        return -99
 
     def text(self) -> str:
         """What it has printed."""
@@ -140,3 +141,16 @@ def one_line(code: int, text: str) -> bool:
     """Whether a command has ended in an error of one line, as it should if it cannot go on."""
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     return code in (1, 2) and "Traceback" not in text and len(errors) == 1
+
+
+def failure(code: int, text: str) -> str:
+    """The verdict on a command that has ended in an error."""
+    if one_line(code, text):
+        return "refused"
+    return f"wrong: exit code {code}, last line {''.join(text.splitlines()[-1:])!r}"
+
+
+def comparison(found: Mapping[str, object], whole: Mapping[str, object]) -> str:
+    """The verdict on results that should be as those of the `whole` run, by their names."""
+    other = [n for n in {**whole, **found} if found.get(n, "none") != whole.get(n, "none")]
+    return f"wrong: other {', '.join(other)}" if other else "right"
