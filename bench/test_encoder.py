@@ -11,7 +11,7 @@ from fastlora import LoraConfig, inject, pack
 from fastlora.bert.config import BertConfig
 from fastlora.bert.layout import Layout
 from fastlora.bert.model import BertModel
-from fastlora.multitask.model import fuse_projections
+from fastlora.multitask.model import fuse
 from fastlora.training.setup import PARTS
 
 SHAPE = dict(
@@ -44,7 +44,7 @@ class Encoders:
             self.models[f"peft {attention}"] = peft.get_peft_model(base, setting)
         ours = BertModel(BertConfig(**SHAPE, **rates), PARTS)
         ours.load_state_dict({n: t for n, t in weights.items() if "position_ids" not in n})
-        fuse_projections(ours)
+        fuse(ours)
         inject(ours, LoraConfig(r=RANK, alpha=16, dropout=dropout))
         self.models["fastlora"] = ours
         for model in self.models.values():

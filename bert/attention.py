@@ -36,11 +36,9 @@ def attention(
     if own and bias is None and (p or layout.length < LONG):
         return _CpuAttention.apply(qkv, dropout, Groups.of(layout, heads), scale)
     q, k, v = layout.pad(qkv).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # [B, h, S, d]
-    mask = layout.mask
+    mask, least = layout.mask, torch.finfo(q.dtype).min / 2
     if bias is not None:
-        mask = bias.to(q.dtype)
-        if layout.mask is not None:
-            mask = mask.masked_fill(~layout.mask, torch.finfo(q.dtype).min / 2)
+        mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, least)
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
     return layout.unpad(context.transpose(1, 2).flatten(2))
 

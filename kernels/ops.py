@@ -8,7 +8,6 @@ subclasses, the meta device, export, `torch.func`, forward-mode derivatives, and
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from fastlora.kernels import reference
 from fastlora.kernels.autograd import run
 from fastlora.kernels.call import PLAIN_TYPES, Call, Copies, Packed, Term, is_ordinary
+from fastlora.kernels.cpu import route as cpu_route
 from fastlora.kernels.dropout import draw_seed
 from fastlora.kernels.routes import forced, route
 from fastlora.kernels.selfcheck import is_capturing
@@ -95,6 +95,19 @@ def lora_linear(
     return lora_grouped(x, weight, bias, [Term(lora_A, lora_B, scale, dropout_p)], seed)
 
 
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, packed: Packed | None = None
+) -> Tensor:
+    """gelu(x W^T + b) [..., N]; without gradients on a CPU, oneDNN's product applies GELU."""
+    usual = is_ordinary(x) and is_ordinary(weight) and weight.dtype == x.dtype == _compute_dtype(x)
+    if torch.is_grad_enabled() or is_small(x, len(weight)) or not usual:
+        y = lora_grouped(x, weight, bias, (), packed=packed)
+        return nn.functional.gelu(y, approximate=approximate)
+    call = Call(weight, (), None, copies_of(x, packed, weight))
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return cpu_route.product(rows, bias, call, gelu=approximate).view(*x.shape[:-1], len(weight))
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that is faster on a CPU while its weight is frozen."""
 
@@ -102,12 +115,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        parts: Any = self._parameters  # PyTorch's look-ups by name cost more than all else here
-        plain = "weight" in parts and "bias" in parts  # else parametrised
-        weight, bias = (parts["weight"], parts["bias"]) if plain else (self.weight, self.bias)
-        if is_small(input, self.out_features) or torch.compiler.is_compiling():
-            return nn.functional.linear(input, weight, bias)
-        return lora_grouped(input, weight, bias, (), packed=self.packed_for(input))
+        return lora_grouped(input, self.weight, self.bias, (), None, self.packed_for(input))
 
     def packed_for(self, input: Tensor) -> Packed | None:
         """The packed copies that a product with this input uses."""

@@ -50,7 +50,8 @@ def inject(
         targets.check_layer(model, name, adapter, settings)
     layers, seed = lora_layers(model), draw_number()
     known = adapter_names(layers.values())
-    injected, added = dict[str, LoRALinear](), list[tuple[LoRALinear, str]]()
+    injected: dict[str, LoRALinear] = {}
+    added: list[tuple[LoRALinear, str]] = []
     try:
         for name, adapter, settings in plan:
             layer: Any = model.get_submodule(name)

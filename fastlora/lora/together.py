@@ -14,7 +14,6 @@ from fastlora.kernels import Linear, Packed, Term, lora_grouped
 from fastlora.kernels.ops import copies_of, is_small
 from fastlora.lora.layer import PLAIN, LoRALinear
 
-OURS = (LoRALinear.forward,)
 hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -41,7 +40,7 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     products: list[Product] = []
     for layer in layers:
         column = sum(len(other.weight) for other in products)
-        if (product := _product(layer, x, column)) is None:
+        if (product := product_of(layer, x, column)) is None:
             break
         products.append(product)
     weights, biases = [p.weight for p in products], [p.bias for p in products if p.bias is not None]
@@ -61,7 +60,7 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     return lora_grouped(x, weight, bias, terms, seed, None if copies.kept is None else inner)
 
 
-def _product(layer: Any, x: Tensor, column: int) -> Product | None:
+def product_of(layer: Any, x: Tensor, column: int = 0) -> Product | None:
     """The layer's part of a joint product, from this column on; None if its call does more."""
     if not isinstance(layer, nn.Linear):
         known = hasattr(layer, "product") and not has_hooks(layer)
@@ -77,7 +76,7 @@ def call_is_plain(layer: nn.Linear) -> bool:
     """Whether a call of the layer is x W^T + b, with adapters or without, and nothing else."""
     ours, parameters = isinstance(layer, LoRALinear) and layer.base_is_plain, layer._parameters
     return bool(
-        type(layer).forward in (OURS if ours else PLAIN)
+        type(layer).forward in ((LoRALinear.forward,) if ours else PLAIN)
         and type(parameters.get("weight")) is nn.Parameter
         and "bias" in parameters
         and not has_hooks(layer)

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.bert.model import BertModel, SelfAttention
+from fastlora.bert.model import BertModel, Layer, SelfAttention
 from fastlora.data.batches import Batch
 from fastlora.data.tasks import Task
 from fastlora.errors import UserError
-from fastlora.kernels import draw_seed
+from fastlora.kernels import draw_seed, linear_gelu
 from fastlora.lora.config import LoraConfig
 from fastlora.lora.layer import DEFAULT, LoRALinear, draw_number
 from fastlora.lora.model import inject, use_adapter
 from fastlora.lora.routing import Segment
-from fastlora.lora.together import project_together
+from fastlora.lora.together import has_hooks, product_of, project_together
 from fastlora.multitask.heads import head_class
 
 
@@ -32,11 +32,25 @@ def project(attention: SelfAttention, x: Tensor) -> Tensor:
     return project_together((attention.query, attention.key, attention.value), x)
 
 
-def fuse_projections(encoder: BertModel) -> None:
-    """Compute query, key and value of each layer as one product."""
+class FusedDense(nn.Sequential):
+    """A linear layer and its activation, as one operation where no gradient is needed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        linear, activation = self
+        found = None if torch.is_grad_enabled() else product_of(linear, input)
+        if not found or found.terms or type(activation) is not nn.GELU or has_hooks(activation):
+            return super().forward(input)
+        return linear_gelu(input, *found[:2], activation.approximate, found.packed)
+
+
+def fuse(encoder: BertModel) -> None:
+    """Compute query, key and value as one product, and GELU with what it is applied to."""
     for module in encoder.modules():
         if isinstance(module, SelfAttention):
             module.projection = project
+        elif isinstance(module, Layer):
+            module.intermediate.__class__ = FusedDense
 
 
 class MultitaskBert(nn.Module):
@@ -50,7 +64,7 @@ class MultitaskBert(nn.Module):
     def __init__(self, encoder: BertModel, tasks: Mapping[str, Task], pairs: str) -> None:
         super().__init__()
         self.encoder = encoder
-        fuse_projections(encoder)
+        fuse(encoder)
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict()
         self.settings: dict[str, LoraConfig] = {}  # by the adapter's name

@@ -5,6 +5,7 @@ oneDNN's blocks up to 6% less again (two AVX-512 cores, MiniLM's and BERT-base's
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def saved_shape(call: Call, rows: int) -> tuple[int, ...]:
 
 def forward(x: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """y [M, N], and the terms' u."""
-    y = _product(x, bias, call)
+    y = product(x, bias, call)
     saved = x.new_empty(saved_shape(call, len(x)))
     for t, u, branch, block, keep in _terms(call, saved, x, y):
         branch = branch if keep is None else keep.mul_(branch)
@@ -36,7 +37,7 @@ def backward(
     grad: Tensor, x: Tensor | None, saved: Tensor, call: Call, need_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx [M, K] where needed, and dA, dB of each term. Without terms, x may be None."""
-    dx = _product(grad, None, call, transposed=True) if need_dx else None
+    dx = product(grad, None, call, transposed=True) if need_dx else None
     gradients = []
     for t, u, branch, g, keep in _terms(call, saved, x, grad):
         v = torch.addmm(u, g, t.lora_B.to(g.dtype), beta=0, alpha=t.c)  # [M_t, r]
@@ -63,8 +64,8 @@ def _terms(
         yield t, u, branch, y[t.start : t.stop, t.column : t.column + len(t.lora_B)], keep
 
 
-def _product(x: Tensor, bias: Tensor | None, call: Call, *, transposed: bool = False) -> Tensor:
-    """x W^T + b [M, N] of x [M, K]; with `transposed` x W [M, K] of x [M, N]. No autograd."""
+def product(x: Tensor, bias: Any, call: Call, transposed: bool = False, gelu: str = "") -> Tensor:
+    """x W^T + b [M, N], or `gelu` ("none", "tanh") of it; `transposed`: x W [M, K]. No autograd."""
     weight = call.weight.T if transposed else call.weight
     if not (
         x.device.type == "cpu"
@@ -75,11 +76,12 @@ def _product(x: Tensor, bias: Tensor | None, call: Call, *, transposed: bool = F
         and torch.backends.mkldnn.enabled
         and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     ):
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        return F.gelu(y, approximate=gelu) if gelu else y
     onednn = torch.ops.mkldnn
     if call.copies.kept is not None:
         weight = call.copies.get(
             (x.dtype, transposed),
             lambda: onednn._reorder_linear_weight(weight.detach().contiguous(), _BATCH_HINT),
         )
-    return onednn._linear_pointwise(x, weight, bias, "none", [], "")
+    return onednn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu)

@@ -75,13 +75,9 @@ def key_of(capability: int, dtype: torch.dtype, rows: int) -> str:
 def config(capability: int, dtype: torch.dtype, rows: int) -> Config:
     """The row of the user's measurements, or else the nearest shipped row."""
     key = key_of(capability, dtype, rows)
-    if key in MEASURED:
-        return MEASURED[key]
-    if dtype == torch.float32:
-        return SHIPPED["any/fp32"]
     chip, name, bucket = key.split("/")
-    nearest = (f"{chip}/{name}", f"{chip}/{bucket}", chip, "any")
-    return next(SHIPPED[row] for row in nearest if row in SHIPPED)
+    nearest = (key, f"{chip}/{name}", f"any/{name}", f"{chip}/{bucket}", chip, "any")
+    return next(table[row] for row in nearest for table in (MEASURED, SHIPPED) if row in table)
 
 
 def launch(
