@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainers import Job, gemm_rate, lengths_of, make_trainer, step_flops, wait
+from trainers import Job, dtype_of, gemm_rate, lengths_of, make_trainer, step_flops, wait
 
 from fastlora.bert.config import BertConfig
 
@@ -100,9 +100,9 @@ def main() -> None:
         steps.append(step())
         with calls:
             step()
-        rates.append(gemm_rate(config, int(tokens), trainer.device, trainer.setup.dtype))
+        rates.append(gemm_rate(config, int(tokens), trainer.device, dtype_of(trainer.setup)))
     plain, rate = statistics.median(steps), statistics.median(rates)
-    bandwidth, width = copy_rate(trainer.device), trainer.setup.dtype.itemsize
+    bandwidth, width = copy_rate(trainer.device), dtype_of(trainer.setup).itemsize
 
     useful = step_flops(config, lengths, trainer.config.mode == "full")
     least = useful / rate

@@ -10,7 +10,7 @@ import statistics
 from typing import Any
 
 import torch
-from trainers import Job, Work, gemm_rate, make_trainer, peak_memory, plan_of, train
+from trainers import Job, Work, dtype_of, gemm_rate, make_trainer, peak_memory, plan_of, train
 
 from fastlora.bert.config import BertConfig
 from fastlora.training.checkpoint import trainable
@@ -42,7 +42,7 @@ def serve(connection: Any, name: str, job: Job) -> None:
                     parameter.copy_(weights[key])
         elif request == "gemm":
             rows = trainer.config.tokens_per_batch
-            answer = gemm_rate(config, rows, trainer.device, trainer.setup.dtype)
+            answer = gemm_rate(config, rows, trainer.device, dtype_of(trainer.setup))
         elif request == "peak":
             answer = peak_memory(trainer.device)
         else:

@@ -27,7 +27,7 @@ from fastlora.training.config import TrainConfig
 from fastlora.training.distributed import World
 from fastlora.training.inputs import find_inputs
 from fastlora.training.loop import Trainer
-from fastlora.training.setup import Setup, build_model, prepare, to_compute
+from fastlora.training.setup import DTYPES, Setup, build_model, prepare, to_compute
 
 RANK, LR, FULL_LR = 32, 1e-3, 5e-5
 
@@ -65,6 +65,11 @@ class Job:
         return prepare(config, find_inputs(config))
 
 
+def dtype_of(setup: Setup) -> torch.dtype:
+    """The type that a contender computes in."""
+    return DTYPES[setup.config.precision]
+
+
 @dataclass(frozen=True)
 class Work:
     """What a contender did when it was asked."""
@@ -88,7 +93,7 @@ class HuggingFace(MultitaskBert):
             setup.inputs.source.folder,
             attn_implementation=attention,
             add_pooling_layer=False,
-            dtype=torch.float32 if setup.config.mode == "full" else setup.dtype,
+            dtype=torch.float32 if setup.config.mode == "full" else dtype_of(setup),
         )
         super().__init__(encoder, setup.inputs.tasks, setup.config.pairs)
         if setup.config.mode == "lora":
@@ -102,7 +107,7 @@ class HuggingFace(MultitaskBert):
             self.encoder = peft.get_peft_model(encoder, config)
         if compiled:
             self.encoder = torch.compile(self.encoder, dynamic=True)
-        self.dtype = setup.dtype
+        self.dtype = dtype_of(setup)
 
     def embed(self, batch: Batch) -> Tensor:
         """As the library's: fp32 [B, H]."""
