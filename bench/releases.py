@@ -4,7 +4,7 @@
     python bench/releases.py ../old --data data/
 
 Each side runs in a process of its own, with its own `.venv`, on the same batches of SST, Quora and
-STS (MiniLM-L6, LoRA with r = 32 on query and value, fp32). Prints the ratio of the times of the
+STS (MiniLM-L6, LoRA with r = 32 on query and value). Prints the ratio of the times of the
 pairs of turns, more than 1 if this checkout is faster, with its quartiles, and the mean losses.
 """
 
@@ -21,14 +21,14 @@ HERE = Path(__file__).resolve().parents[1]
 STEPS = 2  # a turn
 
 
-def serve(tree: Path, data: Path) -> None:
+def serve(tree: Path, data: Path, precision: str) -> None:
     """Train the batches that standard input names, and answer with seconds and the mean loss."""
     sys.path[0] = str(tree / "bench")  # that checkout's contenders, not this one's
     from trainers import Job, make_trainer, plan_of, train
 
     from fastlora.bert.config import BertConfig
 
-    trainer = make_trainer("fastlora", Job(data))
+    trainer = make_trainer("fastlora", Job(data, precision=precision))
     config = BertConfig.from_json(trainer.setup.inputs.source.folder / "config.json")
     plan = plan_of(trainer, "buckets")
     train(trainer, plan[:4], config)  # first calls pay for thread pools and packed weights
@@ -42,8 +42,9 @@ def serve(tree: Path, data: Path) -> None:
 class Side:
     """The process of one checkout."""
 
-    def __init__(self, tree: Path, data: Path) -> None:
+    def __init__(self, tree: Path, data: Path, precision: str) -> None:
         command = [tree / ".venv/bin/python", __file__, tree, "--data", data, "--serve"]
+        command += ["--precision", precision]
         # A side's threads sleep while the other has its turn.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
         self.process = subprocess.Popen(
@@ -66,12 +67,14 @@ def main() -> None:
     parser.add_argument("other", type=Path, help="the other checkout, installed in its .venv")
     parser.add_argument("--data", type=Path, required=True, help="folder of the CS224N files")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     other, data = args.other.resolve(), args.data.resolve()
     if args.serve:
-        return serve(other, data)
-    sides = {"other": Side(other, data), "this": Side(HERE, data)}
+        return serve(other, data, args.precision)
+    trees = {"other": other, "this": HERE}
+    sides = {name: Side(tree, data, args.precision) for name, tree in trees.items()}
     last = min(side.batches for side in sides.values()) - STEPS
     ratios = []
     for i in range(args.rounds):
