@@ -58,11 +58,15 @@ def timed(function):
 
 @pytest.fixture
 def compare(benchmark):
-    """Benchmark `ours` against `reference`, both functions without arguments, in turns."""
+    """Benchmark `ours` against `reference`, both functions without arguments, in turns.
 
-    def run(group, reference, ours, device, rounds=None, **facts):
+    Both run once before that, unless they have done so and are `warm`.
+    """
+
+    def run(group, reference, ours, device, rounds=None, warm=False, **facts):
         times = []
-        reference(), ours()  # first calls pay for compiling, packing and buffers
+        if not warm:
+            reference(), ours()  # first calls pay for compiling, packing and buffers
         benchmark.group = group
         benchmark.pedantic(
             lambda: timed(ours),

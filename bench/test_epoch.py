@@ -7,7 +7,7 @@ import pytest
 from race import race
 
 
-@pytest.mark.parametrize("name", ["peft sdpa", "peft eager", "full sdpa"])
+@pytest.mark.parametrize("name", ["peft sdpa", "full sdpa"])
 def test_epoch(benchmark, job, fastlora, name):
     group = f"epoch {job.device}: batches as each library makes them, ratio of fastlora to"
     race(benchmark, group, fastlora, name, job, "random", steps=3)

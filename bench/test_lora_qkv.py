@@ -3,7 +3,7 @@
 import pytest
 from implementations import NAMES, PLACES, Problem, measure
 
-SHAPES = [(512, 384), (512, 768), (4096, 384), (4096, 768)]
+SHAPES = [(512, 768), (4096, 384)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,7 +38,7 @@ class Job:
 
     data: Path | None = None
     model: str = "minilm"
-    limit: int = 300  # examples a task
+    limit: int = 200  # examples a task
     tokens: int = 1024  # a batch
     device: str = "cpu"
     precision: Any = "fp32"

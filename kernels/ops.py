@@ -115,6 +115,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if is_small(input, self.out_features):
+            return super().forward(input)
         return lora_grouped(input, self.weight, self.bias, (), None, self.packed_for(input))
 
     def packed_for(self, input: Tensor) -> Packed | None:

@@ -74,8 +74,7 @@ def key_of(capability: int, dtype: torch.dtype, rows: int) -> str:
 
 def config(capability: int, dtype: torch.dtype, rows: int) -> Config:
     """The row of the user's measurements, or else the nearest shipped row."""
-    key = key_of(capability, dtype, rows)
-    chip, name, bucket = key.split("/")
+    chip, name, bucket = (key := key_of(capability, dtype, rows)).split("/")
     nearest = (key, f"{chip}/{name}", f"any/{name}", f"{chip}/{bucket}", chip, "any")
     return next(table[row] for row in nearest for table in (MEASURED, SHIPPED) if row in table)
 
