@@ -16,7 +16,7 @@ from implementations import PLACES
 from race import Contender
 from trainers import Job
 
-ROUNDS = {"cpu": 9, "cuda": 50}
+ROUNDS = {"cpu": 7, "cuda": 50}
 
 
 def pytest_addoption(parser):
@@ -58,15 +58,11 @@ def timed(function):
 
 @pytest.fixture
 def compare(benchmark):
-    """Benchmark `ours` against `reference`, both functions without arguments, in turns.
+    """Benchmark `ours` against `reference`, both functions without arguments, in turns."""
 
-    Both run once before that, unless they have done so and are `warm`.
-    """
-
-    def run(group, reference, ours, device, rounds=None, warm=False, **facts):
+    def run(group, reference, ours, device, rounds=None, **facts):
         times = []
-        if not warm:
-            reference(), ours()  # first calls pay for compiling, packing and buffers
+        reference(), ours()  # first calls pay for compiling, packing and buffers
         benchmark.group = group
         benchmark.pedantic(
             lambda: timed(ours),

@@ -8,6 +8,8 @@ with a list of texts and end with a list of labels.
 
 import csv
 import json
+import statistics
+import time
 from itertools import cycle, islice
 
 import pytest
@@ -66,49 +68,61 @@ def rows(texts, tmp_path_factory):
     return path
 
 
-def test_pipeline(compare, trained, texts, rows, tmp_path):
+def pipeline_side(model, folder):
+    """The labels of sentences by transformers' pipeline."""
     from transformers import pipeline
 
-    model, _ = trained
-    export(model, "sst", tmp_path / "merged", merged=True)
-    other = pipeline("text-classification", str(tmp_path / "merged"), device="cpu")
-    labels = [found["label"] for found in other(texts[:500], batch_size=BATCH, truncation=True)]
-    compare(
-        "predict cpu: 5,000 sentences of SST in random order, ratio to",
-        lambda: other(texts, batch_size=BATCH, truncation=True),
-        lambda: predict_file(model, rows, rows.with_name("answers.csv")),
-        "cpu",
-        rounds=ROUNDS,
-        warm=True,
-        name="transformers.pipeline, batch 32",
-        agrees=same_labels(model.predict(texts[:500]), labels),
-    )
+    export(model, "sst", folder, merged=True)
+    run = pipeline("text-classification", str(folder), device="cpu")
+    return lambda sentences: [
+        found["label"] for found in run(sentences, batch_size=BATCH, truncation=True)
+    ]
 
 
-def test_sentence_transformers(compare, trained, texts, rows, tmp_path):
+def encode_side(model, folder):
+    """The labels of sentences by sentence-transformers and the head."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    model, _ = trained
-    merge_encoder(model, "sst", tmp_path / "encoder")
-    words = Transformer(str(tmp_path / "encoder"))
+    merge_encoder(model, "sst", folder)
+    words = Transformer(str(folder))
     pooling = Pooling(words.get_embedding_dimension(), "mean")
-    other = sentence_transformers.SentenceTransformer(modules=[words, pooling], device="cpu")
-    head = model.model.heads["sst"]
-    names = model.tasks["sst"].labels
+    encoder = sentence_transformers.SentenceTransformer(modules=[words, pooling], device="cpu")
+    head, names = model.model.heads["sst"], model.tasks["sst"].labels
 
-    def predict(sentences):
-        states = other.encode(sentences, batch_size=BATCH, convert_to_tensor=True)
+    def run(sentences):
+        states = encoder.encode(sentences, batch_size=BATCH, convert_to_tensor=True)
         with torch.inference_mode():
             return [names[i] for i in head(states).argmax(-1).tolist()]
 
-    compare(
-        "predict cpu: 5,000 sentences of SST in random order, ratio to",
-        lambda: predict(texts),
-        lambda: predict_file(model, rows, rows.with_name("answers.csv")),
-        "cpu",
-        rounds=ROUNDS,
-        warm=True,
-        name="sentence-transformers encode and a head",
-        agrees=same_labels(model.predict(texts[:500]), predict(texts[:500])),
-    )
+    return run
+
+
+def test_predict(benchmark, trained, texts, rows, tmp_path):
+    model, _ = trained
+    others = {
+        "transformers.pipeline, batch 32": pipeline_side(model, tmp_path / "merged"),
+        "sentence-transformers encode, a head": encode_side(model, tmp_path / "encoder"),
+    }
+    few = texts[:500]
+    agrees = all(same_labels(model.predict(few), other(few)) for other in others.values())
+    times = {name: [] for name in others}
+
+    def theirs():
+        for name, other in others.items():
+            start = time.perf_counter()
+            other(texts)
+            times[name].append(time.perf_counter() - start)
+
+    benchmark.group = "predict cpu: 5,000 sentences of SST in random order, ratio to"
+    predict = lambda: predict_file(model, rows, rows.with_name("answers.csv"))  # noqa: E731
+    benchmark.pedantic(predict, setup=theirs, rounds=ROUNDS)
+    ours = benchmark.stats.stats.data
+    facts = {}
+    for name in others:
+        ratios = sorted(a / b for a, b in zip(times[name], ours, strict=True))
+        facts[name] = statistics.median(ratios), ratios[0], ratios[-1]
+    (name, (ratio, low, high)), *more = facts.items()
+    notes = [f"{other:<20} {r:5.2f}x [{a:.2f}, {b:.2f}]" for other, (r, a, b) in more]
+    took = {"milliseconds": 1e3 * statistics.median(ours), "notes": notes}
+    benchmark.extra_info.update(name=name, ratio=ratio, low=low, high=high, agrees=agrees, **took)
