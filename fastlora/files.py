@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EPIPE
+from glob import escape
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,16 +26,18 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
     check_replaceable(path)
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.fastlora_{os.getpid()}")
     try:
         # A report contains the name of its folder, which may not be UTF-8.
         with naming(path), temporary.open("w", -1, "utf-8", "backslashreplace", "") as file:
+            _lock(file.fileno())
             yield file
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        _remove_leftovers(path)
 
 
 @contextmanager
@@ -71,8 +73,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     under the name `path`, or beside it under a name that begins with a dot.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    old = Path(f"{building}.old")
+    building = Path(tempfile.mkdtemp(prefix=f".{path.name}-fastlora_", dir=path.parent))
+    old, held = Path(f"{building}.old"), os.open(building, os.O_RDONLY)
+    _lock(held)
     try:
         building.chmod(0o755)
         with naming(path):
@@ -83,18 +86,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(building, path)
         _sync(path.parent)
+        _remove_leftovers(path)
     finally:
+        os.close(held)
         with suppress(OSError):  # there is an old folder only if the new one was not renamed
             os.rename(old, path)
         for folder in (building, old):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left of `atomic_open` and `atomic_folder` in a locked folder."""
-    for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+(\.\d+|-\w{8}(\.old)?)", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed left of writing a file or folder."""
+    for left in list(path.parent.glob(f".{escape(path.name)}[.-]fastlora_*")):
+        with suppress(OSError):
+            if _lock(descriptor := os.open(left, os.O_RDONLY)):
+                shutil.rmtree(left, True) if left.is_dir() else left.unlink()
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; returns whether that was possible."""
+    with suppress(ImportError, OSError):  # of Windows and of file systems without locks
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _sync(path: Path) -> None:
@@ -124,6 +141,16 @@ def require(path: Path) -> None:
     elif path.suffix == ".safetensors" and (pickles := sorted(path.parent.glob("*.bin"))):
         hint = f"{pickles[0].name} is a pickle and is not read; save_pretrained writes safetensors"
     raise UserError(f"{path}: cannot be read: no such file ({hint})")
+
+
+def read_content(path: Path) -> bytes:
+    """Read a whole file; UserError if it is unreadable, a device or a pipe, which may never end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be read: not a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+import threading
 
 from fastlora.training.stopping import Stop
 
@@ -12,6 +13,9 @@ from fastlora.training.stopping import Stop
 def command_stop() -> Stop:
     """Keep freed memory, and return a request to stop that Ctrl-C and SIGTERM set."""
     keep_freed_memory()
+    # A full disk in TensorBoard's thread is an error of the main thread, too, which reports it.
+    report = threading.excepthook
+    threading.excepthook = lambda e: None if issubclass(e.exc_type, OSError) else report(e)
     return Stop(signal.SIGINT, signal.SIGTERM)
 
 

@@ -206,7 +206,7 @@ def subset(data: TaskData, examples: np.ndarray) -> TaskData:
 
 def _shares(sizes: np.ndarray, sampling: str, factors: np.ndarray | float = 1.0) -> np.ndarray:
     """Divide sizes.sum() examples among the tasks, their shares multiplied by factors [tasks]."""
-    weights = factors * sizes ** sampling_exponent(sampling)
+    weights = factors * (sizes / sizes.max()) ** sampling_exponent(sampling)
     ends = np.cumsum(weights)
     # The cumulative sums are rounded, so that the shares add up to the sum of the sizes.
     return np.diff(np.round(sizes.sum() * ends / ends[-1]), prepend=0).astype(np.int64)

@@ -16,6 +16,7 @@ import numpy as np
 from fastlora.data.tasks import Task, label_text, split_names
 from fastlora.data.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError, in_place_of
+from fastlora.files import read_content
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,6 @@ class TaskData:
     def __len__(self) -> int:
         """Count the examples."""
         return len(self.ids)
-
-
-def read_content(path: Path) -> bytes:
-    """Read a whole file; UserError if it is unreadable, a device or a pipe, which may never end."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: cannot be read: not a regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_rows(
@@ -247,7 +238,8 @@ def _csv_records(
                 return
             except csv.Error as error:
                 remedy = "double the quotes in a quoted field, or pass --quoting none"
-                yield line + 1, ValueError(f"the quotes do not balance: {error}; {remedy}")
+                long = "a text is long (it is safe in JSONL), or " * ("limit" in str(error))
+                yield line + 1, ValueError(f"{long}the quotes do not balance: {error}; {remedy}")
                 line += 1
                 drop(1)
     finally:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fastlora.data.reading import TaskData, encode_rows, read_content, read_rows
+from fastlora.data.reading import TaskData, encode_rows, read_rows
 from fastlora.data.tasks import Task
 from fastlora.data.tokenizer import Encoded, Tokenizer
 from fastlora.errors import UserError
-from fastlora.files import atomic_folder, cache_folder
+from fastlora.files import atomic_folder, cache_folder, read_content
 
 # Raise it when the code gives other tokens or stores them differently.
 _FORMAT = 7

@@ -16,17 +16,8 @@ from fastlora.data.reading import TaskData
 from fastlora.devices import memory_errors, usual_modes
 from fastlora.errors import RunError
 from fastlora.files import atomic_open
+from fastlora.multitask import metrics as scoring
 from fastlora.multitask.heads import SimilarityHead
-from fastlora.multitask.metrics import (
-    Prediction,
-    class_table,
-    label_texts,
-    majority,
-    metrics,
-    predicted_values,
-    predictions_from,
-    score,
-)
 from fastlora.multitask.model import MultitaskBert
 
 EVAL_TOKENS = 4096
@@ -94,19 +85,19 @@ def check_finite(data: TaskData, outputs: np.ndarray) -> None:
 
 def predictions(
     model: MultitaskBert, datasets: Mapping[str, TaskData]
-) -> dict[str, list[Prediction]]:
+) -> dict[str, list[scoring.Prediction]]:
     """Each task's predictions, in its examples' order; RunError where an output is not finite."""
     outputs = predict(model, datasets)
     for name, data in datasets.items():
         check_finite(data, outputs[name])
-    return {name: predictions_from(data.task, outputs[name]) for name, data in datasets.items()}
+    return {n: scoring.predictions_from(d.task, outputs[n]) for n, d in datasets.items()}
 
 
 def scores_of(
     datasets: Mapping[str, TaskData], outputs: Mapping[str, np.ndarray]
 ) -> dict[str, float | None]:
     """Each task's score."""
-    return {name: score(data.task, outputs[name], data.labels) for name, data in datasets.items()}
+    return {n: scoring.score(d.task, outputs[n], d.labels) for n, d in datasets.items()}
 
 
 def untouched_metrics(
@@ -122,7 +113,7 @@ def untouched_metrics(
     for name, (u, v) in states.items():
         task, cosines = pairs[name].task, torch.cosine_similarity(u, v, dim=-1)
         outputs = task.low + (task.high - task.low) * cosines.double().unsqueeze(1)
-        found[name] = metrics(task, outputs.numpy(), pairs[name].labels)
+        found[name] = scoring.metrics(task, outputs.numpy(), pairs[name].labels)
     return found
 
 
@@ -142,8 +133,8 @@ def score_table(
         check_finite(data, outputs[name])
     untouched, rows = untouched_metrics(model, datasets), []
     for name, data in datasets.items():
-        task, constant = data.task, majority(data.task, data.labels)
-        found = metrics(task, outputs[name], data.labels) or {task.metric: None}
+        task, constant = data.task, scoring.majority(data.task, data.labels)
+        found = scoring.metrics(task, outputs[name], data.labels) or {task.metric: None}
         for metric in found:
             if metric == task.metric or not metric.startswith("f1:"):
                 figures = (values.get(metric) for values in (found, constant, untouched[name]))
@@ -157,7 +148,7 @@ def class_tables(
     """Tables by class (header, rows), of tasks with three or weighted classes, or of `every`."""
     least = 1 if every else 3
     return [
-        class_table(data.task, outputs[name], data.labels)
+        scoring.class_table(data.task, outputs[name], data.labels)
         for name, data in datasets.items()
         if data.labels is not None and (len(data.task.labels) >= least or data.task.class_weights)
     ]
@@ -166,11 +157,11 @@ def class_tables(
 def write_predictions(path: Path, data: TaskData, outputs: np.ndarray) -> None:
     """Write a CSV of id, prediction and, where known, label; RunError as `check_finite`."""
     check_finite(data, outputs)
-    found = label_texts(data.task, predicted_values(data.task, outputs))
+    found = scoring.label_texts(data.task, scoring.predicted_values(data.task, outputs))
     header, columns = ["id", "prediction"], [data.ids, found]
     if data.labels is not None:
         header.append(data.task.label)
-        columns.append(label_texts(data.task, data.labels))
+        columns.append(scoring.label_texts(data.task, data.labels))
     write_rows(path, header, zip(*columns, strict=True))
 
 

@@ -21,7 +21,7 @@ import torch
 
 from fastlora.data.reading import TaskData
 from fastlora.errors import UserError, in_place_of
-from fastlora.files import atomic_open, naming, read_json, remove_leftovers, write_json
+from fastlora.files import atomic_open, naming, read_json, write_json
 from fastlora.multitask.files import HEADS_INFO
 from fastlora.training.checkpoint import check_inputs
 from fastlora.training.config import TrainConfig
@@ -89,14 +89,11 @@ def open_run(
         # A process that was killed may have left these, or temporary files such as .env.json.123.
         first = (LOCK, ENVIRONMENT, INPUTS, DATA, settings)
         if not all(name.lstrip(".").startswith(first) for name in names):
-            raise UserError(
-                f"{folder}: exists and holds other things (no {settings}); use a new --out"
-            )
+            what = f"exists and holds other things (no {settings})"
+            raise UserError(f"{folder}: {what}; use a new --out")
     with in_place_of(OSError, UserError, "the run's folder cannot be made: "):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for part in ("", "adapter", "plots", "predictions"):
-            remove_leftovers(folder / part)
         if (folder / settings).exists():
             check_run(folder, inputs)
         else:
@@ -110,21 +107,19 @@ def open_run(
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder until the block ends; UserError if another process holds the lock."""
+    """Lock a folder until the block or the process ends; UserError if another holds the lock."""
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             import fcntl  # Windows does not have it
 
-            # The system releases this lock when the process ends.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
             raise UserError(f"{folder}: {holder} is running in it; use a new --out") from None
         except (ImportError, OSError) as error:
-            warnings.warn(
-                f"{folder} cannot be locked ({error}): start no second run in it", stacklevel=2
-            )
+            what = f"{folder} cannot be locked ({error})"
+            warnings.warn(f"{what}: start no second run in it", stacklevel=2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

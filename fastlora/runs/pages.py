@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastlora.errors import RunError, in_place_of
 from fastlora.files import atomic_open
 
 if TYPE_CHECKING:  # matplotlib is optional; other modules take these names from here
@@ -58,7 +59,8 @@ def plot(
     """
     if not find_spec("matplotlib"):
         return None
-    from matplotlib import rc_context
+    with in_place_of(ValueError, RunError, "matplotlib cannot be used: "):  # a wrong MPLBACKEND
+        from matplotlib import rc_context
     from matplotlib.figure import Figure  # pyplot would keep the figure in a global list
 
     rows, picture = math.ceil(panels / 3), BytesIO()

@@ -221,7 +221,5 @@ def _finish(trainer: Trainer, result: Result, folder: Path, base: BaseInfo) -> N
     write_report(folder, setup, model.settings, outputs, record)
     for table in (record["table"], *predictor.class_tables(setup.dev, outputs)):
         log.table(*table)
-    log.line(
-        f"{throughput(record)}; {WRITTEN[config.mode]} in {folder / 'adapter'}, report in "
-        f"{folder / 'report.html'}"
-    )
+    where = f"{folder / 'adapter'}, report in {folder / 'report.html'}"
+    log.line(f"{throughput(record)}; {WRITTEN[config.mode]} in {where}")

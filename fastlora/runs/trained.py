@@ -28,7 +28,7 @@ from fastlora.runs.session import ENCODER
 from fastlora.training.checkpoint import load_weights
 from fastlora.training.config import TrainConfig
 from fastlora.training.inputs import adapter_folder, checkpoint_of
-from fastlora.training.setup import PARTS
+from fastlora.training.setup import PARTS, find_route
 from fastlora.training.tuner import use_measured_blocks
 
 
@@ -109,7 +109,8 @@ def load(
     adapters.load_all(folder, net, tasks, base)
     if checkpoint := checkpoint_of(path):
         load_weights(checkpoint, net)
-    net = net.to(local_device(str(device))).eval()
+    find_route(where := local_device(str(device)), "fp32")  # raises for a wrong FASTLORA_ROUTE
+    net = net.to(where).eval()
     pack(net.encoder)  # which is safe because nobody else changes its frozen weights
     return Trained(net, tokenizer, source, tasks, settings)
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastlora.errors import RunError, UserError
-from fastlora.files import atomic_folder, read_json, write_json
+from fastlora.files import atomic_folder, read_content, read_json, write_json
 from fastlora.tensors import copy_tensors, read_tensors
 
 KEEP = 2  # checkpoints, besides the best
@@ -187,10 +187,12 @@ def load_checkpoint(
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
         progress = Progress(**state["progress"])
-        if not all(type(getattr(progress, k)) is type(v) for k, v in vars(Progress()).items()):
-            raise TypeError(f"progress is {state['progress']!r:.80}")
+        for key, default in vars(Progress()).items():
+            value = getattr(progress, key)
+            if type(value) is not type(default) or not (default == [] or 0 <= value < 2**63):
+                raise ValueError(f"{key} is {value!r:.80}")
         np.array(progress.sums, float).reshape(-1, 2)
-        [entry["epoch"] + entry["step"] + len(entry["scores"].keys()) for entry in progress.scores]
+        [entry["epoch"] + entry["step"] for entry in (*progress.scores, progress.best) if entry]
         return progress
     except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
         raise RunError(f"{path}: is not a checkpoint of this run ({error!r})") from error
@@ -222,4 +224,4 @@ def _damage(path: Path) -> str:
 
 def _digests(folder: Path) -> dict[str, str]:
     """The sha256 of each file of a checkpoint."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
+    return {name: hashlib.sha256(read_content(folder / name)).hexdigest() for name in FILES}

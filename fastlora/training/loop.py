@@ -20,17 +20,7 @@ from fastlora.errors import Diverged, Interrupted, RunError, in_place_of
 from fastlora.multitask.metrics import class_weights
 from fastlora.multitask.model import MultitaskBert, task_losses
 from fastlora.multitask.predictor import Features, predict, scores_of
-from fastlora.training.checkpoint import (
-    Progress,
-    check_finite,
-    checkpoint_at,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    start_checkpoints,
-    trainable,
-)
+from fastlora.training import checkpoint as checkpoints
 from fastlora.training.cuda_graphs import GraphedStep
 from fastlora.training.distributed import World
 from fastlora.training.metrics_log import METRICS, Metrics
@@ -66,19 +56,19 @@ class Trainer:
         self.folder, self.world, self.log = folder, world, log
         self.device, self.stop = setup.device, setup.stop
         self.optimizer = make_optimizer(model, self.config)
-        self.parameters = list(trainable(model).values())
+        self.parameters = list(checkpoints.trainable(model).values())
         # Tasks that share parameters are a group. The loss is averaged and the gradients are
         # clipped by group, so that what shares nothing trains as it would alone.
         group = {n: model.training_group(t) for t in model.tasks for n in (t, *model.adapters(t))}
         self.groups: dict[str, list[nn.Parameter]] = {name: [] for name in group.values()}
-        for name, parameter in trainable(model).items():
+        for name, parameter in checkpoints.trainable(model).items():
             self.groups[group.get(owner(name), "")].append(parameter)
         self.group_of = np.array([list(self.groups).index(group[task]) for task in setup.train])
         fp16 = self.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         # A scaler is initialised by its first loss, and a process may have none in the first step.
         self.scaler.scale(torch.zeros((), device=self.device))
-        self.progress = Progress()
+        self.progress = checkpoints.Progress()
         self.started: float | None = None  # when the steps began that `progress.seconds` lacks
         # Per task, on the device until logged: [summed loss, examples].
         self.sums = torch.zeros(len(setup.train), 2, device=self.device)
@@ -105,13 +95,14 @@ class Trainer:
         if self.folder is None:
             return False
         folder = self.folder / "checkpoints"
-        if (path := latest_checkpoint(folder, self.log.line)) is None:
+        if (path := checkpoints.latest_checkpoint(folder, self.log.line)) is None:
             if self.world.first:
                 logged = self.folder / METRICS
-                start_checkpoints(folder, began=logged.exists() and logged.stat().st_size > 0)
+                began = logged.exists() and logged.stat().st_size > 0
+                checkpoints.start_checkpoints(folder, began)
             return False
         state = (self.model, self.optimizer, self.scaler)
-        self.progress = load_checkpoint(path, *state, self.setup.fingerprints)
+        self.progress = checkpoints.load_checkpoint(path, *state, self.setup.fingerprints)
         if self.progress.sums and self.world.first:  # the sums of all processes
             self.sums.copy_(torch.tensor(self.progress.sums))
         return True
@@ -148,7 +139,8 @@ class Trainer:
         if self.config.keep == "last" or self.folder is None or not best or best is last:
             return last
         if self.world.first:
-            load_weights(checkpoint_at(self.folder / "checkpoints", best["step"]), self.model)
+            path = checkpoints.checkpoint_at(self.folder / "checkpoints", best["step"])
+            checkpoints.load_weights(path, self.model)
             self.outputs = {}
         kept = f"kept the weights of step {best['step']}, dev {format_scores(best['scores'])}"
         others = f"the last ones, of step {last['step']}, have {format_scores(last['scores'])}"
@@ -314,12 +306,12 @@ class Trainer:
         if self.folder is None:
             return
         self.stop_clock()
-        check_finite(trainable(self.model), self.progress.step)
+        checkpoints.check_finite(checkpoints.trainable(self.model), self.progress.step)
         self.progress.sums = self.world.sum(self.sums.clone()).tolist()
         if self.world.first:
             folder = self.folder / "checkpoints"
             state = (self.model, self.optimizer, self.scaler, self.progress)
             failed = (OSError, SafetensorError), RunError, f"{folder}: cannot be written to: "
             with in_place_of(*failed):
-                save_checkpoint(folder, *state, self.setup.fingerprints)
+                checkpoints.save_checkpoint(folder, *state, self.setup.fingerprints)
         self.world.barrier()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastlora.files import atomic_open
+from fastlora.files import atomic_open, read_content
 
 METRICS = "metrics.jsonl"
 
@@ -27,7 +27,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / METRICS
-        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        text = read_content(path).decode(errors="replace") if path.exists() else ""
         # The last line may be incomplete, if the process was killed.
         entries = [_entry(line) for line in text.split("\n")[:-1]]
         if damaged := entries.count(None):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
 
 from fastlora.multitask.model import MultitaskBert
 from fastlora.training.checkpoint import trainable
@@ -24,7 +24,7 @@ def make_optimizer(model: MultitaskBert, config: TrainConfig) -> torch.optim.Ada
 
     The learning rate of B is `config.lora_plus` times that of A (LoRA+, Hayou et al. 2024).
     """
-    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
     for name, parameter in trainable(model).items():
         special = config.task_settings(owner(name))
         lr, head_lr = config.peak_rates
@@ -32,15 +32,11 @@ def make_optimizer(model: MultitaskBert, config: TrainConfig) -> torch.optim.Ada
         lr *= config.lora_plus if ".lora_B." in name else 1
         warmup = config.warmup if special.warmup is None else special.warmup
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((warmup, lr, decay), []).append(parameter)
-    settings = [
-        dict(
-            params=params, lr=lr, peak=lr, weight_decay=decay, config=replace(config, warmup=warmup)
-        )
-        for (warmup, lr, decay), params in groups.items()
-    ]
+        group: dict[str, Any] = {"lr": lr, "peak": lr, "weight_decay": decay, "params": []}
+        group["config"] = replace(config, warmup=warmup)
+        groups.setdefault((warmup, lr, decay), group)["params"].append(parameter)
     # This eps is that of BERT; a smaller one turns rounding errors of tiny gradients into steps.
-    return torch.optim.AdamW(settings, eps=1e-6, fused=True)
+    return torch.optim.AdamW(list(groups.values()), eps=1e-6, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int) -> None:

@@ -108,6 +108,28 @@ def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, monkeypatch, 
     assert [path.name for path in target.iterdir()] == ["c"]
 
 
+@pytest.mark.parametrize("writing", [atomic_open, atomic_folder])
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path, writing):
+    mine = {".out.123", ".out-20251231", ".in.fastlora_1"}
+    for name in mine:
+        (tmp_path / name).touch()
+    if not (child := os.fork()):
+        with writing(tmp_path / "out"):
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 4
+    with writing(tmp_path / "out"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "out"}
+
+
+def test_what_another_is_writing_stays(tmp_path):
+    with atomic_folder(tmp_path / "out") as building:
+        with atomic_folder(tmp_path / "out"):
+            pass
+        assert building.is_dir()
+
+
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     target = tmp_path / "adapter"
     with atomic_folder(target) as building:

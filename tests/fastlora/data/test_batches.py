@@ -99,6 +99,10 @@ def test_batches_are_not_in_order_of_length():
     assert abs(np.corrcoef(widths, np.arange(len(widths)))[0, 1]) < 0.4
 
 
+def test_a_tiny_temperature_takes_the_largest_task():
+    assert _shares(np.array([300, 900, 200]), "1e-320").tolist() == [0, 1400, 0]
+
+
 @pytest.mark.parametrize(
     ("sampling", "power"),
     [("proportional", 1.0), ("sqrt", 0.5), ("uniform", 0.0), ("4", 0.25)],

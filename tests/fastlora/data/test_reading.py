@@ -210,6 +210,11 @@ def test_stray_quotes_between_the_last_and_the_first_column(tmp_path):
     assert complaint(path, QUORA, labelled=False).startswith("ids-sst-train.csv:2: ")
 
 
+def test_a_text_of_many_lines_is_called_long(tmp_path):
+    path = write(tmp_path, 'sentence,sentiment\n"' + "a film\n" * 20_000 + '",1\n')
+    assert "csv:2: a text is long (it is safe in JSONL), or the quotes" in complaint(path)
+
+
 @pytest.mark.parametrize("text", ["Dear sir,\nbye", "Dear sir, 3rd\nyes, 4 times\nbye", "1,\n2"])
 def test_quoted_texts_of_several_lines_are_read_whole(tmp_path, text):
     for header, row in (("sentence,sentiment", '"{}",1'), ("sentiment\tsentence", '1\t"{}"')):

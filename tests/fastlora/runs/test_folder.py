@@ -261,20 +261,6 @@ def test_a_start_that_was_killed_goes_on(own_inputs, last, monkeypatch):
     assert run(own_inputs).steps == 6
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    def begin():
-        with folders.open_run(tmp_path, TrainConfig(), {}):
-            pass
-
-    begin()
-    left = [".result.json.12", ".adapter-ab_c1234.old/x", "plots/.training.png.7"]
-    for name in (*left, "predictions/.sst-dev.csv.123", "adapter/.README.md.1", ".mine"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    begin()
-    assert [path.name for path in tmp_path.rglob(".*")] == [".mine"]
-
-
 def test_another_file_makes_a_folder_no_runs(own_inputs):
     own_inputs.out.mkdir()
     for name in ("env.json", "thesis.tex"):
@@ -348,6 +334,8 @@ WRONG = [
     {"progress": {"step": "x"}},
     {"progress": {"step": 3, "sums": [1]}},
     {"progress": {"step": 3, "scores": [{}]}},
+    {"progress": {"step": 3, "scores": [{"step": 3, "epoch": 0, "scores": {}}]}},
+    {"progress": {"step": -1}},
     {"progress": []},
 ]
 

@@ -39,6 +39,12 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+def test_a_wrong_route_is_one_line(run, monkeypatch):
+    monkeypatch.setenv("FASTLORA_ROUTE", "bogus")
+    with pytest.raises(UserError, match="FASTLORA_ROUTE is 'bogus'"):
+        fastlora.load(run)
+
+
 def test_strings_get_labels_with_probabilities(trained):
     assert set(trained.tasks) == {"sst", "quora", "sts"}
     good, empty = trained.predict(["the good film", ""], "sst")

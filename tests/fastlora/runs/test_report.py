@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ import tomlkit
 import torch
 from huggingface_hub import ModelCard
 
+from fastlora.errors import RunError
 from fastlora.files import read_toml
 from fastlora.multitask import predictor as evaluate
 from fastlora.runs.pages import (
@@ -211,7 +213,7 @@ def test_report_without_an_adapter(tiny_config, mode):
 
 
 def test_undefined_score_is_reported(tiny_config, monkeypatch):
-    monkeypatch.setattr(evaluate, "metrics", lambda task, *_: {task.metric: None})
+    monkeypatch.setattr(evaluate.scoring, "metrics", lambda task, *_: {task.metric: None})
     folder = run(tiny_config(tasks=("sts",)))
     assert "| sts | pearson | n/a | n/a | n/a | 24 |" in read(folder / "report.md")
 
@@ -264,3 +266,14 @@ def test_model_card(tiny_config, tiny_model, tmp_path, monkeypatch):
     (tmp_path / "saved" / "README.md").write_text(str(card))
     names["adapted"].save_pretrained(tmp_path / "saved")
     assert "Scores on the dev data" in read(tmp_path / "saved" / "README.md")
+
+
+def test_a_wrong_mplbackend_is_one_line(tmp_path, monkeypatch):
+    def wrong(name):
+        raise ValueError("Key backend: 'bogus' is not a valid value")
+
+    broken = types.ModuleType("matplotlib")
+    broken.__spec__, broken.__getattr__ = sys.modules[__name__].__spec__, wrong
+    monkeypatch.setitem(sys.modules, "matplotlib", broken)
+    with pytest.raises(RunError, match="matplotlib cannot be used: Key backend"):
+        plot(tmp_path, "x", 1, lambda *_: None)

@@ -124,7 +124,7 @@ def test_the_best_checkpoint_must_be_there(tiny_config, monkeypatch):
 
 @pytest.mark.usefixtures("falling_scores")
 def test_a_best_checkpoint_that_a_killed_process_left_is_kept(tiny_config, monkeypatch):
-    config, save = tiny_config(eval_every=2, patience=3), loop.save_checkpoint
+    config, save = tiny_config(eval_every=2, patience=3), loop.checkpoints.save_checkpoint
 
     def killed(folder, model, optimizer, scaler, progress, inputs):
         save(folder, model, optimizer, scaler, progress, inputs)
@@ -132,15 +132,15 @@ def test_a_best_checkpoint_that_a_killed_process_left_is_kept(tiny_config, monke
             (folder / "step-000004").rename(folder / ".step-000004-abcdefgh")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_checkpoint", killed)
+    monkeypatch.setattr(loop.checkpoints, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(loop.checkpoints, "save_checkpoint", save)
     assert run(config).kept == 4
 
 
 def test_what_a_kill_in_the_last_save_left_is_removed(tiny_config, monkeypatch):
-    config, save = tiny_config(max_steps=2), loop.save_checkpoint
+    config, save = tiny_config(max_steps=2), loop.checkpoints.save_checkpoint
 
     def killed(folder, *state):
         save(folder, *state)
@@ -148,7 +148,7 @@ def test_what_a_kill_in_the_last_save_left_is_removed(tiny_config, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "save_checkpoint", killed)
+        patch.setattr(loop.checkpoints, "save_checkpoint", killed)
         run(config)
     run(config)
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-000002"]

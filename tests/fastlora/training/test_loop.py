@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: learning, precision, resuming, reloading, parallel ranks."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -301,6 +302,9 @@ def test_damaged_checkpoint_is_passed_over(tiny_config):
     file.write_bytes(damaged)
     older = latest_checkpoint(config.out / "checkpoints")
     assert older is not None and older < newest
+    file.unlink()
+    os.mkfifo(file)  # which would never end
+    assert latest_checkpoint(config.out / "checkpoints") == older
 
 
 def test_merged_encoder_loads_in_transformers(tiny_config, tmp_path):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fastlora.cli import main
+from fastlora.cli.process import command_stop
 from fastlora.errors import Interrupted, RunError, UserError
 from fastlora.runs.export import export
 from fastlora.runs.session import run_training
@@ -289,6 +290,22 @@ keep_freed_memory()
 found.append(is_mapped())
 print(*found)
 """
+
+
+@pytest.mark.parametrize(("error", "lines"), [(OSError(28, "full"), 0), (ValueError("x"), 1)])
+def test_a_command_prints_no_full_disk_of_a_thread(monkeypatch, error, lines):
+    """The thread of TensorBoard, whose error is raised in the main thread, too."""
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    command_stop()
+
+    def fail():
+        raise error
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert len(printed) == lines
 
 
 @pytest.mark.slow
