@@ -146,6 +146,6 @@ def _read(folder: Path) -> Any:
     if not found.is_fast or "auto_map" in found.init_kwargs:
         name = found.init_kwargs.get("auto_map", name)
         raise ValueError(f"{name} is not one of the fast tokenizers of transformers")
-    if not any((folder / files[key]).exists() for key in ("vocab_file", "tokenizer_file")):
+    if not any((folder / files[key]).is_file() for key in ("vocab_file", "tokenizer_file")):
         raise ValueError(f"found none of {', '.join(files.values())}, which a {name} reads")
     return found

@@ -1,7 +1,9 @@
 import json
 import logging
+import os
 import shutil
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +119,15 @@ def test_no_texts(ours):
 def test_pairs_of_different_counts_are_refused(ours):
     with pytest.raises(ValueError, match="shorter"):
         ours.encode(["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_only_a_regular_file_is_a_vocabulary(vocab_only, make):
+    """Of anything else, transformers makes an empty one, without a word."""
+    (vocab_only / "vocab.txt").unlink()
+    make(vocab_only / "vocab.txt")
+    with pytest.raises(UserError, match=r"found none of vocab\.txt"):
+        Tokenizer.from_folder(vocab_only)
 
 
 def test_reading_leaves_the_logging_of_transformers_alone(vocab_only, caplog):
