@@ -151,13 +151,8 @@ class Search:
 
         Other settings are those of `base`. After `until` seconds, only its first trial begins.
         """
-        study = optuna.create_study(
-            storage=self.storage,
-            study_name=name,
-            direction="maximize",
-            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
-            load_if_exists=True,
-        )
+        how: dict[str, Any] = {"direction": "maximize", "load_if_exists": True}
+        study = optuna.create_study(storage=self.storage, study_name=name, **how)
         for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a process that has ended
             self.storage.set_trial_state_values(left._trial_id, TrialState.WAITING)
         for values in list(product(*changes.values()))[:most]:
@@ -204,7 +199,10 @@ class Search:
             # A process that was killed later in this trial has reported the same.
             if len(scores) not in self.storage.get_trial(trial._trial_id).intermediate_values:
                 trial.report(scores[-1], len(scores))
-            if share < SHARES[stage][-1] and trial.should_prune():
+            # Optuna's pruner would record that it was asked, and decide otherwise after a kill.
+            reported = [t.intermediate_values for t in trial.study.get_trials(deepcopy=False)]
+            ranked = sorted((v[len(scores)] for v in reported if len(scores) in v), reverse=True)
+            if share < SHARES[stage][-1] and scores[-1] < ranked[max(0, len(ranked) // 3 - 1)]:
                 raise optuna.TrialPruned
         return scores[-1]
 

@@ -273,6 +273,20 @@ def test_a_search_stopped_while_a_trial_gets_its_settings_has_the_same_end(
     assert again["best"] == expected["best"] and settings(again) == settings(expected)
 
 
+def test_a_search_killed_as_it_gives_a_trial_up_has_the_same_end(pretended, tmp_path, monkeypatch):
+    expected = pretended.search().run()
+    (tmp_path / "journal.log").unlink()
+
+    class Killed(module.optuna.TrialPruned):
+        def __init__(self):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.optuna, "TrialPruned", Killed)
+        pretended.search().run()
+    assert settings(pretended.search().run()) == settings(expected)
+
+
 @pytest.mark.parametrize("nth", [2, 9])
 def test_a_search_interrupted_in_a_trial_has_the_same_end(pretended, tmp_path, monkeypatch, nth):
     expected = pretended.search().run()
