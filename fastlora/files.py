@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EPIPE
@@ -28,12 +29,13 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.fastlora_{os.getpid()}")
     try:
-        # A report contains the name of its folder, which may not be UTF-8.
-        with naming(path), temporary.open("w", -1, "utf-8", "backslashreplace", "") as file:
-            _lock(file.fileno())
-            yield file
-        _sync(temporary)
-        os.replace(temporary, path)
+        temporary.touch()
+        with _locked(temporary):
+            # A report contains the name of its folder, which may not be UTF-8.
+            with naming(path), temporary.open("w", -1, "utf-8", "backslashreplace", "") as file:
+                yield file
+            _sync(temporary)
+            os.replace(temporary, path)
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -74,21 +76,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{path.name}-fastlora_", dir=path.parent))
-    old, held = Path(f"{building}.old"), os.open(building, os.O_RDONLY)
-    _lock(held)
+    old = Path(f"{building}.old")
     try:
-        building.chmod(0o755)
-        with naming(path):
-            yield building
-        for written in (*building.rglob("*"), building):
-            _sync(written)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(building, path)
+        with _locked(building):
+            building.chmod(0o755)
+            with naming(path):
+                yield building
+            for written in (*building.rglob("*"), building):
+                _sync(written)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(building, path)
         _sync(path.parent)
         _remove_leftovers(path)
     finally:
-        os.close(held)
         with suppress(OSError):  # there is an old folder only if the new one was not renamed
             os.rename(old, path)
         for folder in (building, old):
@@ -97,21 +98,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _remove_leftovers(path: Path) -> None:
     """Remove what processes that were killed left of writing a file or folder."""
-    for left in list(path.parent.glob(f".{escape(path.name)}[.-]fastlora_*")):
-        with suppress(OSError):
-            if _lock(descriptor := os.open(left, os.O_RDONLY)):
+    for left in sorted(path.parent.glob(f".{escape(path.name)}[.-]fastlora_*")):
+        if left.suffix == ".old" and left.with_suffix("").exists():
+            continue  # another process is replacing that folder
+        with suppress(OSError), _locked(left) as free:
+            if free and time.time() - left.stat().st_mtime > 1:  # it may have just been created
                 shutil.rmtree(left, True) if left.is_dir() else left.unlink()
-            os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file or folder until it is closed; returns whether that was possible."""
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Lock a file or folder, so that it is no leftover; yields whether that was possible."""
+    descriptor, free = os.open(path, os.O_RDONLY), False
     with suppress(ImportError, OSError):  # of Windows and of file systems without locks
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+        free = True
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
