@@ -57,7 +57,7 @@ def texts(trained):
 def same_labels(ours, theirs):
     """Whether nearly all labels agree: a tie may fall either way."""
     agree = sum(a.label == b for a, b in zip(ours, theirs, strict=True))
-    return agree >= 0.999 * len(ours)
+    return agree >= len(ours) - 1
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_predict(benchmark, trained, texts, rows, tmp_path):
         "transformers.pipeline, batch 32": pipeline_side(model, tmp_path / "merged"),
         "sentence-transformers encode, a head": encode_side(model, tmp_path / "encoder"),
     }
-    few = texts[:500]
+    few = texts[:200]
     agrees = all(same_labels(model.predict(few), other(few)) for other in others.values())
     times = {name: [] for name in others}
 
