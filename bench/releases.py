@@ -19,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 STEPS = 2  # a turn
+LIMIT = 300  # examples a task: a release may have another default
 
 
 def serve(tree: Path, data: Path, precision: str) -> None:
@@ -28,7 +29,7 @@ def serve(tree: Path, data: Path, precision: str) -> None:
 
     from fastlora.bert.config import BertConfig
 
-    trainer = make_trainer("fastlora", Job(data, precision=precision))
+    trainer = make_trainer("fastlora", Job(data, limit=LIMIT, precision=precision))
     config = BertConfig.from_json(trainer.setup.inputs.source.folder / "config.json")
     plan = plan_of(trainer, "buckets")
     train(trainer, plan[:4], config)  # first calls pay for thread pools and packed weights

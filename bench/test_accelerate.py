@@ -35,7 +35,7 @@ SIZES = {1: 5, 2: 5, 4: 5, 8: 5, 64: 3, 256: 2}  # batches, and rounds of turns
 LEAST_ROWS = 16  # that one turn covers: small batches are several steps
 TOLERANCE = 1e-4  # of logits and gradients in fp32, relative
 COMPILE_STEPS, COMPILE_ROUNDS, COMPILE_SUMS = 8, 4, (100, 500, 2000)
-TRAINER_STEPS, TRAINER_ROUNDS = 8, 2
+TRAINER_STEPS, TRAINER_ROUNDS = 12, 2
 
 
 @pytest.fixture(scope="module")
