@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EPIPE
 from glob import escape
@@ -28,9 +27,13 @@ def atomic_open(path: Path) -> Iterator[TextIO]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.fastlora_{os.getpid()}")
-    try:
+
+    def touched() -> Path:
         temporary.touch()
-        with _locked(temporary):
+        return temporary
+
+    try:
+        with _claimed(touched):
             # A report contains the name of its folder, which may not be UTF-8.
             with naming(path), temporary.open("w", -1, "utf-8", "backslashreplace", "") as file:
                 yield file
@@ -75,10 +78,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     under the name `path`, or beside it under a name that begins with a dot.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{path.name}-fastlora_", dir=path.parent))
-    old = Path(f"{building}.old")
-    try:
-        with _locked(building):
+    prefix = f".{path.name}-fastlora_"
+    with _claimed(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))) as building:
+        old = Path(f"{building}.old")
+        try:
             building.chmod(0o755)
             with naming(path):
                 yield building
@@ -87,13 +90,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 os.replace(path, old)
             os.replace(building, path)
-        _sync(path.parent)
-        _remove_leftovers(path)
-    finally:
-        with suppress(OSError):  # there is an old folder only if the new one was not renamed
-            os.rename(old, path)
-        for folder in (building, old):
-            shutil.rmtree(folder, ignore_errors=True)
+            _sync(path.parent)
+            _remove_leftovers(path)
+        finally:
+            with suppress(OSError):  # there is an old folder only if the new one was not renamed
+                os.rename(old, path)
+            for folder in (building, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -101,24 +104,37 @@ def _remove_leftovers(path: Path) -> None:
     for left in sorted(path.parent.glob(f".{escape(path.name)}[.-]fastlora_*")):
         if left.suffix == ".old" and left.with_suffix("").exists():
             continue  # another process is replacing that folder
-        with suppress(OSError), _locked(left) as free:
-            if free and time.time() - left.stat().st_mtime > 1:  # it may have just been created
+        with suppress(OSError):
+            if _lock(descriptor := os.open(left, os.O_RDONLY), wait=False):
                 shutil.rmtree(left, True) if left.is_dir() else left.unlink()
+            os.close(descriptor)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Lock a file or folder, so that it is no leftover; yields whether that was possible."""
-    descriptor, free = os.open(path, os.O_RDONLY), False
+def _claimed(make: Callable[[], Path]) -> Iterator[Path]:
+    """A file or folder that `make` makes; in the block, nobody takes it for a leftover."""
+    while True:
+        path = make()
+        with suppress(FileNotFoundError):  # another process removed it before it was locked
+            descriptor = os.open(path, os.O_RDONLY)
+            _lock(descriptor, wait=True)
+            if path.exists():
+                break
+            os.close(descriptor)
+    try:
+        yield path
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    """Lock an open file or folder until it is closed; returns whether that was possible."""
     with suppress(ImportError, OSError):  # of Windows and of file systems without locks
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    try:
-        yield free
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    return False
 
 
 def _sync(path: Path) -> None:
