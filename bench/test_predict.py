@@ -57,7 +57,7 @@ def texts(trained):
 def same_labels(ours, theirs):
     """Whether nearly all labels agree: a tie may fall either way."""
     agree = sum(a.label == b for a, b in zip(ours, theirs, strict=True))
-    return agree >= len(ours) - 1
+    return agree >= 0.999 * len(ours)
 
 
 @pytest.fixture(scope="module")
